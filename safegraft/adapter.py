@@ -1,0 +1,358 @@
+"""What a PEFT LoRA folder says about itself, without reading a single weight.
+
+Knows `adapter_config.json` of any PEFT version and the names and shapes in the safetensors header; decides what each
+module's rank and scaling are, and refuses by name what no repair on the factors can treat soundly. Does not know the
+base model: whether a module exists there is `compatibility.py`'s question. No torch: the gateway reads uploads with it.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NoReturn
+
+import re2
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from safegraft.errors import InvalidAdapter, UnsupportedAdapter
+from safegraft.header import Header, TensorEntry, read_header
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What travels with a patched adapter unchanged; everything else that is no adapter file is dropped and listed.
+COMPANIONS = (
+    "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template*",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "README.md",
+)  # fmt: skip
+MAX_CONFIG_BYTES = 2**20
+MAX_RANK = 4096
+MAX_SCALING = 1e6
+DTYPES = {"F32", "F16", "BF16"}
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight")
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA, …) subtract from them, so
+# that B·A is not the difference to the base model.
+SOUND_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
+# Set by DoRA, aLoRA, QALoRA and so on: an adapter whose output is not W·x + s·B·A·x.
+UNSOUND_KEYS = {
+    "alora_invocation_tokens": "aLoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+    "lora_ga_config": "LoRA-GA",
+    "corda_config": "CorDA",
+    "target_parameters": "LoRA on parameters (mixture-of-experts layers)",
+    "trainable_token_indices": "trainable tokens",
+    "layer_replication": "layer replication",
+    "megatron_config": "Megatron's parallel layers",
+    "modules_to_save": "whole modules saved beside the factors",
+}
+
+
+class PeftConfig(BaseModel):
+    """The keys of adapter_config.json that decide what the factors mean. Others are kept but not acted on."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    peft_type: str
+    r: int
+    lora_alpha: float
+    base_model_name_or_path: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | str | None = True
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted linear layer: ΔW = scaling · B·A with A (rank, inputs) and B (outputs, rank)."""
+
+    name: str
+    rank: int
+    inputs: int
+    outputs: int
+    scaling: float
+    a: TensorEntry
+    b: TensorEntry
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """A sound adapter's configuration, header and modules (in the order of layers)."""
+
+    config: PeftConfig
+    header: Header
+    modules: tuple[LoraModule, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.elements for entry in self.header.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        return "/".join(sorted({module.a.dtype for module in self.modules}))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The last part of the modules' names: q_proj, up_proj, …"""
+        return sorted({module.name.rpartition(".")[2] for module in self.modules})
+
+
+def is_companion(name: str) -> bool:
+    """True for files that a patched adapter keeps byte for byte."""
+    return any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+
+
+def describe(folder: Path) -> AdapterDescription:
+    """Reads config and header of a PEFT folder. Raises InvalidAdapter or UnsupportedAdapter."""
+    if not (folder / CONFIG).is_file():
+        raise InvalidAdapter(
+            f"{CONFIG} is missing.", code="missing_config", param=CONFIG, hint="Send the whole folder that PEFT saved."
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise InvalidAdapter(
+            f"{WEIGHTS} is missing.",
+            code="missing_weights",
+            param=WEIGHTS,
+            hint="Save with `safe_serialization=True`; pickles (.bin, .pt) are never opened.",
+        )
+    config = parse_config((folder / CONFIG).read_bytes())
+    return pair_modules(config, read_header(folder / WEIGHTS))
+
+
+def parse_config(raw: bytes) -> PeftConfig:
+    """Checks adapter_config.json. Raises InvalidAdapter (not readable) or UnsupportedAdapter (not treatable)."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise InvalidAdapter(f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes.", code="config_too_large", param=CONFIG)
+    try:
+        data = json.loads(raw.decode("utf-8-sig"))
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise InvalidAdapter(f"{CONFIG} is not JSON ({error})."[:300], code="config_not_json", param=CONFIG) from error
+    if not isinstance(data, dict):
+        raise InvalidAdapter(f"{CONFIG} is not a JSON object.", code="config_not_json", param=CONFIG)
+    if data.get("peft_type") not in (None, "LORA"):
+        _unsupported("peft_type_unsupported", f"peft_type {str(data['peft_type'])[:40]!r} is not LoRA.", "peft_type")
+    try:
+        config = PeftConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidAdapter(f"{CONFIG}: {where}: {first['msg']}.", code="config_invalid", param=where) from error
+    _refuse_unsound(config, data)
+    _refuse_numbers(config)
+    return config
+
+
+def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
+    if config.use_dora:
+        _unsupported("dora_unsupported", "DoRA normalises the merged weights; its factors are not a difference.", "use_dora")
+    if config.bias != "none":
+        _unsupported("bias_unsupported", f"bias={config.bias!r} trains biases of the base model.", "bias")
+    if config.lora_bias:
+        _unsupported("bias_unsupported", "lora_bias adds a bias to the factors.", "lora_bias")
+    init = str(config.init_lora_weights).lower()
+    if init not in SOUND_INITS:
+        _unsupported(
+            "init_unsupported",
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so B·A is no difference to them.",
+            "init_lora_weights",
+            "Convert it on your side with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
+        )
+    for key, what in UNSOUND_KEYS.items():
+        if data.get(key):
+            code = "modules_to_save_unsupported" if key == "modules_to_save" else "variant_unsupported"
+            _unsupported(code, f"{key} is set: {what} cannot be repaired soundly.", key)
+    for key, value in data.items():
+        # A variant that did not exist when this was written must not pass for plain LoRA.
+        if key.startswith("use_") and value and key not in ("use_rslora", "use_dora"):
+            _unsupported("variant_unsupported", f"{key[:60]} is set, a variant of LoRA that is not known here.", key[:60])
+
+
+def _refuse_numbers(config: PeftConfig) -> None:
+    for name, rank in [("r", config.r), *(config.rank_pattern or {}).items()]:
+        if not 1 <= rank <= MAX_RANK:
+            raise InvalidAdapter(
+                f"{CONFIG}: rank {rank} of {name[:80]!r} is outside 1 to {MAX_RANK}.", code="bad_rank", param=name[:80]
+            )
+    for name, alpha in [("lora_alpha", config.lora_alpha), *(config.alpha_pattern or {}).items()]:
+        if not math.isfinite(alpha) or not 0 < alpha <= MAX_SCALING:
+            raise InvalidAdapter(
+                f"{CONFIG}: alpha {alpha} of {name[:80]!r} is outside 0 to {MAX_SCALING:g}.",
+                code="bad_alpha",
+                param=name[:80],
+            )
+
+
+def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
+    """Pairs lora_A with lora_B and gives each pair its rank and scaling. Raises InvalidAdapter."""
+    sides: dict[str, dict[str, TensorEntry]] = {}
+    for name, entry in header.tensors.items():
+        match = KEY.fullmatch(name)
+        if match is None:
+            _refuse_key(name)
+        pair = sides.setdefault(match["module"], {})
+        if match["side"] in pair:
+            raise InvalidAdapter(f"{name!r} and {pair[match['side']].name!r} are the same factor.", code="duplicate_factor", param=name)
+        pair[match["side"]] = entry
+    if not sides:
+        raise InvalidAdapter("The file holds no LoRA factors.", code="no_factors", param=WEIGHTS)
+    targets = Targets(config)
+    modules = []
+    for module in sorted(sides, key=natural_order):
+        if len(sides[module]) != 2:
+            lacking = "B" if "A" in sides[module] else "A"
+            raise InvalidAdapter(f"{module}: lora_{lacking} is missing.", code="missing_factor", param=module)
+        modules.append(_module(module, sides[module]["A"], sides[module]["B"], config, targets))
+    return AdapterDescription(config, header, tuple(modules))
+
+
+def _module(name: str, a: TensorEntry, b: TensorEntry, config: PeftConfig, targets: "Targets") -> LoraModule:
+    for entry in (a, b):
+        if entry.dtype not in DTYPES:
+            _unsupported("dtype_unsupported", f"{entry.name}: dtype {entry.dtype}; accepted are F32, F16 and BF16.", entry.name)
+        if entry.elements == 0:
+            raise InvalidAdapter(
+                f"{entry.name}: the tensor is empty (shape {list(entry.shape)}).",
+                code="empty_tensor",
+                param=entry.name,
+                hint="Gather the parameters before saving (DeepSpeed ZeRO-3 leaves empty shards).",
+            )
+        if len(entry.shape) != 2:
+            _unsupported("shape_unsupported", f"{entry.name}: shape {list(entry.shape)}; only linear layers are treated.", entry.name)
+    if not targets.include(name):
+        raise InvalidAdapter(
+            f"{name}: has factors, but the configuration does not target it; PEFT would ignore them silently.",
+            code="untargeted_module",
+            param=name,
+        )
+    rank = targets.rank(name)
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise InvalidAdapter(
+            f"{name}: the configuration says rank {rank}, A has {a.shape[0]} rows and B {b.shape[1]} columns.",
+            code="rank_disagrees",
+            param=name,
+        )
+    if a.dtype != b.dtype:
+        raise InvalidAdapter(f"{name}: A is {a.dtype}, B is {b.dtype}.", code="dtype_disagrees", param=name)
+    alpha = targets.alpha(name)
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    return LoraModule(name, rank, a.shape[1], b.shape[0], scaling, a, b)
+
+
+class Targets:
+    """Which modules a configuration adapts, and with what rank and alpha; PEFT's own matching rules.
+
+    Patterns are regular expressions from a customer's file, so they run in RE2, whose time is linear.
+    """
+
+    def __init__(self, config: PeftConfig) -> None:
+        self._config = config
+
+    def include(self, module: str) -> bool:
+        config = self._config
+        if config.exclude_modules and _matches(config.exclude_modules, module):
+            return False
+        if config.target_modules is None or config.target_modules == "all-linear":
+            return True
+        if not _matches(config.target_modules, module):
+            return False
+        if config.layers_to_transform is None or config.layers_to_transform == []:
+            return True
+        wanted = config.layers_to_transform
+        layer = self._layer(module)
+        return layer is not None and (layer == wanted if isinstance(wanted, int) else layer in wanted)
+
+    def _layer(self, module: str) -> int | None:
+        patterns = self._config.layers_pattern or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            match = compiled(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.").match(module)
+            if match is not None:
+                return int(match.group("idx"))
+        return None
+
+    def rank(self, module: str) -> int:
+        return int(_by_pattern(self._config.rank_pattern, module, self._config.r))
+
+    def alpha(self, module: str) -> float:
+        return float(_by_pattern(self._config.alpha_pattern, module, self._config.lora_alpha))
+
+
+def _matches(wanted: list[str] | str, module: str) -> bool:
+    if isinstance(wanted, str):
+        return compiled(wanted).fullmatch(module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if compiled(rf"(?:.*\.)?(?:{pattern})$").match(module):
+            return value
+    return default
+
+
+@functools.lru_cache(maxsize=1024)
+def compiled(pattern: str) -> Any:
+    """`pattern` compiled by RE2. Raises InvalidAdapter where it cannot be."""
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = 2**20
+    try:
+        return re2.compile(pattern, options=options)
+    except re2.error as error:
+        raise InvalidAdapter(
+            f"The pattern {pattern[:80]!r} cannot be used ({error}).",
+            code="pattern_unsupported",
+            param=pattern[:80],
+            hint="List the module names instead of a regular expression with look-around or back-references.",
+        ) from error
+
+
+def natural_order(name: str) -> list[tuple[int, int | str]]:
+    """Sort key under which layer 9 comes before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that a module belongs to: the first number in its dotted name."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def kind_of(module: str) -> str:
+    """The kind of projection: the last part of the dotted name."""
+    return module.rpartition(".")[2]
+
+
+def layers_of(modules: Iterable[str]) -> list[int]:
+    return sorted({layer for module in modules if (layer := layer_of(module)) is not None})
+
+
+def _refuse_key(name: str) -> NoReturn:
+    if "lora_magnitude_vector" in name:
+        _unsupported("dora_unsupported", f"{name}: a DoRA magnitude.", name)
+    if "lora_embedding" in name:
+        _unsupported("embedding_unsupported", f"{name}: LoRA on an embedding.", name)
+    if "modules_to_save" in name:
+        _unsupported("modules_to_save_unsupported", f"{name}: a whole module saved beside the factors.", name)
+    if name.endswith(".lora_B.bias") or ".bias" in name:
+        _unsupported("bias_unsupported", f"{name}: a bias beside the factors.", name)
+    raise InvalidAdapter(
+        f"{name!r} is no LoRA factor that PEFT would load; PEFT would ignore it silently.",
+        code="unexpected_key",
+        param=name,
+        hint="Keys look like base_model.model.<module>.lora_A.weight.",
+    )
+
+
+def _unsupported(code: str, message: str, param: str, hint: str = "") -> NoReturn:
+    raise UnsupportedAdapter(message, code=code, param=param, hint=hint)

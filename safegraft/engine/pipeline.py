@@ -1,0 +1,345 @@
+"""One realignment: score every module → select once → patch → write, with a report of what was measured.
+
+Paths and tensors only. Reads the adapter module by module (twice: selection needs every score first) and never holds
+more than one; the result appears under its name in one step, or not at all.
+"""
+
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import safegraft
+from safegraft.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterDescription,
+    LoraModule,
+    describe,
+    is_companion,
+    kind_of,
+    layer_of,
+    natural_order,
+)
+from safegraft.compatibility import check_base, check_compatible
+from safegraft.contracts.methods import GramParameters, NlsrParameters
+from safegraft.contracts.reference import Lineage
+from safegraft.contracts.report import (
+    Digest,
+    Environment,
+    LayerLine,
+    MethodRun,
+    ModuleLine,
+    ReferenceUsed,
+    Report,
+    Spread,
+    Summary,
+    Warning,
+)
+from safegraft.engine import lowrank
+from safegraft.engine.adapter import AdapterReader, AdapterWriter, adapter_writer
+from safegraft.engine.methods import METHODS
+from safegraft.engine.methods.base import Method, Module, Selection
+from safegraft.engine.reference import LoadedReference
+from safegraft.engine.tensors import TensorReader
+from safegraft.errors import SystemFault
+from safegraft.files import sha256_file
+
+Progress = Callable[[str, int, int], None]
+# An adapter continued from the aligned one keeps A's direction (cosines of .9 and more were seen); an independent one
+# has about 1/√(r·k), a few hundredths. Half-way is far from both.
+CONTINUED_COSINE = 0.5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one module's repair did; energies are squared Frobenius norms relative to the aligned model."""
+
+    line: ModuleLine
+    energy: float
+    overlap: float
+    difference: float
+
+
+def detect_lineage(adapter: AdapterReader, reference: LoadedReference) -> tuple[Lineage, float]:
+    """`continued` where the median cosine of A_t with A_a reaches CONTINUED_COSINE, else `fresh`; and that median."""
+    cosines = []
+    for item in adapter.description.modules:
+        aligned = reference.aligned(item.name)
+        if aligned is None or aligned[1].shape != (item.rank, item.inputs):
+            continue
+        a = adapter.module(item).a
+        scale = float(a.norm() * aligned[1].norm())
+        cosines.append(float((a * aligned[1]).sum()) / scale if scale > 0 else 0.0)
+    median = statistics.median(cosines) if cosines else 0.0
+    return ("continued" if median >= CONTINUED_COSINE else "fresh"), median
+
+
+def realign(
+    folder: Path,
+    reference: LoadedReference,
+    parameters: NlsrParameters | GramParameters,
+    out: Path | None,
+    *,
+    dropped_files: Iterable[str] = (),
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Repairs the adapter in `folder` into the new folder `out`; with `out=None` only measures (mode `analyze`).
+
+    progress(stage, done, total) is called after every module and may raise to stop the work. Raises UserError kinds for
+    adapters that cannot be treated, FileExistsError where `out` exists.
+    """
+    started = time.perf_counter()
+    timings: dict[str, float] = {}
+    description = describe(folder)
+    check_base(description, reference.manifest)
+    check_compatible(description, reference.manifest, parameters)
+    with AdapterReader(folder, description, reference.device) as adapter, torch.inference_mode():
+        lineage, lineage_similarity = detect_lineage(adapter, reference)
+        method = METHODS[parameters.type](parameters, reference, lineage)
+        timings["open"] = _lap(started)
+
+        began = time.perf_counter()
+        similarities = {}
+        for done, item in enumerate(description.modules, start=1):
+            similarities[item.name] = method.similarity(adapter.module(item))
+            progress("score", done, len(description.modules))
+        timings["score"] = _lap(began)
+
+        selection = method.select(similarities)
+        began = time.perf_counter()
+        if out is None:
+            measured, changed = _analyze(description, adapter, method, selection, similarities), set()
+        else:
+            measured, changed = _patch(description, adapter, method, selection, similarities, folder, out, progress)
+        timings["patch"] = _lap(began)
+
+    began = time.perf_counter()
+    warnings = _warnings(measured, selection, lineage)
+    output = None
+    if out is not None:
+        _check_effect(folder, out, description, changed)
+        output = Digest(sha256=sha256_file(out / WEIGHTS), bytes=(out / WEIGHTS).stat().st_size)
+    timings["check"] = _lap(began)
+    timings["total"] = _lap(started)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS))
+    return Report(
+        mode="patch" if out is not None else "analyze",
+        method=MethodRun(
+            type=method.type,
+            parameters=parameters,
+            resolved=method.resolved,
+            seed=method.seed,
+            similarity=method.similarity_meaning,
+            explanation=method.explanation,
+        ),
+        reference=ReferenceUsed(id=reference.id, name=reference.manifest.name, sha256=reference.sha256),
+        base_model=description.config.base_model_name_or_path or reference.manifest.base_model.labels[0],
+        lineage=lineage,
+        lineage_similarity=lineage_similarity,
+        input=Digest(sha256=sha256_file(folder / WEIGHTS), bytes=description.header.file_bytes),
+        output=output,
+        summary=_summary(measured),
+        layers=_layers([item.line for item in measured]),
+        modules=[item.line for item in measured],
+        dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
+        warnings=warnings,
+        environment=Environment(
+            versions={"safegraft": safegraft.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            device=reference.device,
+            dtype=description.dtype,
+        ),
+        timings=timings,
+    )
+
+
+def _lap(since: float) -> float:
+    return round(time.perf_counter() - since, 4)
+
+
+def _patch(
+    description: AdapterDescription,
+    adapter: AdapterReader,
+    method: Method,
+    selection: Selection,
+    similarities: dict[str, float],
+    folder: Path,
+    out: Path,
+    progress: Progress,
+) -> tuple[list[Measured], set[str]]:
+    """Writes `out`; returns the measurements and the names of the modules whose bytes changed."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists already.")
+    out.mkdir(parents=True)
+    measured, changed = [], set()
+    try:
+        with adapter_writer(out / WEIGHTS, description) as writer:
+            for done, item in enumerate(description.modules, start=1):
+                before = adapter.module(item)
+                if item.name in selection.names:
+                    result, differs = _replace(item, before, method, similarities, selection, adapter, writer)
+                    measured.append(result)
+                    if differs:
+                        changed.add(item.name)
+                else:
+                    writer.keep(item, adapter)
+                    measured.append(_untouched(item, before, method, similarities, selection))
+                progress("patch", done, len(description.modules))
+        if not changed:
+            # Nothing was repaired: the customer's very bytes, header included, so that hashes agree.
+            shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
+        for path in folder.iterdir():
+            if path.name == CONFIG or is_companion(path.name):
+                shutil.copyfile(path, out / path.name)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return measured, changed
+
+
+def _analyze(
+    description: AdapterDescription,
+    adapter: AdapterReader,
+    method: Method,
+    selection: Selection,
+    similarities: dict[str, float],
+) -> list[Measured]:
+    return [
+        _untouched(item, adapter.module(item), method, similarities, selection) for item in description.modules
+    ]
+
+
+def _replace(
+    item: LoraModule,
+    before: Module,
+    method: Method,
+    similarities: dict[str, float],
+    selection: Selection,
+    adapter: AdapterReader,
+    writer: AdapterWriter,
+) -> tuple[Measured, bool]:
+    patched = method.patch(before)
+    after, differs = writer.replace(item, patched.module, adapter)
+    b, a = method.relative(before)
+    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    # The difference of the two updates as one pair of factors: relative(after) − relative(before) without Δ_a.
+    own_b, own_a = before.update
+    new_b, new_a = after.update
+    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if differs else 0.0
+    overlap = lowrank.inner(*method.relative(after), b, a) if differs else energy
+    line = ModuleLine(
+        **_common(item, similarities, selection),
+        similarity_after=method.similarity(after) if differs else similarities[item.name],
+        repaired=differs,
+        kept=overlap / energy if energy > 0 else 1.0,
+        edit=(difference / energy) ** 0.5 if energy > 0 else 0.0,
+        truncation_error=patched.truncation_error,
+    )
+    return Measured(line, energy, overlap, difference), differs
+
+
+def _untouched(
+    item: LoraModule, before: Module, method: Method, similarities: dict[str, float], selection: Selection
+) -> Measured:
+    b, a = method.relative(before)
+    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    line = ModuleLine(
+        **_common(item, similarities, selection),
+        similarity_after=similarities[item.name],
+        repaired=False,
+        kept=1.0,
+        edit=0.0,
+        truncation_error=0.0,
+    )
+    return Measured(line, energy, energy, 0.0)
+
+
+def _common(item: LoraModule, similarities: dict[str, float], selection: Selection) -> dict[str, object]:
+    probability = selection.probability
+    return {
+        "name": item.name,
+        "layer": layer_of(item.name),
+        "kind": kind_of(item.name),
+        "rank": item.rank,
+        "similarity_before": similarities[item.name],
+        "selection_probability": probability[item.name] if probability is not None else None,
+    }
+
+
+def _summary(measured: list[Measured]) -> Summary:
+    energy = sum(item.energy for item in measured)
+    lines = [item.line for item in measured]
+    return Summary(
+        modules=len(lines),
+        repaired=sum(line.repaired for line in lines),
+        similarity_before=_spread([line.similarity_before for line in lines]),
+        similarity_after=_spread([line.similarity_after for line in lines]),
+        kept=sum(item.overlap for item in measured) / energy if energy > 0 else 1.0,
+        edit=(sum(item.difference for item in measured) / energy) ** 0.5 if energy > 0 else 0.0,
+        truncation_error=max(line.truncation_error for line in lines),
+    )
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(min=min(values), median=statistics.median(values), max=max(values))
+
+
+def _layers(lines: list[ModuleLine]) -> list[LayerLine]:
+    grouped: dict[int | None, list[ModuleLine]] = {}
+    for line in sorted(lines, key=lambda line: natural_order(line.name)):
+        grouped.setdefault(line.layer, []).append(line)
+    return [
+        LayerLine(
+            layer=layer,
+            similarity_before=statistics.fmean(line.similarity_before for line in group),
+            similarity_after=statistics.fmean(line.similarity_after for line in group),
+            modules=len(group),
+            repaired=sum(line.repaired for line in group),
+        )
+        for layer, group in sorted(grouped.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    ]
+
+
+def _warnings(measured: list[Measured], selection: Selection, lineage: Lineage) -> list[Warning]:
+    found = []
+    lines = [item.line for item in measured]
+    unchanged = [line.name for line in lines if line.name in selection.names and not line.repaired]
+    if unchanged:
+        found.append(
+            Warning(
+                code="repair_without_effect",
+                message=f"{len(unchanged)} selected modules did not change (the first is {unchanged[0]}): their update "
+                "is zero, or already the reference's.",
+            )
+        )
+    rough = [line for line in lines if line.truncation_error > 0.1]
+    if rough:
+        worst = max(rough, key=lambda line: line.truncation_error)
+        found.append(
+            Warning(
+                code="truncated",
+                message=f"Bringing the result back to the adapter's rank lost more than 10 % of the update's norm in "
+                f"{len(rough)} modules (most in {worst.name}: {worst.truncation_error:.0%}).",
+            )
+        )
+    return found
+
+
+def _check_effect(folder: Path, out: Path, description: AdapterDescription, changed: set[str]) -> None:
+    """Compares the files on disk: they differ in the changed modules and nowhere else. Raises SystemFault."""
+    with TensorReader(folder / WEIGHTS, description.header) as before, TensorReader(out / WEIGHTS) as after:
+        if list(before.header.tensors) != list(after.header.tensors):
+            raise SystemFault("The patched adapter has other keys than the customer's.", code="effect_check_failed")
+        for item in description.modules:
+            differs = any(before.bytes(entry.name) != after.bytes(entry.name) for entry in (item.a, item.b))
+            if differs != (item.name in changed):
+                raise SystemFault(
+                    f"{item.name} {'changed' if differs else 'did not change'}, against the report.",
+                    code="effect_check_failed",
+                    param=item.name,
+                )

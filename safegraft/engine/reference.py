@@ -1,0 +1,409 @@
+"""The reference bundle: built once by the operator, held in memory by workers, used for every adapter.
+
+A folder with `manifest.json`, `nlsr.safetensors` (where an aligned adapter was given) and `gram.safetensors` (where
+general prompts were given):
+
+    nlsr:  <module>.A (r, k), <module>.B (d, r)   the amplified update Δ_e = B·A, scaling and 1+β folded into B; float32
+           <module>.G (r, r)                      ZᵀZ over the safe answers' tokens; float64
+           <module>.mask_A, .mask_B, .rows        bit-packed: entries of A, entries of B, output rows; uint8
+    gram:  <site>.V, <site>.W (k, m), <site>.mu   generalised eigenpairs C_s·v = μ·C_g·v, W = C_g·V; bfloat16, float32
+
+With these K = C_s(C_s + λC_g)⁻¹ = Σ μ/(μ+λ)·w·vᵀ for any λ, and no k×k matrix is needed again.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+import safegraft
+from safegraft.adapter import AdapterDescription, describe
+from safegraft.contracts.reference import (
+    AlignedAdapter,
+    AlignedModule,
+    BaseModelIdentity,
+    BaseModule,
+    BuildParameters,
+    BundleFile,
+    GramStatistics,
+    PromptSet,
+    ReferenceManifest,
+)
+from safegraft.engine import lowrank, models
+from safegraft.engine.conversations import Conversation, Encoded, encode
+from safegraft.engine.evaluate import answer
+from safegraft.engine.statistics import Statistics, common_prefix, gather
+from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
+from safegraft.errors import CorruptReference, Incompatible
+from safegraft.files import atomic_file, atomic_folder, sha256_file, write_atomic
+
+MANIFEST, NLSR, GRAM = "manifest.json", "nlsr.safetensors", "gram.safetensors"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """amplification β and sparsity P_SR as in NLSR § 3; mask_scope: share per row (the paper) or over the whole factor.
+
+    ridge: ε in C_g + ε·tr(C_g)/k·I, without which directions that no general prompt uses would have no scale.
+    smallest_pair: eigenpairs with μ below it are dropped; at the default strength λ = .3 they would contribute less
+    than 1 % of themselves.
+    """
+
+    amplification: float = 0.9
+    sparsity: float = 0.8
+    mask_scope: str = "row"
+    ridge: float = 1e-4
+    smallest_pair: float = 3e-3
+    max_tokens: int = 256
+    answer_tokens: int = 32
+    batch_size: int = 8
+    device: str = "cpu"
+
+
+def build_reference(
+    out: Path,
+    *,
+    base: Path,
+    base_label: str,
+    aligned: Path,
+    safety: Sequence[Conversation],
+    general: Sequence[Conversation] | None,
+    settings: BuildSettings,
+    progress: Progress = lambda stage, done, total: None,
+) -> ReferenceManifest:
+    """Builds the bundle `out` (a folder that must not exist yet).
+
+    base: the unaligned model's folder; aligned: the provider's LoRA on it. Conversations without a response are
+    answered by the aligned model. Raises Incompatible where the aligned adapter does not fit the base model, and
+    whatever `describe` raises for a folder that is no sound adapter.
+    """
+    from peft import PeftModel
+
+    adapter = describe(aligned)
+    model = models.load_model(base, settings.device)
+    tokenizer = models.load_tokenizer(base)
+    shapes = models.linear_modules(model)
+    _check_shapes(adapter, shapes)
+    wrapped = PeftModel.from_pretrained(model, str(aligned)).eval()
+    inner = wrapped.get_base_model()
+    factors = _load_factors(aligned, adapter)
+
+    sets: list[tuple[PromptSet, list[Encoded]]] = []
+    for name, conversations in (("safety", safety), ("general", general)):
+        if conversations is not None:
+            sets.append(_prepare(name, conversations, wrapped, tokenizer, settings, progress))
+    skip = common_prefix([item for _, encoded in sets for item in encoded])
+    gathered: list[Statistics] = []
+    for index, (_, encoded) in enumerate(sets):
+        stage = ("safety statistics", "general statistics")[index]
+        gathered.append(
+            gather(
+                inner,
+                list(shapes),
+                encoded,
+                pad=tokenizer.pad_token_id,
+                skip=skip,
+                factors={name: a for name, (_, a) in factors.items()} if index == 0 else None,
+                batch_size=settings.batch_size,
+                progress=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
+            )
+        )
+    sites = gathered[0].sites
+    with atomic_folder(out) as folder:
+        aligned_modules = _write_nlsr(folder / NLSR, factors, gathered[0], settings, progress)
+        statistics = _write_gram(folder / GRAM, gathered, settings, progress) if general is not None else None
+        labels = [base_label, adapter.config.base_model_name_or_path or ""]
+        manifest = ReferenceManifest(
+            name=out.name,
+            created_at=int(time.time()),
+            safegraft_version=safegraft.__version__,
+            base_model=BaseModelIdentity(
+                labels=[label for label in dict.fromkeys(labels) if label],
+                config_sha256=models.config_hash(base),
+                architecture=type(inner).__name__,
+                modules={name: BaseModule(outputs=d, inputs=k, site=sites[name]) for name, (d, k) in shapes.items()},
+            ),
+            aligned=AlignedAdapter(sha256=sha256_file(aligned / "adapter_model.safetensors"), modules=aligned_modules),
+            safety_prompts=_counted(sets[0][0], gathered[0]),
+            general_prompts=_counted(sets[1][0], gathered[1]) if general is not None else None,
+            parameters=BuildParameters(
+                amplification=settings.amplification,
+                sparsity=settings.sparsity,
+                mask_scope="row" if settings.mask_scope == "row" else "factor",
+                ridge=settings.ridge,
+                smallest_pair=settings.smallest_pair,
+                max_tokens=settings.max_tokens,
+                dtype=str(inner.dtype).removeprefix("torch."),
+                device=settings.device,
+            ),
+            gram=statistics,
+            methods=["nlsr", "gram"] if statistics else ["nlsr"],
+            lineages=["continued", "fresh"],
+            files={
+                path.name: BundleFile(sha256=sha256_file(path), bytes=path.stat().st_size)
+                for path in sorted(folder.glob("*.safetensors"))
+            },
+        )
+        write_atomic(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+    return manifest
+
+
+def _check_shapes(adapter: AdapterDescription, shapes: dict[str, tuple[int, int]]) -> None:
+    for module in adapter.modules:
+        if shapes.get(module.name) != (module.outputs, module.inputs):
+            raise Incompatible(
+                f"{module.name}: the aligned adapter is for {module.outputs}x{module.inputs}, the base model has "
+                f"{shapes.get(module.name, 'no such layer')}.",
+                code="base_mismatch",
+                param=module.name,
+            )
+
+
+def _load_factors(folder: Path, adapter: AdapterDescription) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module → (B with the scaling folded in, A), float32."""
+    found = {}
+    with TensorReader(folder / "adapter_model.safetensors", adapter.header) as reader:
+        for module in adapter.modules:
+            b = reader.tensor(module.b.name).float() * module.scaling
+            found[module.name] = (b, reader.tensor(module.a.name).float())
+    return found
+
+
+def _prepare(
+    name: str,
+    conversations: Sequence[Conversation],
+    model: Any,
+    tokenizer: Any,
+    settings: BuildSettings,
+    progress: Progress,
+) -> tuple[PromptSet, list[Encoded]]:
+    open_prompts = [item.prompt for item in conversations if item.response is None]
+    if open_prompts:
+        texts = iter(
+            answer(
+                model,
+                tokenizer,
+                open_prompts,
+                max_new_tokens=settings.answer_tokens,
+                progress=lambda done, total: progress(f"{name} answers", done, total),
+            )
+        )
+        conversations = [
+            Conversation(item.prompt, next(texts).strip()) if item.response is None else item for item in conversations
+        ]
+    text = json.dumps([(item.prompt, item.response) for item in conversations])
+    counted = PromptSet(
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        conversations=len(conversations),
+        tokens=0,
+        response_tokens=0,
+        answered_by_model=bool(open_prompts),
+    )
+    return counted, [encode(tokenizer, item, settings.max_tokens) for item in conversations]
+
+
+def _counted(prompts: PromptSet, statistics: Statistics) -> PromptSet:
+    return prompts.model_copy(
+        update={"tokens": statistics.tokens, "response_tokens": statistics.response_tokens}
+    )
+
+
+def _write_nlsr(
+    path: Path,
+    factors: dict[str, tuple[Tensor, Tensor]],
+    statistics: Statistics,
+    settings: BuildSettings,
+    progress: Progress,
+) -> dict[str, AlignedModule]:
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (b, a) in factors.items():
+        (d, r), k = b.shape, a.shape[1]
+        shapes |= {
+            f"{name}.A": ("F32", (r, k)),
+            f"{name}.B": ("F32", (d, r)),
+            f"{name}.G": ("F64", (r, r)),
+            f"{name}.mask_A": ("U8", (-(-r * k // 8),)),
+            f"{name}.mask_B": ("U8", (-(-d * r // 8),)),
+            f"{name}.rows": ("U8", (-(-d // 8),)),
+        }
+    share = 1.0 - settings.sparsity
+    per_row = settings.mask_scope == "row"
+    modules = {}
+    with atomic_file(path) as file:
+        writer = TensorWriter(file, shapes)
+        for done, (name, (b, a)) in enumerate(factors.items(), start=1):
+            g = statistics.grams[name].cpu()
+            rank = a.shape[0]
+            count = max(1, round(rank * share))
+            # Weak-to-strong extrapolation from a base whose own update is zero: W_e = (1 + β)·W_a, all on B.
+            amplified = b * (1.0 + settings.amplification)
+            masks = {
+                "mask_A": lowrank.top_mask(lowrank.low_rank_a(a, g, count).abs(), share, per_row=per_row),
+                "mask_B": lowrank.top_mask(lowrank.low_rank_b(amplified, g, count).abs(), share, per_row=per_row),
+                "rows": lowrank.top_mask(lowrank.output_energy(amplified, g.float()), share, per_row=False),
+            }
+            writer.write(f"{name}.A", a)
+            writer.write(f"{name}.B", amplified)
+            writer.write(f"{name}.G", g)
+            for kind, mask in masks.items():
+                writer.write(f"{name}.{kind}", lowrank.pack_mask(mask))
+            modules[name] = AlignedModule(rank=rank, norm=lowrank.norm(amplified, a))
+            progress("safety masks", done, len(factors))
+        writer.close()
+    return modules
+
+
+def _write_gram(
+    path: Path, gathered: list[Statistics], settings: BuildSettings, progress: Progress
+) -> GramStatistics:
+    safety, general = gathered[0].second_moments, gathered[1].second_moments
+    pairs: dict[str, int] = {}
+    energy: dict[str, float] = {}
+    # Sizes are only known after the decomposition, so each site's pairs wait here as bf16, half the size of one C.
+    waiting: dict[str, Tensor] = {}
+    for done, site in enumerate(safety, start=1):
+        mu, v, w = generalized_eigenpairs(safety[site], general[site], settings.ridge)
+        kept = max(1, int((mu >= settings.smallest_pair).sum()))
+        pairs[site] = kept
+        energy[site] = float(mu[:kept].sum() / mu.sum()) if float(mu.sum()) > 0 else 1.0
+        waiting |= {
+            f"{site}.V": v[:, :kept].to(torch.bfloat16).contiguous(),
+            f"{site}.W": w[:, :kept].to(torch.bfloat16).contiguous(),
+            f"{site}.mu": mu[:kept].float().contiguous(),
+        }
+        progress("eigenpairs", done, len(safety))
+    with atomic_file(path) as file:
+        writer = TensorWriter(file, {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in waiting.items()})
+        for name, tensor in waiting.items():
+            writer.write(name, tensor)
+        writer.close()
+    return GramStatistics(pairs=pairs, energy=energy)
+
+
+def generalized_eigenpairs(c_s: Tensor, c_g: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """C_s·v = μ·(C_g + ridge·tr(C_g)/k·I)·v, largest μ first, in float64.
+
+    Returns μ (k,), V (k, k) and W = C_g·V (k, k), so that VᵀW = I, C_s = W·diag(μ)·Wᵀ and C_g = W·Wᵀ.
+    """
+    c_s, c_g = c_s.double(), c_g.double()
+    k = c_g.shape[0]
+    scale = float(c_g.diagonal().mean()) or 1.0
+    regular = c_g + ridge * scale * torch.eye(k, dtype=c_g.dtype, device=c_g.device)
+    lower = torch.linalg.cholesky(regular)
+    half = torch.linalg.solve_triangular(lower, c_s, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.T.contiguous(), upper=False)
+    mu, u = torch.linalg.eigh((whitened + whitened.T) / 2)
+    mu, u = mu.flip(0).clamp_min(0.0), u.flip(1)
+    v = torch.linalg.solve_triangular(lower.T.contiguous(), u.contiguous(), upper=True)
+    return mu, v, lower @ u
+
+
+def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
+    """A bundle's manifest and its SHA-256, which is the bundle's identity. Raises CorruptReference."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        return ReferenceManifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
+    except (OSError, ValidationError) as error:
+        raise CorruptReference(f"{path}: not a readable manifest ({type(error).__name__}).", param=str(path)) from error
+
+
+def verify_reference(folder: Path) -> ReferenceManifest:
+    """Re-hashes every file of the bundle. Raises CorruptReference with the first file that differs."""
+    manifest, _ = read_manifest(folder)
+    for name, recorded in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptReference(f"{path} is missing.", param=str(path))
+        if path.stat().st_size != recorded.bytes or sha256_file(path) != recorded.sha256:
+            raise CorruptReference(
+                f"{path} is not the file that was built (its SHA-256 differs).",
+                param=str(path),
+                hint="Restore it from a copy, or build the reference again.",
+            )
+    return manifest
+
+
+@dataclass(frozen=True)
+class SafetyNeurons:
+    """What NLSR transplants in one module: the amplified update and what of it is safety-critical."""
+
+    a: Tensor
+    b: Tensor
+    g: Tensor
+    mask_a: Tensor
+    mask_b: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class EigenPairs:
+    """μ (m,), V (k, m), W (k, m) of one site, float32."""
+
+    mu: Tensor
+    v: Tensor
+    w: Tensor
+
+
+class LoadedReference:
+    """A verified bundle with its tensors in memory on `device`, shared by all jobs of a worker."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Raises CorruptReference unless every file is the one that was built."""
+        self.manifest = verify_reference(folder)
+        _, self.sha256 = read_manifest(folder)
+        self.device = device
+        self._tensors: dict[str, Tensor] = {}
+        for name in self.manifest.files:
+            with TensorReader(folder / name) as reader:
+                for key in reader.header.tensors:
+                    self._tensors[key] = reader.tensor(key).to(device)
+
+    @property
+    def id(self) -> str:
+        return reference_id(self.sha256)
+
+    @property
+    def amplification(self) -> float:
+        return self.manifest.parameters.amplification
+
+    def aligned(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of the aligned update Δ_a (β = 0), scaling folded into B; None where it does not reach the module."""
+        if f"{module}.B" not in self._tensors:
+            return None
+        return self._tensors[f"{module}.B"] / (1.0 + self.amplification), self._tensors[f"{module}.A"]
+
+    def neurons(self, module: str) -> SafetyNeurons:
+        """The amplified update of a module with its masks."""
+        a, b = self._tensors[f"{module}.A"], self._tensors[f"{module}.B"]
+        return SafetyNeurons(
+            a=a,
+            b=b,
+            g=self._tensors[f"{module}.G"],
+            mask_a=lowrank.unpack_mask(self._tensors[f"{module}.mask_A"], tuple(a.shape)).to(self.device),
+            mask_b=lowrank.unpack_mask(self._tensors[f"{module}.mask_B"], tuple(b.shape)).to(self.device),
+            rows=lowrank.unpack_mask(self._tensors[f"{module}.rows"], (b.shape[0],)).to(self.device),
+        )
+
+    def pairs(self, module: str) -> EigenPairs:
+        """The eigenpairs of the input that a module reads."""
+        site = self.manifest.base_model.modules[module].site
+        return EigenPairs(
+            mu=self._tensors[f"{site}.mu"], v=self._tensors[f"{site}.V"].float(), w=self._tensors[f"{site}.W"].float()
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.manifest.base_model.modules)
+
+
+def reference_id(sha256: str) -> str:
+    """A bundle's public id: the same bytes have the same id everywhere."""
+    return f"ref_{sha256[:24]}"

@@ -1,0 +1,107 @@
+"""Every error that safegraft raises on purpose, as one tree. No HTTP here: `service/errors.py` maps classes to
+statuses, and the *class* decides an error's fate:
+
+    SafegraftError
+    ├── UserError              the request or the upload is at fault; trying again changes nothing
+    │   ├── InvalidAdapter     what was uploaded is not a LoRA adapter that can be treated soundly
+    │   │   └── InvalidTensors     … because of the safetensors file
+    │   ├── UnsupportedAdapter a sound adapter of a kind that no linear repair can treat (DoRA, …)
+    │   ├── Incompatible       adapter, reference and method do not fit together
+    │   ├── InvalidArchive     a tar or zip that will not be unpacked
+    │   ├── InvalidParameter   a parameter is out of its range
+    │   ├── InvalidPrompts     a prompt file cannot be read
+    │   ├── NotFound           no such thing (or not yours: both look the same)
+    │   ├── Conflict           it exists, but not in a state that allows this
+    │   └── TooLarge           over a stated limit
+    └── SystemFault            we are at fault; the job is tried again, then shown as failed
+        ├── CorruptReference   a bundle's bytes are not those that were recorded
+        ├── NoBroker           no Redis or Valkey could be found or started
+        ├── StorageFault       disk full, file gone
+        └── LostLease          another attempt owns the job now; stop silently
+
+`code` is stable and machine-readable, `param` names the offender, `hint` says what to do.
+"""
+
+from typing import ClassVar, Literal
+
+
+class SafegraftError(Exception):
+    """Base of all. `code` falls back to the class's own code where a caller names none."""
+
+    default_code: ClassVar[str] = "internal_error"
+    fault: ClassVar[Literal["user", "system"]] = "system"
+
+    def __init__(self, message: str, *, code: str = "", param: str | None = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".rstrip()
+
+
+class UserError(SafegraftError):
+    default_code = "invalid_request"
+    fault = "user"
+
+
+class InvalidAdapter(UserError):
+    default_code = "invalid_adapter"
+
+
+class InvalidTensors(InvalidAdapter):
+    default_code = "invalid_safetensors"
+
+
+class UnsupportedAdapter(UserError):
+    default_code = "unsupported_adapter"
+
+
+class Incompatible(UserError):
+    default_code = "incompatible"
+
+
+class InvalidArchive(UserError):
+    default_code = "invalid_archive"
+
+
+class InvalidParameter(UserError):
+    default_code = "invalid_parameter"
+
+
+class InvalidPrompts(UserError):
+    default_code = "invalid_prompts"
+
+
+class NotFound(UserError):
+    default_code = "not_found"
+
+
+class Conflict(UserError):
+    default_code = "conflict"
+
+
+class TooLarge(UserError):
+    default_code = "too_large"
+
+
+class SystemFault(SafegraftError):
+    default_code = "internal_error"
+
+
+class CorruptReference(SystemFault):
+    default_code = "corrupt_reference"
+
+
+class NoBroker(SystemFault):
+    default_code = "no_broker"
+
+
+class StorageFault(SystemFault):
+    default_code = "storage_fault"
+
+
+class LostLease(SystemFault):
+    default_code = "lost_lease"
