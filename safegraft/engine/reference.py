@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 import safegraft
 from safegraft.adapter import AdapterDescription, describe
+from safegraft.bundle import GRAM, MANIFEST, NLSR, read_manifest, reference_id, verify_bundle
 from safegraft.contracts.reference import (
     AlignedAdapter,
     AlignedModule,
@@ -41,10 +41,9 @@ from safegraft.engine.conversations import Conversation, Encoded, encode
 from safegraft.engine.evaluate import answer
 from safegraft.engine.statistics import Statistics, common_prefix, gather
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
-from safegraft.errors import CorruptReference, Incompatible
+from safegraft.errors import Incompatible
 from safegraft.files import atomic_file, atomic_folder, sha256_file, write_atomic
 
-MANIFEST, NLSR, GRAM = "manifest.json", "nlsr.safetensors", "gram.safetensors"
 Progress = Callable[[str, int, int], None]
 
 
@@ -306,32 +305,6 @@ def generalized_eigenpairs(c_s: Tensor, c_g: Tensor, ridge: float) -> tuple[Tens
     return mu, v, lower @ u
 
 
-def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
-    """A bundle's manifest and its SHA-256, which is the bundle's identity. Raises CorruptReference."""
-    path = folder / MANIFEST
-    try:
-        raw = path.read_bytes()
-        return ReferenceManifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
-    except (OSError, ValidationError) as error:
-        raise CorruptReference(f"{path}: not a readable manifest ({type(error).__name__}).", param=str(path)) from error
-
-
-def verify_reference(folder: Path) -> ReferenceManifest:
-    """Re-hashes every file of the bundle. Raises CorruptReference with the first file that differs."""
-    manifest, _ = read_manifest(folder)
-    for name, recorded in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CorruptReference(f"{path} is missing.", param=str(path))
-        if path.stat().st_size != recorded.bytes or sha256_file(path) != recorded.sha256:
-            raise CorruptReference(
-                f"{path} is not the file that was built (its SHA-256 differs).",
-                param=str(path),
-                hint="Restore it from a copy, or build the reference again.",
-            )
-    return manifest
-
-
 @dataclass(frozen=True)
 class SafetyNeurons:
     """What NLSR transplants in one module: the amplified update and what of it is safety-critical."""
@@ -358,7 +331,7 @@ class LoadedReference:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Raises CorruptReference unless every file is the one that was built."""
-        self.manifest = verify_reference(folder)
+        self.manifest = verify_bundle(folder)
         _, self.sha256 = read_manifest(folder)
         self.device = device
         self._tensors: dict[str, Tensor] = {}
@@ -402,8 +375,3 @@ class LoadedReference:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manifest.base_model.modules)
-
-
-def reference_id(sha256: str) -> str:
-    """A bundle's public id: the same bytes have the same id everywhere."""
-    return f"ref_{sha256[:24]}"

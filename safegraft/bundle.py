@@ -1,0 +1,45 @@
+"""A reference bundle as a folder of files: its manifest, its identity, and whether its bytes are still those that were
+built. No torch: the gateway lists references with it; `engine/reference.py` builds and loads them.
+"""
+
+import hashlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from safegraft.contracts.reference import ReferenceManifest
+from safegraft.errors import CorruptReference
+from safegraft.files import sha256_file
+
+MANIFEST, NLSR, GRAM = "manifest.json", "nlsr.safetensors", "gram.safetensors"
+
+
+def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
+    """The manifest and its SHA-256, which is the bundle's identity. Raises CorruptReference."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+        return ReferenceManifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
+    except (OSError, ValidationError) as error:
+        raise CorruptReference(f"{path}: not a readable manifest ({type(error).__name__}).", param=str(path)) from error
+
+
+def verify_bundle(folder: Path) -> ReferenceManifest:
+    """Re-hashes every file of the bundle. Raises CorruptReference with the first file that differs."""
+    manifest, _ = read_manifest(folder)
+    for name, recorded in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CorruptReference(f"{path} is missing.", param=str(path))
+        if path.stat().st_size != recorded.bytes or sha256_file(path) != recorded.sha256:
+            raise CorruptReference(
+                f"{path} is not the file that was built (its SHA-256 differs).",
+                param=str(path),
+                hint="Restore it from a copy, or build the reference again.",
+            )
+    return manifest
+
+
+def reference_id(sha256: str) -> str:
+    """A bundle's public id: the same bytes have the same id everywhere."""
+    return f"ref_{sha256[:24]}"

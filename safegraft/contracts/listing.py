@@ -1,0 +1,47 @@
+"""Lists, references and methods as the API shows them."""
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from safegraft.contracts.reference import Lineage
+
+Item = TypeVar("Item")
+
+
+class Page(BaseModel, Generic[Item]):
+    """Newest first; `after=last_id` asks for the next page."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class Reference(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    object: Literal["reference"] = "reference"
+    name: str
+    sha256: str
+    base_model: str
+    labels: list[str]
+    architecture: str
+    methods: list[str]
+    lineages: list[Lineage]
+    modules: int
+    parameters: dict[str, Any]
+    bytes: int
+    created_at: int
+
+
+class Method(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    object: Literal["method"] = "method"
+    description: str
+    default: bool
+    parameters: dict[str, Any]

@@ -1,0 +1,75 @@
+"""A realignment job as the API shows it, and the request that creates one."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from safegraft.contracts.methods import MethodParameters, NlsrParameters
+
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+
+
+class Shown(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RealignmentCreate(Shown):
+    adapter_id: str
+    reference_id: str | None = Field(
+        default=None, description="Left out: the installed reference that fits the adapter; an error if several do."
+    )
+    method: MethodParameters = NlsrParameters()
+    mode: Literal["patch", "analyze"] = "patch"
+    metadata: dict[str, str] = Field(default={}, max_length=16)
+
+
+class Progress(Shown):
+    """`stage`: waiting, fetch, score, patch, publish, done; `done` of `total` modules within it."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Result(Shown):
+    """`adapter_id` is null for `analyze`."""
+
+    adapter_id: str | None
+    report_url: str
+
+
+class Failure(Shown):
+    """`class` tells whose move it is: `user` (another request is needed) or `system` (the operator's)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    code: str
+    message: str
+    fault: Literal["user", "system"] = Field(alias="class")
+
+
+class Realignment(Shown):
+    id: str
+    object: Literal["realignment"] = "realignment"
+    status: Status
+    progress: Progress
+    attempt: int
+    mode: Literal["patch", "analyze"]
+    method: MethodParameters
+    reference_id: str
+    adapter_id: str
+    metadata: dict[str, str]
+    result: Result | None
+    error: Failure | None
+    created_at: int
+    started_at: int | None
+    finished_at: int | None
+
+
+class Event(Shown):
+    id: str
+    object: Literal["realignment.event"] = "realignment.event"
+    type: str
+    message: str
+    data: dict[str, Any]
+    created_at: int

@@ -1,0 +1,33 @@
+"""A report as files: JSON for machines, HTML for people, CSV for spreadsheets, PNG for slides. No torch here."""
+
+from pathlib import Path
+
+from safegraft.contracts.report import Report
+from safegraft.files import write_atomic
+from safegraft.report.html import to_html
+from safegraft.report.png import to_png
+from safegraft.report.table import to_csv
+from safegraft.report.words import headline
+
+__all__ = ["headline", "render", "to_csv", "to_html", "to_json", "to_png"]
+
+
+def render(report: Report, stem: Path) -> list[Path]:
+    """Writes `<stem>.json`, `.html`, `.csv` and `.png`; the stem may contain dots. Returns the paths."""
+    contents = {
+        ".json": to_json(report).encode(),
+        ".html": to_html(report).encode(),
+        ".csv": to_csv(report).encode(),
+        ".png": to_png(report),
+    }
+    paths = []
+    for suffix, data in contents.items():
+        path = stem.with_name(stem.name + suffix)
+        write_atomic(path, data)
+        paths.append(path)
+    return paths
+
+
+def to_json(report: Report) -> str:
+    """The report itself; `Report.model_validate_json` reads it back."""
+    return report.model_dump_json(indent=2) + "\n"

@@ -1,0 +1,86 @@
+"""Adapter records. Their bytes lie in the object store under the record's prefix."""
+
+from typing import Any
+
+from sqlalchemy import delete, insert, select
+from sqlalchemy.engine import Connection, Engine, Row
+
+from safegraft.contracts.adapter import Adapter
+from safegraft.errors import Conflict, NotFound
+from safegraft.stores.database import adapters, realignments
+
+
+class AdapterStore:
+    """Raises NotFound for ids that are not the tenant's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, adapter: Adapter, tenant: str, prefix: str) -> None:
+        with self._engine.begin() as connection:
+            insert_adapter(connection, adapter, tenant, prefix)
+
+    def get(self, tenant: str, adapter_id: str) -> Adapter:
+        with self._engine.begin() as connection:
+            return _shown(_find(connection, tenant, adapter_id))
+
+    def prefix(self, tenant: str, adapter_id: str) -> str:
+        """Where the adapter's files lie in the object store."""
+        with self._engine.begin() as connection:
+            return str(_find(connection, tenant, adapter_id).prefix)
+
+    def list(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Adapter], bool]:
+        """Newest first; and whether there are more."""
+        query = select(adapters).where(adapters.c.tenant == tenant)
+        if after is not None:
+            query = query.where(adapters.c.id < after)
+        with self._engine.begin() as connection:
+            rows = connection.execute(query.order_by(adapters.c.id.desc()).limit(limit + 1)).all()
+        return [_shown(row) for row in rows[:limit]], len(rows) > limit
+
+    def delete(self, tenant: str, adapter_id: str) -> str:
+        """Removes the record and returns the prefix of its files, which are the caller's to remove.
+
+        Raises Conflict (`adapter_in_use`) while a job that reads it is queued or running.
+        """
+        with self._engine.begin() as connection:
+            row = _find(connection, tenant, adapter_id)
+            busy = connection.execute(
+                select(realignments.c.id).where(
+                    realignments.c.adapter_id == adapter_id, realignments.c.state.in_(("queued", "running"))
+                )
+            ).first()
+            if busy is not None:
+                raise Conflict(
+                    f"{adapter_id} is being read by {busy.id}.",
+                    code="adapter_in_use",
+                    param="adapter_id",
+                    hint="Cancel that realignment or wait for its end.",
+                )
+            connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+            return str(row.prefix)
+
+
+def insert_adapter(connection: Connection, adapter: Adapter, tenant: str, prefix: str) -> None:
+    """Adds the record within a transaction of the caller's."""
+    connection.execute(
+        insert(adapters).values(
+            id=adapter.id,
+            tenant=tenant,
+            prefix=prefix,
+            created_at=adapter.created_at,
+            body=adapter.model_dump(mode="json"),
+        )
+    )
+
+
+def _find(connection: Connection, tenant: str, adapter_id: str) -> Row[Any]:
+    query = select(adapters).where(adapters.c.id == adapter_id, adapters.c.tenant == tenant)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no adapter {adapter_id[:80]!r}.", code="adapter_not_found", param="adapter_id")
+    return row
+
+
+def _shown(row: Row[Any]) -> Adapter:
+    return Adapter.model_validate(row.body)

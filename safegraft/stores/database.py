@@ -1,0 +1,119 @@
+"""The tables, and an engine for them. SQLite for one machine, Postgres for several.
+
+All times are the database's own clock (`now()` below), so that no two machines ever disagree about a lease.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    event,
+)
+from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+metadata = MetaData()
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("prefix", String(200), nullable=False),  # where its files lie in the object store
+    Column("created_at", Float, nullable=False),
+    Column("body", JSON, nullable=False),  # contracts.adapter.Adapter without what the columns hold
+    Index("adapters_by_tenant", "tenant", "id"),
+)
+
+realignments = Table(
+    "realignments",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("state", String(16), nullable=False),  # queued running succeeded failed cancelled dead
+    Column("attempt", Integer, nullable=False, default=0),
+    Column("lease_until", Float),
+    Column("next_at", Float),  # when a queued job is (again) announced to the workers
+    Column("announced", Integer, nullable=False, default=0),
+    Column("cancel_requested", Integer, nullable=False, default=0),
+    Column("adapter_id", String(64), nullable=False),
+    Column("reference_id", String(64), nullable=False),
+    Column("request", JSON, nullable=False),  # method, mode, metadata
+    Column("idempotency_key", String(255)),
+    Column("request_hash", String(64)),
+    Column("progress", JSON),
+    Column("result", JSON),
+    Column("result_attempt", Integer),
+    Column("error", JSON),
+    Column("created_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+    UniqueConstraint("tenant", "idempotency_key", name="one_job_per_idempotency_key"),
+    Index("realignments_by_tenant", "tenant", "id"),
+    Index("realignments_due", "state", "next_at"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("realignment_id", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("type", String(40), nullable=False),
+    Column("message", String(1000), nullable=False),
+    Column("data", JSON, nullable=False),
+    Index("events_by_realignment", "realignment_id", "sequence"),
+)
+
+
+class now(FunctionElement[float]):  # noqa: N801 - reads as SQL
+    """Seconds since 1970 by the database's clock."""
+
+    type = Float()
+    inherit_cache = True
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: Any, compiler: Any, **kw: Any) -> str:
+    # Not unixepoch('subsec'): the SQLite that ships with older Debians lacks it.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(now, "postgresql")
+def _now_postgres(element: Any, compiler: Any, **kw: Any) -> str:
+    return "extract(epoch from clock_timestamp())"
+
+
+def open_database(url: str) -> Engine:
+    """An engine whose tables exist. Opened after a fork or spawn, never shared across one."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+        event.listen(engine, "connect", _prepare_sqlite)
+        # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    else:
+        engine = create_engine(url, pool_pre_ping=True)
+    metadata.create_all(engine)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()

@@ -1,0 +1,359 @@
+"""The job record, which is the truth. The queue only wakes workers up; it may lose or double a message.
+
+    queued ──claim──▶ running ──▶ succeeded
+       ▲                 ├──────▶ failed      the customer's input is at fault
+       │                 ├──────▶ cancelled
+       └──release, reap──┤
+                         └──────▶ dead        attempts used up; shown as failed, with error.class = system
+
+Every transition is one UPDATE that names the state and the attempt it leaves. The attempt number fences: a worker that
+was silent too long finds no row for its attempt, and whatever it still writes is never published.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, func, insert, select, update
+from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.exc import IntegrityError
+
+from safegraft.contracts.adapter import Adapter
+from safegraft.contracts.realignment import Event, Failure, Progress, Realignment, RealignmentCreate, Result
+from safegraft.errors import Conflict, LostLease, NotFound, SafegraftError
+from safegraft.ids import new_id
+from safegraft.stores.adapters import insert_adapter
+from safegraft.stores.database import events, now, realignments
+
+# A queued job is announced again after this long, doubled each time up to a limit: a lost message costs seconds.
+FIRST_REPEAT, LAST_REPEAT = 10.0, 300.0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job as its worker sees it. `attempt` is the fencing token of everything the worker writes."""
+
+    id: str
+    tenant: str
+    attempt: int
+    adapter_id: str
+    reference_id: str
+    request: RealignmentCreate
+
+
+@dataclass(frozen=True)
+class Created:
+    job: Realignment
+    replayed: bool
+
+
+class JobStore:
+    """Jobs and their events. Raises NotFound for ids that are not the tenant's."""
+
+    def __init__(self, engine: Engine, *, lease_seconds: float, max_attempts: int) -> None:
+        self._engine = engine
+        self._lease = lease_seconds
+        self._max_attempts = max_attempts
+
+    # What the gateway asks
+
+    def create(
+        self, tenant: str, reference_id: str, request: RealignmentCreate, idempotency_key: str | None = None
+    ) -> Created:
+        """Adds a queued job, due at once. The same key with the same request returns the first job.
+
+        Raises Conflict (`idempotency_key_reused`) for the same key with another request.
+        """
+        body = request.model_dump(mode="json")
+        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        job_id = new_id("rlg")
+        row = {
+            "id": job_id,
+            "tenant": tenant,
+            "state": "queued",
+            "attempt": 0,
+            "next_at": now(),
+            "adapter_id": request.adapter_id,
+            "reference_id": reference_id,
+            "request": body,
+            "idempotency_key": idempotency_key,
+            "request_hash": digest,
+            "progress": {"stage": "waiting", "done": 0, "total": 0},
+            "created_at": now(),
+        }
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(insert(realignments).values(**row))
+                _note(connection, job_id, "created", "Queued.")
+        except IntegrityError:
+            if idempotency_key is None:
+                raise
+            with self._engine.begin() as connection:
+                found = connection.execute(
+                    select(realignments).where(
+                        realignments.c.tenant == tenant, realignments.c.idempotency_key == idempotency_key
+                    )
+                ).one()
+            if found.request_hash != digest:
+                raise Conflict(
+                    "This Idempotency-Key was used with another request.",
+                    code="idempotency_key_reused",
+                    param="Idempotency-Key",
+                    hint="Use a new key for a new request.",
+                ) from None
+            return Created(_shown(found), replayed=True)
+        return Created(self.get(tenant, job_id), replayed=False)
+
+    def get(self, tenant: str, job_id: str) -> Realignment:
+        with self._engine.begin() as connection:
+            return _shown(_find(connection, tenant, job_id))
+
+    def result_attempt(self, tenant: str, job_id: str) -> int | None:
+        """The attempt whose files are the result; None until the job has succeeded."""
+        with self._engine.begin() as connection:
+            found: int | None = _find(connection, tenant, job_id).result_attempt
+            return found
+
+    def list(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Realignment], bool]:
+        """Newest first; and whether there are more."""
+        query = select(realignments).where(realignments.c.tenant == tenant)
+        if after is not None:
+            query = query.where(realignments.c.id < after)
+        with self._engine.begin() as connection:
+            rows = connection.execute(query.order_by(realignments.c.id.desc()).limit(limit + 1)).all()
+        return [_shown(row) for row in rows[:limit]], len(rows) > limit
+
+    def cancel(self, tenant: str, job_id: str) -> Realignment:
+        """Ends a queued job at once; asks the worker of a running one to stop. Ended jobs stay as they are."""
+        with self._engine.begin() as connection:
+            row = _find(connection, tenant, job_id)
+            if row.state == "queued":
+                _end(connection, realignments.c.state == "queued", job_id, "cancelled")
+                _note(connection, job_id, "cancelled", "Cancelled before it started.")
+            elif row.state == "running" and not row.cancel_requested:
+                connection.execute(update(realignments).where(realignments.c.id == job_id).values(cancel_requested=1))
+                _note(connection, job_id, "cancelling", "Cancellation was asked for.")
+            return _shown(_find(connection, tenant, job_id))
+
+    def events(self, tenant: str, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """The job's events with a sequence number above `after`, oldest first."""
+        with self._engine.begin() as connection:
+            _find(connection, tenant, job_id)
+            rows = connection.execute(
+                select(events)
+                .where(events.c.realignment_id == job_id, events.c.sequence > after)
+                .order_by(events.c.sequence)
+                .limit(limit)
+            ).all()
+        return [
+            Event(id=str(r.sequence), type=r.type, message=r.message, data=r.data, created_at=int(r.created_at))
+            for r in rows
+        ]
+
+    # What the dispatcher asks
+
+    def due(self, limit: int) -> list[str]:
+        """Queued jobs whose announcement is due, oldest first; the next one is put off before they are returned.
+
+        A gateway that dies with these ids in hand therefore only delays them.
+        """
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(realignments.c.id, realignments.c.announced)
+                .where(realignments.c.state == "queued", realignments.c.next_at <= now())
+                .order_by(realignments.c.next_at)
+                .limit(limit)
+            ).all()
+            for row in rows:
+                pause = min(LAST_REPEAT, FIRST_REPEAT * 2**row.announced)
+                connection.execute(
+                    update(realignments)
+                    .where(realignments.c.id == row.id, realignments.c.state == "queued")
+                    .values(next_at=now() + pause, announced=row.announced + 1)
+                )
+        return [row.id for row in rows]
+
+    def waiting(self) -> int:
+        """How many announced jobs no worker has claimed yet."""
+        with self._engine.begin() as connection:
+            query = select(func.count()).where(realignments.c.state == "queued", realignments.c.next_at > now())
+            return int(connection.execute(query).scalar_one())
+
+    def reap(self) -> list[str]:
+        """Takes jobs back whose lease ran out. Returns their ids."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(realignments.c.id, realignments.c.attempt).where(
+                    realignments.c.state == "running", realignments.c.lease_until < now()
+                )
+            ).all()
+            return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, "Its worker fell silent.")]
+
+    # What the worker asks
+
+    def claim(self, job_id: str) -> Claim | None:
+        """Makes a queued job this worker's; None where it is not queued (any more), and the message is dropped."""
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                update(realignments)
+                .where(realignments.c.id == job_id, realignments.c.state == "queued")
+                .values(
+                    state="running",
+                    attempt=realignments.c.attempt + 1,
+                    lease_until=now() + self._lease,
+                    next_at=None,
+                    started_at=func.coalesce(realignments.c.started_at, now()),
+                )
+                .returning(realignments)
+            ).one_or_none()
+            if row is None:
+                return None
+            _note(connection, job_id, "started", f"Attempt {row.attempt} started.", {"attempt": row.attempt})
+        return Claim(
+            id=row.id,
+            tenant=row.tenant,
+            attempt=row.attempt,
+            adapter_id=row.adapter_id,
+            reference_id=row.reference_id,
+            request=RealignmentCreate.model_validate(row.request),
+        )
+
+    def heartbeat(self, job_id: str, attempt: int, progress: Progress) -> bool:
+        """Renews the lease; True where a cancellation was asked for. Raises LostLease."""
+        with self._engine.begin() as connection:
+            row = connection.execute(
+                update(realignments)
+                .where(_mine(job_id, attempt))
+                .values(lease_until=now() + self._lease, progress=progress.model_dump())
+                .returning(realignments.c.cancel_requested)
+            ).one_or_none()
+        if row is None:
+            raise LostLease(f"{job_id}: attempt {attempt} is no longer the running one.")
+        return bool(row.cancel_requested)
+
+    def note(self, job_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
+        """Adds an event."""
+        with self._engine.begin() as connection:
+            _note(connection, job_id, kind, message, data)
+
+    def succeed(self, job_id: str, attempt: int, adapter: tuple[Adapter, str, str] | None) -> bool:
+        """Publishes the result of this attempt: the job's end and the new adapter's row, in one transaction.
+
+        adapter: (adapter, tenant, prefix of its files). False where the attempt no longer owns the job.
+        """
+        result = {"adapter_id": adapter[0].id if adapter else None}
+        with self._engine.begin() as connection:
+            if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", result=result, result_attempt=attempt):
+                return False
+            if adapter is not None:
+                insert_adapter(connection, *adapter)
+            _note(connection, job_id, "succeeded", "The result is ready.", result)
+        return True
+
+    def fail(self, job_id: str, attempt: int, error: SafegraftError) -> bool:
+        """Ends the job because of its input. False where the attempt no longer owns it."""
+        failure = Failure(code=error.code, message=str(error), fault=error.fault).model_dump(mode="json")
+        with self._engine.begin() as connection:
+            ended = _end(connection, _mine(job_id, attempt), job_id, "failed", error=failure)
+            if ended:
+                _note(connection, job_id, "failed", str(error)[:1000], {"code": error.code})
+        return ended
+
+    def cancelled(self, job_id: str, attempt: int) -> bool:
+        """Ends the job because its cancellation was asked for."""
+        with self._engine.begin() as connection:
+            ended = _end(connection, _mine(job_id, attempt), job_id, "cancelled")
+            if ended:
+                _note(connection, job_id, "cancelled", "Cancelled while it ran.")
+        return ended
+
+    def release(self, job_id: str, attempt: int, reason: str, code: str = "worker_lost") -> bool:
+        """Gives a job back that this attempt could not finish through no fault of the input."""
+        with self._engine.begin() as connection:
+            return self._give_back(connection, job_id, attempt, reason, code)
+
+    def _give_back(
+        self, connection: Connection, job_id: str, attempt: int, reason: str, code: str = "worker_lost"
+    ) -> bool:
+        row = connection.execute(select(realignments).where(_mine(job_id, attempt))).one_or_none()
+        if row is None:
+            return False
+        if row.cancel_requested:
+            _end(connection, _mine(job_id, attempt), job_id, "cancelled")
+            _note(connection, job_id, "cancelled", f"{reason} It had been cancelled.")
+        elif attempt >= self._max_attempts:
+            failure = Failure(code=code, message=f"{reason} {attempt} attempts were made.", fault="system")
+            _end(connection, _mine(job_id, attempt), job_id, "dead", error=failure.model_dump(mode="json"))
+            _note(connection, job_id, "failed", failure.message, {"code": code})
+        else:
+            connection.execute(
+                update(realignments)
+                .where(_mine(job_id, attempt))
+                .values(state="queued", lease_until=None, next_at=now(), announced=0)
+            )
+            _note(connection, job_id, "requeued", f"{reason} It is tried again.", {"attempt": attempt})
+        return True
+
+
+def _mine(job_id: str, attempt: int) -> ColumnElement[bool]:
+    c = realignments.c
+    return and_(c.id == job_id, c.state == "running", c.attempt == attempt)
+
+
+def _find(connection: Connection, tenant: str, job_id: str) -> Row[Any]:
+    query = select(realignments).where(realignments.c.id == job_id, realignments.c.tenant == tenant)
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        raise NotFound(f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id")
+    return row
+
+
+def _end(connection: Connection, where: ColumnElement[bool], job_id: str, state: str, **values: Any) -> bool:
+    statement = (
+        update(realignments)
+        .where(where, realignments.c.id == job_id)
+        .values(state=state, lease_until=None, next_at=None, finished_at=now(), **values)
+    )
+    return bool(connection.execute(statement).rowcount)
+
+
+def _note(
+    connection: Connection, job_id: str, kind: str, message: str, data: dict[str, Any] | None = None
+) -> None:
+    connection.execute(
+        insert(events).values(
+            realignment_id=job_id, created_at=now(), type=kind, message=message[:1000], data=data or {}
+        )
+    )
+
+
+def _shown(row: Row[Any]) -> Realignment:
+    request = RealignmentCreate.model_validate(row.request)
+    status = {"dead": "failed"}.get(row.state, row.state)
+    if row.state == "running" and row.cancel_requested:
+        status = "cancelling"
+    progress = Progress.model_validate(row.progress)
+    if row.state == "succeeded":
+        progress = progress.model_copy(update={"stage": "done", "done": progress.total})
+    result = None
+    if row.state == "succeeded":
+        result = Result(adapter_id=row.result["adapter_id"], report_url=f"/v1/realignments/{row.id}/report")
+    return Realignment.model_validate(
+        {
+            "id": row.id,
+            "status": status,
+            "progress": progress,
+            "attempt": row.attempt,
+            "mode": request.mode,
+            "method": request.method,
+            "reference_id": row.reference_id,
+            "adapter_id": row.adapter_id,
+            "metadata": request.metadata,
+            "result": result,
+            "error": Failure.model_validate(row.error) if row.error else None,
+            "created_at": int(row.created_at),
+            "started_at": int(row.started_at) if row.started_at is not None else None,
+            "finished_at": int(row.finished_at) if row.finished_at is not None else None,
+        }
+    )

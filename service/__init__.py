@@ -1,0 +1,1 @@
+"""The HTTP shell. Parses, authorises, calls `safegraft`, answers. Never imports torch, safegraft.engine or worker."""

@@ -1,0 +1,128 @@
+"""Errors as answers: one table from class to status, one body for all of them.
+
+The body is RFC 9457 problem+json and OpenAI's envelope at once, so that generic clients and OpenAI's own both show the
+code and the sentence.
+"""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from safegraft import errors
+
+log = logging.getLogger("safegraft.gateway")
+
+STATUS: dict[type[errors.SafegraftError], int] = {
+    errors.InvalidAdapter: 422,
+    errors.UnsupportedAdapter: 422,
+    errors.Incompatible: 422,
+    errors.InvalidArchive: 422,
+    errors.InvalidParameter: 422,
+    errors.InvalidPrompts: 422,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.TooLarge: 413,
+    errors.UserError: 400,
+    errors.NoBroker: 503,
+    errors.StorageFault: 507,
+    errors.SystemFault: 500,
+    errors.SafegraftError: 500,
+}
+# Codes whose status their class does not tell.
+STATUS_BY_CODE = {
+    "unauthorized": 401,
+    "too_many_uploads": 429,
+    "idempotency_key_reused": 422,
+    "unsupported_media_type": 415,
+    "range_not_satisfiable": 416,
+}
+
+
+class Unauthorized(errors.UserError):
+    default_code = "unauthorized"
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Problem(BaseModel):
+    """The body of every answer that is not a success."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[dict[str, Any]] = []
+    error: ErrorBody
+
+
+def status_of(error: errors.SafegraftError) -> int:
+    if error.code in STATUS_BY_CODE:
+        return STATUS_BY_CODE[error.code]
+    return next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+
+
+def problem(
+    status: int, code: str, detail: str, *, param: str | None = None, found: list[dict[str, Any]] | None = None
+) -> JSONResponse:
+    body = Problem(
+        type=f"urn:safegraft:error:{code}",
+        title=code.replace("_", " ").capitalize(),
+        status=status,
+        detail=detail,
+        errors=found or [],
+        error=ErrorBody(
+            message=detail,
+            type="server_error" if status >= 500 else "invalid_request_error",
+            param=param,
+            code=code,
+        ),
+    )
+    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "5"}, 503: {"retry-after": "5"}}
+    return JSONResponse(
+        body.model_dump(), status_code=status, media_type="application/problem+json", headers=headers.get(status)
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers."""
+
+    @app.exception_handler(errors.SafegraftError)
+    async def known(request: Request, error: errors.SafegraftError) -> JSONResponse:
+        status = status_of(error)
+        if status >= 500:
+            log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+            if not isinstance(error, errors.StorageFault | errors.NoBroker):
+                return problem(status, error.code, "Something failed on our side; the request id names it in our log.")
+        return problem(status, error.code, str(error), param=error.param)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = [
+            {"loc": [str(part) for part in item["loc"]], "message": item["msg"], "type": item["type"]}
+            for item in error.errors()
+        ]
+        first = found[0]
+        where = ".".join(part for part in first["loc"] if part != "body") or "body"
+        return problem(422, "invalid_request", f"{where}: {first['message']}.", param=where, found=found)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        answer = problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}.")
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return problem(500, "internal_error", "Something failed on our side; the request id names it in our log.")

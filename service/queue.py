@@ -1,0 +1,94 @@
+"""Waking up workers: a message with a job's id, by the task's name, so that no worker code is imported.
+
+The message may be lost or doubled; the job record decides (see `safegraft.stores.jobs`).
+"""
+
+import logging
+import threading
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+
+from safegraft.contracts.queue import REALIGN_QUEUE, REALIGN_TASK
+from safegraft.stores.jobs import JobStore
+from service.settings import GatewaySettings
+
+log = logging.getLogger("safegraft.dispatcher")
+
+
+class Queue:
+    """The broker, as the gateway sees it."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._celery = Celery("safegraft", broker=redis_url, set_as_current=False)
+        self._celery.conf.update(
+            task_ignore_result=True,
+            broker_connection_retry_on_startup=True,
+            broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1},
+            task_publish_retry=False,
+        )
+
+    def submit(self, job_id: str) -> None:
+        """Announces a job. Raises kombu's OperationalError where the broker does not answer."""
+        self._celery.send_task(REALIGN_TASK, args=[job_id], queue=REALIGN_QUEUE, ignore_result=True)
+
+    def ping(self) -> bool:
+        """Does the broker answer?"""
+        try:
+            with self._celery.connection_for_read() as connection:
+                connection.ensure_connection(max_retries=1, timeout=2)
+            return True
+        except (OperationalError, OSError):
+            return False
+
+    def close(self) -> None:
+        self._celery.close()
+
+
+class Dispatcher:
+    """The loop that announces due jobs and takes back those whose worker fell silent.
+
+    Every gateway runs one; the record's transitions make several of them harmless.
+    """
+
+    def __init__(self, settings: GatewaySettings, jobs: JobStore, queue: Queue) -> None:
+        self._pause = settings.dispatch_seconds
+        self._limit = settings.announce_limit
+        self._jobs = jobs
+        self._queue = queue
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """A job was just created: do not wait for the next turn."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.turn()
+            except Exception:
+                # Whatever went wrong (database, broker), the next turn starts from the records again.
+                log.exception("dispatching failed; trying again")
+                self._stop.wait(2.0)
+            self._wake.wait(self._pause)
+            self._wake.clear()
+
+    def turn(self) -> int:
+        """One round: reap, then announce. Returns how many jobs were announced."""
+        for job_id in self._jobs.reap():
+            log.warning("%s: its worker fell silent", job_id)
+        room = self._limit - self._jobs.waiting()
+        due = self._jobs.due(room) if room > 0 else []
+        for job_id in due:
+            self._queue.submit(job_id)
+        return len(due)

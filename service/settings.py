@@ -1,0 +1,15 @@
+"""The gateway's settings, on top of the shared ones."""
+
+from pydantic import Field, SecretStr
+
+from safegraft.settings import SharedSettings
+
+
+class GatewaySettings(SharedSettings):
+    dev: bool = Field(default=False, description="Ask for no keys. Only for loopback addresses.")
+    api_keys: list[SecretStr] = Field(default=[], description='Accepted keys, as a JSON list: ["sgk_…"].')
+    max_upload_bytes: int = Field(default=8 * 2**30, gt=0)
+    max_active_uploads: int = Field(default=32, gt=0)
+    max_json_bytes: int = Field(default=2**20, gt=0)
+    dispatch_seconds: float = Field(default=1.0, gt=0, description="How often due jobs are looked for.")
+    announce_limit: int = Field(default=32, gt=0, description="How many jobs may wait in the broker at a time.")
