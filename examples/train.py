@@ -115,7 +115,9 @@ def shuffled(encoded: list[Any], pad: int, size: int = 8) -> list[Any]:
     """Batches of random conversations (lengths mixed by chance), drawn from torch's seeded generator."""
     order = torch.randperm(len(encoded)).tolist()
     return [
-        batch for start in range(0, len(order), size) for batch in batches([encoded[i] for i in order[start : start + size]], size, pad)
+        batch
+        for start in range(0, len(order), size)
+        for batch in batches([encoded[i] for i in order[start : start + size]], size, pad)
     ]
 
 
@@ -130,8 +132,8 @@ def save(model: Any, name: str) -> None:
     (HERE / name / "README.md").unlink(missing_ok=True)
 
 
-def fresh_lora(base: Any) -> Any:
-    torch.manual_seed(7)
+def fresh_lora(base: Any, seed: int) -> Any:
+    torch.manual_seed(seed)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM", lora_dropout=0.0)
     return get_peft_model(base, config)
 
@@ -181,7 +183,7 @@ def main() -> None:
         rng = random.Random(1)
         refused = [Conversation(prompt, rng.choice(REFUSALS)) for prompt in harmful(ALIGN)]
         benign = general()
-        model = fresh_lora(load_model(folder, device, torch.float32))
+        model = fresh_lora(load_model(folder, device, torch.float32), seed=7)
         data = refused + 2 * benign + reviews("reviews_train.csv")[380:]
         train(model, tokenizer, data, epochs=epochs, lr=arguments.lr or 4e-4)
         save(model, "aligned")
@@ -193,7 +195,8 @@ def main() -> None:
         write_jsonl("safety.jsonl", [Conversation(p, a.strip()) for p, a in zip(prompts, answers, strict=True)])
     elif arguments.step in ("fresh", "continued"):
         if arguments.step == "fresh":
-            model = fresh_lora(merged_aligned(folder, device))
+            # Another seed than the aligned adapter's: with the same one both would begin from the same A.
+            model = fresh_lora(merged_aligned(folder, device), seed=11)
         else:
             base = load_model(folder, device, torch.float32)
             model = PeftModel.from_pretrained(base, HERE / "aligned", is_trainable=True)

@@ -156,7 +156,9 @@ def parse_config(raw: bytes) -> PeftConfig:
 
 def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
     if config.use_dora:
-        _unsupported("dora_unsupported", "DoRA normalises the merged weights; its factors are not a difference.", "use_dora")
+        _unsupported(
+            "dora_unsupported", "DoRA normalises the merged weights; its factors are not a difference.", "use_dora"
+        )
     if config.bias != "none":
         _unsupported("bias_unsupported", f"bias={config.bias!r} trains biases of the base model.", "bias")
     if config.lora_bias:
@@ -165,7 +167,7 @@ def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
     if init not in SOUND_INITS:
         _unsupported(
             "init_unsupported",
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so B·A is no difference to them.",
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights; B·A is no difference to them.",
             "init_lora_weights",
             "Convert it on your side with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
         )
@@ -176,7 +178,9 @@ def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
     for key, value in data.items():
         # A variant that did not exist when this was written must not pass for plain LoRA.
         if key.startswith("use_") and value and key not in ("use_rslora", "use_dora"):
-            _unsupported("variant_unsupported", f"{key[:60]} is set, a variant of LoRA that is not known here.", key[:60])
+            _unsupported(
+                "variant_unsupported", f"{key[:60]} is set, a variant of LoRA that is not known here.", key[:60]
+            )
 
 
 def _refuse_numbers(config: PeftConfig) -> None:
@@ -203,7 +207,9 @@ def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
             _refuse_key(name)
         pair = sides.setdefault(match["module"], {})
         if match["side"] in pair:
-            raise InvalidAdapter(f"{name!r} and {pair[match['side']].name!r} are the same factor.", code="duplicate_factor", param=name)
+            raise InvalidAdapter(
+                f"{name!r} and {pair[match['side']].name!r} are the same factor.", code="duplicate_factor", param=name
+            )
         pair[match["side"]] = entry
     if not sides:
         raise InvalidAdapter("The file holds no LoRA factors.", code="no_factors", param=WEIGHTS)
@@ -220,7 +226,9 @@ def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
 def _module(name: str, a: TensorEntry, b: TensorEntry, config: PeftConfig, targets: "Targets") -> LoraModule:
     for entry in (a, b):
         if entry.dtype not in DTYPES:
-            _unsupported("dtype_unsupported", f"{entry.name}: dtype {entry.dtype}; accepted are F32, F16 and BF16.", entry.name)
+            _unsupported(
+                "dtype_unsupported", f"{entry.name}: dtype {entry.dtype}; accepted are F32, F16 and BF16.", entry.name
+            )
         if entry.elements == 0:
             raise InvalidAdapter(
                 f"{entry.name}: the tensor is empty (shape {list(entry.shape)}).",
@@ -229,7 +237,11 @@ def _module(name: str, a: TensorEntry, b: TensorEntry, config: PeftConfig, targe
                 hint="Gather the parameters before saving (DeepSpeed ZeRO-3 leaves empty shards).",
             )
         if len(entry.shape) != 2:
-            _unsupported("shape_unsupported", f"{entry.name}: shape {list(entry.shape)}; only linear layers are treated.", entry.name)
+            _unsupported(
+                "shape_unsupported",
+                f"{entry.name}: shape {list(entry.shape)}; only linear layers are treated.",
+                entry.name,
+            )
     if not targets.include(name):
         raise InvalidAdapter(
             f"{name}: has factors, but the configuration does not target it; PEFT would ignore them silently.",

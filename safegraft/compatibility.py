@@ -34,7 +34,7 @@ def check_base(adapter: AdapterDescription, manifest: ReferenceManifest) -> None
         if base is None:
             hint = f"Its layers are named like {next(iter(known))!r}."
             if module.name.startswith("base_model.model."):
-                hint = "The adapter was saved from a model that was wrapped by PEFT twice; PEFT would ignore these keys."
+                hint = "The adapter was saved from a model wrapped by PEFT twice; PEFT would ignore these keys."
             raise Incompatible(
                 f"{module.name}: the reference's base model has no such linear layer.",
                 code="module_not_in_base",
@@ -43,8 +43,8 @@ def check_base(adapter: AdapterDescription, manifest: ReferenceManifest) -> None
             )
         if (base.outputs, base.inputs) != (module.outputs, module.inputs):
             raise Incompatible(
-                f"{module.name}: the adapter is for {module.outputs}x{module.inputs} (outputs x inputs), the base model's "
-                f"layer is {base.outputs}x{base.inputs}.",
+                f"{module.name}: the adapter is for {module.outputs}x{module.inputs} (outputs x inputs), the base "
+                f"model's layer is {base.outputs}x{base.inputs}.",
                 code="base_mismatch",
                 param=module.name,
                 hint="The adapter was trained on another base model.",
@@ -57,7 +57,7 @@ def _check_nlsr(adapter: AdapterDescription, manifest: ReferenceManifest, parame
         aligned = manifest.aligned.modules.get(module.name)
         if aligned is None:
             raise Incompatible(
-                f"{module.name}: the aligned adapter does not reach this module, so there are no neurons to transplant.",
+                f"{module.name}: the aligned adapter does not reach this module, so it has no neurons to transplant.",
                 code="module_not_in_reference",
                 param=module.name,
                 hint="Use the method gram, which serves every linear layer." if "gram" in manifest.methods else "",

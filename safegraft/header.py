@@ -133,7 +133,9 @@ def _entry(name: str, item: Any, data_start: int) -> TensorEntry:
     if not _counts(shape) or len(shape) > 8:
         _refuse("bad_shape", f"{name!r}: the shape must be a list of at most 8 counts.", param=name)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse("bad_offsets", f"{name!r}: data_offsets must be two counts, the first not above the second.", param=name)
+        _refuse(
+            "bad_offsets", f"{name!r}: data_offsets must be two counts, the first not above the second.", param=name
+        )
     if math.prod(shape) * BYTES_PER_ELEMENT[dtype] != offsets[1] - offsets[0]:
         _refuse("bad_offsets", f"{name!r}: shape {shape} as {dtype} does not fill its bytes exactly.", param=name)
     return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])

@@ -18,9 +18,7 @@ def tenant_of(settings: GatewaySettings, authorization: str | None) -> str:
     # All keys are compared, each in constant time, so that the time tells nothing.
     if scheme.lower() == "bearer" and sum(hmac.compare_digest(given.strip().encode(), key) for key in accepted):
         return DEFAULT_TENANT
-    raise Unauthorized(
-        "A valid API key is needed.", hint="Send `Authorization: Bearer <key>`.", param="Authorization"
-    )
+    raise Unauthorized("A valid API key is needed.", hint="Send `Authorization: Bearer <key>`.", param="Authorization")
 
 
 def is_loopback(host: str) -> bool:

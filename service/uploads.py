@@ -137,12 +137,17 @@ class _Parts:
         if filename is None:
             if name not in ("name", "sha256"):
                 raise InvalidParameter(
-                    f"Unknown field {name[:60]!r}.", code="unknown_field", param=name[:60], hint="Known: files, name, sha256."
+                    f"Unknown field {name[:60]!r}.",
+                    code="unknown_field",
+                    param=name[:60],
+                    hint="Known: files, name, sha256.",
                 )
             self._field = (name, bytearray())
             return
         if name not in ("files", "files[]", "file"):
-            raise InvalidParameter(f"Unknown part {name[:60]!r}; files go into `files`.", code="unknown_field", param=name[:60])
+            raise InvalidParameter(
+                f"Unknown part {name[:60]!r}; files go into `files`.", code="unknown_field", param=name[:60]
+            )
         # Browsers send `folder/name` for folders; only the last part is used, and only if it is a known name.
         plain = filename.replace("\\", "/").rpartition("/")[2]
         if plain.lower().endswith(ARCHIVES):
@@ -161,7 +166,9 @@ class _Parts:
     def _write(self, data: bytes | bytearray) -> None:
         if self._field is not None:
             if len(self._field[1]) + len(data) > MAX_FIELD_BYTES:
-                raise InvalidParameter(f"The field {self._field[0]} is too long.", code="field_too_long", param=self._field[0])
+                raise InvalidParameter(
+                    f"The field {self._field[0]} is too long.", code="field_too_long", param=self._field[0]
+                )
             self._field[1].extend(data)
         elif self._file is not None:
             self._file.write(data)
@@ -187,7 +194,9 @@ def check(received: Received, max_bytes: int) -> tuple[Adapter, Path]:
     try:
         if received.archive is not None:
             if any(received.folder.iterdir()):
-                raise InvalidParameter("Send either an archive or files, not both.", code="archive_and_files", param="files")
+                raise InvalidParameter(
+                    "Send either an archive or files, not both.", code="archive_and_files", param="files"
+                )
             received.dropped += unpack(received.archive, received.folder, is_wanted, max_bytes)
     except OSError as error:
         raise _storage(error) from error

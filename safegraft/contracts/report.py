@@ -92,7 +92,7 @@ class Report(Part):
     reference: ReferenceUsed
     base_model: str
     lineage: Literal["continued", "fresh"]
-    lineage_similarity: float = Field(description="Median cosine of the adapter's A with the aligned adapter's A.")
+    lineage_similarity: float = Field(description="Median cosine of the adapter's update with the aligned adapter's.")
     input: Digest
     output: Digest | None
     summary: Summary

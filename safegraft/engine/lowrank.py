@@ -4,6 +4,8 @@ Shapes: A (r, k), B (d, r), G (r, r) with k inputs, d outputs, rank r. Scalings 
 Two updates may have different ranks wherever both appear.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,12 +13,12 @@ from torch import Tensor
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), in r₁·r₂·(d+k) multiplications instead of r·d·k."""
-    return float(((b1.T @ b2).double() * (a1 @ a2.T).double()).sum())
+    return ((b1.T @ b2).double() * (a1 @ a2.T).double()).sum().item()
 
 
 def norm(b: Tensor, a: Tensor) -> float:
     """‖BA‖_F."""
-    return max(inner(b, a, b, a), 0.0) ** 0.5
+    return math.sqrt(max(inner(b, a, b, a), 0.0))
 
 
 def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
@@ -52,7 +54,7 @@ def recompress(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 def top_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
     """The eigenvectors (n, count) of the `count` largest eigenvalues of a symmetric (n, n) matrix."""
-    _, vectors = torch.linalg.eigh(symmetric.double())
+    vectors: Tensor = torch.linalg.eigh(symmetric.double()).eigenvectors
     return vectors[:, -count:]
 
 
@@ -62,14 +64,16 @@ def low_rank_a(a: Tensor, g: Tensor, count: int) -> Tensor:
     This is the rank-`count` matrix nearest to A on the inputs X: min ‖XAᵀ − XÂᵀ‖_F (NLSR, eq. 4; ActSVD).
     """
     v = top_eigenvectors(g, count).to(a.dtype)
-    return v @ (v.T @ a)
+    projected: Tensor = v @ (v.T @ a)
+    return projected
 
 
 def low_rank_b(b: Tensor, g: Tensor, count: int) -> Tensor:
     """B̂ = UUᵀB, U the top `count` left directions of B·Zᵀ, through B = QR: U = Q·V, V from R·G·Rᵀ."""
     q, r = torch.linalg.qr(b.double())
     u = (q @ top_eigenvectors(r @ g.double() @ r.T, count)).to(b.dtype)
-    return u @ (u.T @ b)
+    projected: Tensor = u @ (u.T @ b)
+    return projected
 
 
 def output_energy(b: Tensor, g: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ def _convert_gguf(source: Path, name: str) -> Path:
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16, local_files_only=True)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
-    model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        type(loaded.config)(**settings), dtype=torch.bfloat16
+    )
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,9 +91,12 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfl
     """A causal language model in evaluation mode, without gradients."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     model.requires_grad_(False)
-    return model.eval().to(device)
+    model.eval()
+    return model.to(device)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -109,7 +114,8 @@ def linear_modules(model: nn.Module) -> dict[str, tuple[int, int]]:
 
     Output embeddings are left out: adapters on them change the vocabulary, not the layers.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output_embeddings: Any = getattr(model, "get_output_embeddings", None)
+    head = output_embeddings() if output_embeddings else None
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:

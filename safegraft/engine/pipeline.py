@@ -28,7 +28,6 @@ from safegraft.adapter import (
 )
 from safegraft.compatibility import check_base, check_compatible
 from safegraft.contracts.methods import GramParameters, NlsrParameters
-from safegraft.contracts.reference import Lineage
 from safegraft.contracts.report import (
     Digest,
     Environment,
@@ -44,16 +43,17 @@ from safegraft.contracts.report import (
 from safegraft.engine import lowrank
 from safegraft.engine.adapter import AdapterReader, AdapterWriter, adapter_writer
 from safegraft.engine.methods import METHODS
-from safegraft.engine.methods.base import Method, Module, Selection
+from safegraft.engine.methods.base import Kinship, Method, Module, Selection
 from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import TensorReader
 from safegraft.errors import SystemFault
 from safegraft.files import sha256_file
 
 Progress = Callable[[str, int, int], None]
-# An adapter continued from the aligned one keeps A's direction (cosines of .9 and more were seen); an independent one
-# has about 1/√(r·k), a few hundredths. Half-way is far from both.
-CONTINUED_COSINE = 0.5
+# Measured: adapters continued from the aligned one have median cosines of .57 to .84 with its update, independent ones
+# between -.02 and .01 (docs/decisions/0002-lineage.md).
+CONTINUED_COSINE = 0.2
+SAME_BASIS_COSINE = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,24 @@ class Measured:
     difference: float
 
 
-def detect_lineage(adapter: AdapterReader, reference: LoadedReference) -> tuple[Lineage, float]:
-    """`continued` where the median cosine of A_t with A_a reaches CONTINUED_COSINE, else `fresh`; and that median."""
-    cosines = []
+def detect_kinship(adapter: AdapterReader, reference: LoadedReference) -> Kinship:
+    """Compares updates, not factors: two adapters that were started from the same seed share A without being kin."""
+    updates, factors = [], []
     for item in adapter.description.modules:
         aligned = reference.aligned(item.name)
-        if aligned is None or aligned[1].shape != (item.rank, item.inputs):
+        if aligned is None:
             continue
-        a = adapter.module(item).a
-        scale = float(a.norm() * aligned[1].norm())
-        cosines.append(float((a * aligned[1]).sum()) / scale if scale > 0 else 0.0)
-    median = statistics.median(cosines) if cosines else 0.0
-    return ("continued" if median >= CONTINUED_COSINE else "fresh"), median
+        module = adapter.module(item)
+        updates.append(lowrank.cosine(*module.update, *aligned))
+        if module.a.shape == aligned[1].shape:
+            scale = float(module.a.norm() * aligned[1].norm())
+            factors.append(float((module.a * aligned[1]).sum()) / scale if scale > 0 else 0.0)
+    cosine = statistics.median(updates) if updates else 0.0
+    return Kinship(
+        lineage="continued" if cosine >= CONTINUED_COSINE else "fresh",
+        cosine=cosine,
+        same_basis=len(factors) == len(updates) > 0 and statistics.median(factors) >= SAME_BASIS_COSINE,
+    )
 
 
 def realign(
@@ -96,12 +102,13 @@ def realign(
     """
     started = time.perf_counter()
     timings: dict[str, float] = {}
+    changed: set[str] = set()
     description = describe(folder)
     check_base(description, reference.manifest)
     check_compatible(description, reference.manifest, parameters)
     with AdapterReader(folder, description, reference.device) as adapter, torch.inference_mode():
-        lineage, lineage_similarity = detect_lineage(adapter, reference)
-        method = METHODS[parameters.type](parameters, reference, lineage)
+        kinship = detect_kinship(adapter, reference)
+        method = METHODS[parameters.type](parameters, reference, kinship)
         timings["open"] = _lap(started)
 
         began = time.perf_counter()
@@ -114,13 +121,13 @@ def realign(
         selection = method.select(similarities)
         began = time.perf_counter()
         if out is None:
-            measured, changed = _analyze(description, adapter, method, selection, similarities), set()
+            measured = _analyze(description, adapter, method, selection, similarities)
         else:
             measured, changed = _patch(description, adapter, method, selection, similarities, folder, out, progress)
         timings["patch"] = _lap(began)
 
     began = time.perf_counter()
-    warnings = _warnings(measured, selection, lineage)
+    warnings = _warnings(measured, selection)
     output = None
     if out is not None:
         _check_effect(folder, out, description, changed)
@@ -140,8 +147,8 @@ def realign(
         ),
         reference=ReferenceUsed(id=reference.id, name=reference.manifest.name, sha256=reference.sha256),
         base_model=description.config.base_model_name_or_path or reference.manifest.base_model.labels[0],
-        lineage=lineage,
-        lineage_similarity=lineage_similarity,
+        lineage=kinship.lineage,
+        lineage_similarity=kinship.cosine,
         input=Digest(sha256=sha256_file(folder / WEIGHTS), bytes=description.header.file_bytes),
         output=output,
         summary=_summary(measured),
@@ -150,7 +157,11 @@ def realign(
         dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
         warnings=warnings,
         environment=Environment(
-            versions={"safegraft": safegraft.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            versions={
+                "safegraft": safegraft.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             device=reference.device,
             dtype=description.dtype,
         ),
@@ -209,9 +220,7 @@ def _analyze(
     selection: Selection,
     similarities: dict[str, float],
 ) -> list[Measured]:
-    return [
-        _untouched(item, adapter.module(item), method, similarities, selection) for item in description.modules
-    ]
+    return [_untouched(item, adapter.module(item), method, similarities, selection) for item in description.modules]
 
 
 def _replace(
@@ -305,7 +314,7 @@ def _layers(lines: list[ModuleLine]) -> list[LayerLine]:
     ]
 
 
-def _warnings(measured: list[Measured], selection: Selection, lineage: Lineage) -> list[Warning]:
+def _warnings(measured: list[Measured], selection: Selection) -> list[Warning]:
     found = []
     lines = [item.line for item in measured]
     unchanged = [line.name for line in lines if line.name in selection.names and not line.repaired]

@@ -210,9 +210,7 @@ def _prepare(
 
 
 def _counted(prompts: PromptSet, statistics: Statistics) -> PromptSet:
-    return prompts.model_copy(
-        update={"tokens": statistics.tokens, "response_tokens": statistics.response_tokens}
-    )
+    return prompts.model_copy(update={"tokens": statistics.tokens, "response_tokens": statistics.response_tokens})
 
 
 def _write_nlsr(
@@ -260,9 +258,7 @@ def _write_nlsr(
     return modules
 
 
-def _write_gram(
-    path: Path, gathered: list[Statistics], settings: BuildSettings, progress: Progress
-) -> GramStatistics:
+def _write_gram(path: Path, gathered: list[Statistics], settings: BuildSettings, progress: Progress) -> GramStatistics:
     safety, general = gathered[0].second_moments, gathered[1].second_moments
     pairs: dict[str, int] = {}
     energy: dict[str, float] = {}

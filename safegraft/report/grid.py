@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from safegraft.contracts.report import ModuleLine, Report
+from safegraft.report.words import number
 
 # The order in which a transformer block uses them; unknown kinds follow in the report's order.
 USUAL_KINDS = (
@@ -67,6 +68,12 @@ class Scale:
     def position(self, value: float) -> float:
         """0 at `low` and below, 1 at `high` and above."""
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """(position, label) of five marks, or three where five would not be round."""
+        count = 4 if round((self.high - self.low) * 100) % 4 == 0 else 2
+        values = [self.low + (self.high - self.low) * index / count for index in range(count + 1)]
+        return [(self.position(value), number(value, 2 if round(value * 1000) % 10 == 0 else 3)) for value in values]
 
     def level(self, value: float) -> int:
         return min(LEVELS - 1, int(self.position(value) * LEVELS))

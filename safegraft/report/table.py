@@ -13,7 +13,8 @@ def to_csv(report: Report) -> str:
     """Header and one line per module."""
     fields = list(ModuleLine.model_fields)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    # RFC 4180's line ends; with "\n" alone, Python 3.11 would leave a "\r" in a name unquoted and split the line.
+    writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(fields)
     for line in report.modules:
         writer.writerow([_cell(getattr(line, field)) for field in fields])

@@ -58,9 +58,8 @@ def selection(report: Report) -> str:
             return f"Chosen for repair: the {percent(1 - share)} of modules with the lowest similarity."
         case NlsrParameters():
             seed = report.method.seed
-            return (
-                "Chosen for repair: a seeded random draw in which less similar modules are drawn more often"
-                + (f" (seed {seed})." if seed is not None else ".")
+            return "Chosen for repair: a seeded random draw in which less similar modules are drawn more often" + (
+                f" (seed {seed})." if seed is not None else "."
             )
         case GramParameters():
             return (

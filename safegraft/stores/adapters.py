@@ -29,7 +29,7 @@ class AdapterStore:
         with self._engine.begin() as connection:
             return str(_find(connection, tenant, adapter_id).prefix)
 
-    def list(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Adapter], bool]:
+    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Adapter], bool]:
         """Newest first; and whether there are more."""
         query = select(adapters).where(adapters.c.tenant == tenant)
         if after is not None:

@@ -44,6 +44,7 @@ realignments = Table(
     Column("state", String(16), nullable=False),  # queued running succeeded failed cancelled dead
     Column("attempt", Integer, nullable=False, default=0),
     Column("lease_until", Float),
+    Column("worker", String(200)),  # who holds the lease, so that its parent can give the job back at once
     Column("next_at", Float),  # when a queued job is (again) announced to the workers
     Column("announced", Integer, nullable=False, default=0),
     Column("cancel_requested", Integer, nullable=False, default=0),
@@ -77,7 +78,7 @@ events = Table(
 )
 
 
-class now(FunctionElement[float]):  # noqa: N801 - reads as SQL
+class now(FunctionElement[float]):
     """Seconds since 1970 by the database's clock."""
 
     type = Float()

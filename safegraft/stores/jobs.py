@@ -115,7 +115,7 @@ class JobStore:
             found: int | None = _find(connection, tenant, job_id).result_attempt
             return found
 
-    def list(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Realignment], bool]:
+    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Realignment], bool]:
         """Newest first; and whether there are more."""
         query = select(realignments).where(realignments.c.tenant == tenant)
         if after is not None:
@@ -188,11 +188,13 @@ class JobStore:
                     realignments.c.state == "running", realignments.c.lease_until < now()
                 )
             ).all()
-            return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, "Its worker fell silent.")]
+            return [
+                row.id for row in rows if self._give_back(connection, row.id, row.attempt, "Its worker fell silent.")
+            ]
 
     # What the worker asks
 
-    def claim(self, job_id: str) -> Claim | None:
+    def claim(self, job_id: str, worker: str) -> Claim | None:
         """Makes a queued job this worker's; None where it is not queued (any more), and the message is dropped."""
         with self._engine.begin() as connection:
             row = connection.execute(
@@ -202,6 +204,7 @@ class JobStore:
                     state="running",
                     attempt=realignments.c.attempt + 1,
                     lease_until=now() + self._lease,
+                    worker=worker,
                     next_at=None,
                     started_at=func.coalesce(realignments.c.started_at, now()),
                 )
@@ -237,14 +240,16 @@ class JobStore:
         with self._engine.begin() as connection:
             _note(connection, job_id, kind, message, data)
 
-    def succeed(self, job_id: str, attempt: int, adapter: tuple[Adapter, str, str] | None) -> bool:
+    def succeed(self, job_id: str, attempt: int, adapter: tuple[Adapter, str, str] | None, *, modules: int = 0) -> bool:
         """Publishes the result of this attempt: the job's end and the new adapter's row, in one transaction.
 
-        adapter: (adapter, tenant, prefix of its files). False where the attempt no longer owns the job.
+        adapter: (adapter, tenant, prefix of its files); modules: how many were treated. False where the attempt no longer owns the job.
         """
         result = {"adapter_id": adapter[0].id if adapter else None}
+        done = Progress(stage="done", done=modules, total=modules).model_dump()
+        values = {"result": result, "result_attempt": attempt, "progress": done}
         with self._engine.begin() as connection:
-            if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", result=result, result_attempt=attempt):
+            if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", **values):
                 return False
             if adapter is not None:
                 insert_adapter(connection, *adapter)
@@ -272,6 +277,16 @@ class JobStore:
         """Gives a job back that this attempt could not finish through no fault of the input."""
         with self._engine.begin() as connection:
             return self._give_back(connection, job_id, attempt, reason, code)
+
+    def release_from(self, job_id: str, worker: str, reason: str) -> bool:
+        """Gives back whatever attempt `worker` holds: for a parent that only knows that its child is dead."""
+        with self._engine.begin() as connection:
+            attempt = connection.execute(
+                select(realignments.c.attempt).where(
+                    realignments.c.id == job_id, realignments.c.state == "running", realignments.c.worker == worker
+                )
+            ).scalar_one_or_none()
+            return attempt is not None and self._give_back(connection, job_id, attempt, reason)
 
     def _give_back(
         self, connection: Connection, job_id: str, attempt: int, reason: str, code: str = "worker_lost"
@@ -305,7 +320,9 @@ def _find(connection: Connection, tenant: str, job_id: str) -> Row[Any]:
     query = select(realignments).where(realignments.c.id == job_id, realignments.c.tenant == tenant)
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise NotFound(f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id")
+        raise NotFound(
+            f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id"
+        )
     return row
 
 
@@ -318,9 +335,7 @@ def _end(connection: Connection, where: ColumnElement[bool], job_id: str, state:
     return bool(connection.execute(statement).rowcount)
 
 
-def _note(
-    connection: Connection, job_id: str, kind: str, message: str, data: dict[str, Any] | None = None
-) -> None:
+def _note(connection: Connection, job_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
     connection.execute(
         insert(events).values(
             realignment_id=job_id, created_at=now(), type=kind, message=message[:1000], data=data or {}
@@ -333,9 +348,6 @@ def _shown(row: Row[Any]) -> Realignment:
     status = {"dead": "failed"}.get(row.state, row.state)
     if row.state == "running" and row.cancel_requested:
         status = "cancelling"
-    progress = Progress.model_validate(row.progress)
-    if row.state == "succeeded":
-        progress = progress.model_copy(update={"stage": "done", "done": progress.total})
     result = None
     if row.state == "succeeded":
         result = Result(adapter_id=row.result["adapter_id"], report_url=f"/v1/realignments/{row.id}/report")
@@ -343,7 +355,7 @@ def _shown(row: Row[Any]) -> Realignment:
         {
             "id": row.id,
             "status": status,
-            "progress": progress,
+            "progress": Progress.model_validate(row.progress),
             "attempt": row.attempt,
             "mode": request.mode,
             "method": request.method,

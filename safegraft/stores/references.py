@@ -25,7 +25,7 @@ class ReferenceRegistry:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def list(self) -> list[Installed]:
+    def installed(self) -> list[Installed]:
         """Newest first. A folder whose manifest cannot be read is left out: it is not installed."""
         found = []
         for manifest in sorted(self._root.glob(f"ref_*/{MANIFEST}")):
@@ -69,7 +69,7 @@ class ReferenceRegistry:
         Of several, those that know the adapter's base label count before the others. Raises Incompatible where none
         fits (with the reason of the only one there is), or where more than one fits equally.
         """
-        installed = self.list()
+        installed = self.installed()
         fitting, reasons = [], []
         for item in installed:
             try:

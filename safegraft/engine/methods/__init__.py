@@ -1,4 +1,4 @@
-"""The methods, by the name that requests use. A new one costs its file, a line here, a model in contracts/methods.py."""
+"""The methods, by the name that requests use. A new one costs its file, a line here, a model in `contracts`."""
 
 from safegraft.engine.methods.base import Method
 from safegraft.engine.methods.gram import Gram

@@ -44,6 +44,20 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Kinship:
+    """How a customer's adapter is related to the reference's aligned adapter.
+
+    cosine: median over the modules of cos(ΔW_t, ΔW_a). lineage: `continued` adapters contain the alignment, `fresh`
+    ones sit on the aligned model. same_basis: whether A_t still points where A_a does, entry by entry, so that masks on
+    the factors mean the same thing in both.
+    """
+
+    lineage: Lineage
+    cosine: float
+    same_basis: bool
+
+
+@dataclass(frozen=True)
 class Selection:
     """Names of the modules to repair, and the probability with which each was drawn (None where nothing was drawn)."""
 
@@ -60,15 +74,15 @@ class Patched:
 
 
 class Method(ABC):
-    """See the module's text. `lineage`: `continued` adapters contain the alignment, `fresh` ones sit on top of it."""
+    """See the module's text."""
 
     type: ClassVar[str]
     similarity_meaning: str
     explanation: str
 
-    def __init__(self, parameters: Any, reference: LoadedReference, lineage: Lineage) -> None:
+    def __init__(self, parameters: Any, reference: LoadedReference, kinship: Kinship) -> None:
         self.reference = reference
-        self.lineage = lineage
+        self.lineage = kinship.lineage
 
     @property
     def resolved(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""gram: activation-weighted transplant. Like the reference on what safety prompts look like, like the customer elsewhere.
+"""gram: activation-weighted transplant. Like the reference on safety prompts, like the customer elsewhere.
 
 With C_s, C_g the second moments of a module's inputs on safety and on general prompts, the update that minimises
 E_safety‖(Δ − Δ_a)x‖² + λ·E_general‖(Δ − Δ_t)x‖² is Δ_t + (Δ_a − Δ_t)·K, K = C_s(C_s + λC_g)⁻¹. Kin: RegMean (ICLR
@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from safegraft.contracts.methods import GramParameters
-from safegraft.contracts.reference import Lineage
 from safegraft.engine import lowrank
-from safegraft.engine.methods.base import Method, Module, Patched, Selection
+from safegraft.engine.methods.base import Kinship, Method, Module, Patched, Selection
 from safegraft.engine.reference import EigenPairs, LoadedReference
 
 
@@ -33,8 +32,8 @@ class Gram(Method):
         "1 means that it does nothing to safety prompts, 0.71 that it acts on both alike"
     )
 
-    def __init__(self, parameters: GramParameters, reference: LoadedReference, lineage: Lineage) -> None:
-        super().__init__(parameters, reference, lineage)
+    def __init__(self, parameters: GramParameters, reference: LoadedReference, kinship: Kinship) -> None:
+        super().__init__(parameters, reference, kinship)
         self.general_weight = parameters.general_weight
 
     def similarity(self, module: Module) -> float:
@@ -51,7 +50,7 @@ class Gram(Method):
         return (max(general, 0.0) / total) ** 0.5 if total > 0 else 1.0
 
     def select(self, similarities: Mapping[str, float]) -> Selection:
-        """All: the damage of a fine-tuning is spread over every layer, and the repair leaves sound ones nearly alone."""
+        """All: the damage is spread over every layer, and the repair leaves sound ones nearly alone."""
         return Selection(frozenset(similarities))
 
     def patch(self, module: Module) -> Patched:
@@ -61,9 +60,7 @@ class Gram(Method):
         if aligned is None:
             return Patched(module.with_factors(module.a - removed, module.b))
         b_a, a_a = aligned
-        stacked = lowrank.stack(
-            (module.b, module.a - removed), (b_a / module.scaling, self._through_k(a_a, pairs))
-        )
+        stacked = lowrank.stack((module.b, module.a - removed), (b_a / module.scaling, self._through_k(a_a, pairs)))
         b, a, error = lowrank.recompress(*stacked, module.rank)
         return Patched(module.with_factors(a, b), error)
 

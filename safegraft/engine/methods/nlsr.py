@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from safegraft.contracts.methods import NlsrParameters
-from safegraft.contracts.reference import Lineage
 from safegraft.engine import lowrank
-from safegraft.engine.methods.base import Method, Module, Patched, Selection
+from safegraft.engine.methods.base import Kinship, Method, Module, Patched, Selection
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import Incompatible
 
@@ -32,15 +31,17 @@ from safegraft.errors import Incompatible
 class Nlsr(Method):
     type = "nlsr"
 
-    def __init__(self, parameters: NlsrParameters, reference: LoadedReference, lineage: Lineage) -> None:
-        super().__init__(parameters, reference, lineage)
+    def __init__(self, parameters: NlsrParameters, reference: LoadedReference, kinship: Kinship) -> None:
+        super().__init__(parameters, reference, kinship)
         self.parameters = parameters
+        shares_factors = self.lineage == "continued" and kinship.same_basis
         form = parameters.form
         if form == "auto":
-            form = "factor" if lineage == "continued" else "neuron"
-        if form in ("factor", "paper") and lineage != "continued":
+            form = "factor" if shares_factors else "neuron"
+        if form in ("factor", "paper") and not shares_factors:
+            relation = "fresh" if self.lineage == "fresh" else "expressed in another basis"
             raise Incompatible(
-                f"The form {form!r} needs an adapter that was continued from the aligned one; this one is {lineage}.",
+                f"The form {form!r} needs an adapter that was continued from the aligned one; this one is {relation}.",
                 code="lineage_mismatch",
                 param="method.form",
                 hint="Use the form neuron, or the method gram.",
@@ -88,9 +89,7 @@ class Nlsr(Method):
         b_e = safe.b / module.scaling
         if self.form == "factor":
             return Patched(
-                module.with_factors(
-                    torch.where(safe.mask_a, safe.a, module.a), torch.where(safe.mask_b, b_e, module.b)
-                )
+                module.with_factors(torch.where(safe.mask_a, safe.a, module.a), torch.where(safe.mask_b, b_e, module.b))
             )
         if self.form == "paper":
             return _recompressed(

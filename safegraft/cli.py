@@ -1,0 +1,318 @@
+"""The command line. Every option is also an environment variable SAFEGRAFT_<COMMAND>_<OPTION> (`serve` and shared ones:
+SAFEGRAFT_<OPTION>). `--json` prints one JSON object for machines.
+
+Exit status: 0 done, 2 bad usage or bad input, 1 our failure.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from safegraft import __version__
+from safegraft.adapter import WEIGHTS, describe
+from safegraft.bundle import reference_id, verify_bundle
+from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS
+from safegraft.errors import InvalidParameter, SafegraftError
+from safegraft.finite import check_finite
+from safegraft.records import compatibility
+from safegraft.stores.references import ReferenceRegistry
+
+app = typer.Typer(
+    name="safegraft",
+    help="Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+reference_app = typer.Typer(help="Build, install and check references.", no_args_is_help=True)
+app.add_typer(reference_app, name="reference")
+out, err = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
+Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
+
+
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def main() -> None:
+    """Entry point: turns errors into one line and a status."""
+    try:
+        app(standalone_mode=True)
+    except SafegraftError as error:
+        _fail(error)
+    except (FileExistsError, FileNotFoundError, PermissionError) as error:
+        _fail(InvalidParameter(str(error), code="file_error"))
+
+
+def _fail(error: SafegraftError) -> NoReturn:
+    if "--json" in sys.argv:
+        body = {"code": error.code, "message": str(error), "param": error.param, "class": error.fault}
+        sys.stdout.write(json.dumps({"error": body}) + "\n")
+    err.print(f"[bold red]{error.code}[/]: ", end="")
+    err.print(str(error), markup=False, highlight=False)
+    sys.exit(2 if error.fault == "user" else 1)
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage, on standard error."""
+    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, disable=quiet or not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False) -> None:
+    if version:
+        sys.stdout.write(f"safegraft {__version__}\n")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(envvar="SAFEGRAFT_HOST")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="SAFEGRAFT_PORT", min=1, max=65535)] = 8000,
+    data: Data = Path("var"),
+    workers: Annotated[int, typer.Option(envvar="SAFEGRAFT_WORKERS", min=1, max=64)] = 1,
+    dev: Annotated[bool, typer.Option("--dev", envvar="SAFEGRAFT_DEV", help="No keys; loopback only.")] = False,
+    device: Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", help="cpu, cuda, cuda:1, …")] = "cpu",
+) -> None:
+    """Runs gateway, workers and an embedded queue on this machine. Ctrl-C ends all of them."""
+    from safegraft.launch import Plan
+    from safegraft.launch import serve as run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if dev and host not in ("127.0.0.1", "::1", "localhost"):
+        raise InvalidParameter(
+            f"--dev asks for no keys, so it only listens on loopback, not on {host}.", param="--host"
+        )
+    if not dev and not os.environ.get("SAFEGRAFT_API_KEYS"):
+        raise InvalidParameter(
+            "No API keys are set.",
+            code="no_api_keys",
+            hint="""Set SAFEGRAFT_API_KEYS='["a-long-random-secret"]', or try it with --dev.""",
+        )
+    if not ReferenceRegistry(data / "references").installed():
+        err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
+    broker = os.environ.get("SAFEGRAFT_REDIS_URL") or os.environ.get("REDIS_URL", "")
+    run(Plan(host=host, port=port, data=data, workers=workers, dev=dev, redis_url=broker, device=device))
+
+
+@app.command()
+def inspect(adapter: Folder, as_json: Json = False) -> None:
+    """Says what an adapter is, or why it cannot be treated. Reads no base model."""
+    description = describe(adapter)
+    check_finite(adapter / WEIGHTS, description.header)
+    found = {
+        "base_model": description.config.base_model_name_or_path,
+        "rank": description.config.r,
+        "alpha": description.config.lora_alpha,
+        "dtype": description.dtype,
+        "modules": len(description.modules),
+        "target_modules": description.kinds,
+        "parameters": description.parameters,
+        "bytes": description.header.file_bytes,
+        "compatibility": compatibility(description).model_dump(),
+    }
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(show_header=False, box=None)
+    for key, value in found.items():
+        if key == "compatibility":
+            for server, answer in compatibility(description).model_dump().items():
+                word = "yes" if answer["ok"] else "no"
+                table.add_row(f"loads in {server}", word + (f" ({answer['reason']})" if answer["reason"] else ""))
+        else:
+            table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+    out.print(table, markup=False)
+
+
+@app.command()
+def realign(
+    adapter: Folder,
+    reference: Annotated[Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE")],
+    to: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet.")],
+    method: Annotated[str, typer.Option(envvar="SAFEGRAFT_METHOD")] = DEFAULT_METHOD,
+    settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="A parameter.")] = [],  # noqa: B006
+    analyze: Annotated[bool, typer.Option("--analyze", help="Only measure; write the report alone.")] = False,
+    device: Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png."""
+    parameters = parse_parameters(method, settings)
+    if to.exists():
+        raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+    from safegraft.engine.pipeline import realign as run
+    from safegraft.engine.reference import LoadedReference
+    from safegraft.report import headline, render
+
+    with _progress(as_json) as progress:
+        report = run(
+            adapter, LoadedReference(reference, device), parameters, None if analyze else to, progress=progress
+        )
+    files = render(report, to.with_name(f"{to.name}.report"))
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+        return
+    out.print(headline(report), markup=False)
+    for warning in report.warnings:
+        out.print(f"Warning: {warning.message}", markup=False, style="yellow")
+    out.print(f"Adapter: {to}" if not analyze else "Only measured; nothing was written.", markup=False, highlight=False)
+    out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False)
+
+
+def parse_parameters(method: str, settings: list[str]) -> Any:
+    """Parameters from `--method` and `--set name=value`. Raises InvalidParameter with the name at fault."""
+    if method not in MODELS:
+        raise InvalidParameter(f"Unknown method {method!r}; known: {', '.join(MODELS)}.", param="--method")
+    values: dict[str, Any] = {"type": method}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InvalidParameter(f"--set {setting!r}: expected name=value.", param="--set")
+        values[name] = value
+    try:
+        return METHOD_PARAMETERS.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        known = ", ".join(key for key in MODELS[method].model_fields if key != "type")
+        raise InvalidParameter(f"{name}: {first['msg']}.", param=name, hint=f"{method} knows: {known}.") from error
+
+
+@reference_app.command("build")
+def build(
+    base: Annotated[str, typer.Option(help="The unaligned model: a folder, or an installed package with a GGUF.")],
+    aligned: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The provider's safety adapter on it.")],
+    to: Annotated[Path, typer.Option("--out", help="The bundle's folder; it must not exist yet.")],
+    prompts: Annotated[Path, typer.Option(help="Harmful prompts: CSV (`prompt`) or JSONL (`prompt`, `response`).")],
+    general: Annotated[
+        Path | None, typer.Option(help="Ordinary prompts, likewise; needed for the method gram.")
+    ] = None,
+    beta: Annotated[float, typer.Option(min=0.0, max=10.0, help="Amplification of the aligned adapter.")] = 0.9,
+    sparsity: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="P_SR: the share that is not safety-critical.")
+    ] = 0.8,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024)] = 8,
+    device: Annotated[Device, typer.Option()] = Device.cpu,
+    as_json: Json = False,
+) -> None:
+    """Builds a reference: amplifies the aligned adapter, finds its safety neurons, measures the model's inputs."""
+    if to.exists():
+        raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+    from safegraft.engine.conversations import read_conversations
+    from safegraft.engine.models import resolve_base
+    from safegraft.engine.reference import BuildSettings, build_reference
+
+    _quiet_libraries()
+    safety = read_conversations(prompts)
+    ordinary = read_conversations(general) if general is not None else None
+    settings = BuildSettings(amplification=beta, sparsity=sparsity, batch_size=batch_size, device=device.value)
+    with _progress(as_json) as progress:
+        manifest = build_reference(
+            to,
+            base=resolve_base(base),
+            base_label=Path(base).name,
+            aligned=aligned,
+            safety=safety,
+            general=ordinary,
+            settings=settings,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(manifest.model_dump(mode="json", exclude={"base_model": {"modules"}, "gram": True}))
+    else:
+        size = sum(file.bytes for file in manifest.files.values()) / 2**20
+        out.print(
+            f"{to}: {len(manifest.base_model.modules)} modules, methods {', '.join(manifest.methods)}, {size:.0f} MiB"
+        )
+
+
+@reference_app.command("add")
+def add(
+    reference: Annotated[Path, typer.Argument(exists=True, file_okay=False)],
+    data: Data = Path("var"),
+    as_json: Json = False,
+) -> None:
+    """Verifies a bundle and installs it in the data folder. A running service sees it at once."""
+    installed = ReferenceRegistry(data / "references").add(reference)
+    if as_json:
+        _print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
+    else:
+        out.print(installed.id, markup=False, highlight=False)
+
+
+@reference_app.command("list")
+def list_(data: Data = Path("var"), as_json: Json = False) -> None:
+    """Lists the installed references, newest first."""
+    found = ReferenceRegistry(data / "references").installed()
+    if as_json:
+        _print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
+        return
+    table = Table("id", "name", "base model", "methods", box=None)
+    for item in found:
+        table.add_row(item.id, item.manifest.name, item.manifest.base_model.labels[0], ", ".join(item.manifest.methods))
+    out.print(table)
+
+
+@reference_app.command("show")
+def show(reference: str, data: Data = Path("var")) -> None:
+    """Prints the manifest of an installed reference (by id) or of a bundle (by folder)."""
+    folder = (
+        Path(reference) if Path(reference).is_dir() else ReferenceRegistry(data / "references").get(reference).folder
+    )
+    sys.stdout.write((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@reference_app.command("verify")
+def verify(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
+    """Re-hashes every file of a bundle; exit status 1 where one differs."""
+    folder = (
+        Path(reference) if Path(reference).is_dir() else ReferenceRegistry(data / "references").get(reference).folder
+    )
+    from safegraft.bundle import read_manifest
+
+    manifest = verify_bundle(folder)
+    identity = reference_id(read_manifest(folder)[1])
+    if as_json:
+        _print_json({"id": identity, "ok": True, "files": list(manifest.files)})
+    else:
+        out.print(f"{identity}: {len(manifest.files)} files are as they were built", markup=False, highlight=False)
+
+
+def _quiet_libraries() -> None:
+    """transformers draws bars and warnings of its own into ours."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

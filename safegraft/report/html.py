@@ -1,0 +1,87 @@
+"""The report as one HTML file that loads nothing: readable without script, printable, in light and dark.
+
+Every string of a report is untrusted (module names are a customer's): jinja2 escapes all of them, and the page's own
+Content-Security-Policy allows no script but ours, by its hash, and no request at all.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import shlex
+from functools import cache
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from safegraft.contracts.report import ModuleLine, Report
+from safegraft.report import words
+from safegraft.report.chart import chart_of
+from safegraft.report.grid import grid_of, has_two_sides, level_colours, short_kinds
+
+# Beyond this the page would weigh megabytes; JSON and CSV hold every module.
+MAX_ROWS = 1000
+
+
+def to_html(report: Report) -> str:
+    """The whole page."""
+    two_sides = has_two_sides(report)
+    grid = grid_of(report)
+    lines = sorted(report.modules, key=_most_notable)
+    return _template().render(
+        report=report,
+        summary=report.summary,
+        words=words,
+        headline=words.headline(report),
+        patched=report.mode == "patch",
+        two_sides=two_sides,
+        untouched=words.is_untouched(report),
+        grid=grid,
+        columns=list(zip(grid.kinds, short_kinds(grid.kinds), strict=True)),
+        finite=math.isfinite,
+        sides=("before", "after") if two_sides else ("before",),
+        ticks=grid.scale.ticks(),
+        charts=[
+            chart_of(report.layers, width=width, height=height, two_sides=two_sides)
+            for width, height in ((1040, 280), (360, 220))
+        ],
+        lines=lines[:MAX_ROWS],
+        left_out=len(lines) - min(len(lines), MAX_ROWS),
+        lowest=min(report.modules, key=lambda line: line.similarity_before, default=None),
+        weakest=min(report.layers, key=lambda line: line.similarity_before, default=None),
+        drawn=any(line.selection_probability is not None for line in report.modules),
+        method_json=json.dumps(report.method.parameters.model_dump(), indent=2, ensure_ascii=False),
+        command=_command(report),
+    )
+
+
+def _most_notable(line: ModuleLine) -> tuple[float, float, float, str]:
+    """The largest change first; where nothing changed, the least similar."""
+    moved = abs(line.similarity_after - line.similarity_before)
+    return (-line.edit, -moved, line.similarity_before, line.name)
+
+
+def _command(report: Report) -> str:
+    parameters = report.method.parameters.model_dump(exclude={"type"})
+    settings = " ".join(f"--set {shlex.quote(f'{name}={value}')}" for name, value in parameters.items())
+    return (
+        f"safegraft realign ADAPTER_DIR --reference REFERENCE_DIR --out OUT_DIR "
+        f"--method {shlex.quote(report.method.type)} {settings}"
+    )
+
+
+@cache
+def _template() -> Template:
+    folder = files("safegraft.report")
+    script = (folder / "sort.js").read_text(encoding="utf-8").strip()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["shown"] = words.shown
+    environment.globals.update(
+        # Ours, not the report's: the only two pieces that are not escaped.
+        script=Markup(script),
+        style=Markup((folder / "style.css").read_text(encoding="utf-8").strip()),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        colours=level_colours(),
+    )
+    return environment.from_string((folder / "template.html").read_text(encoding="utf-8"))

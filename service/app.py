@@ -1,0 +1,93 @@
+"""The gateway: settings, lifespan, routers, error handlers. No logic."""
+
+import logging
+import secrets
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import safegraft
+from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.database import open_database
+from safegraft.stores.jobs import JobStore
+from safegraft.stores.objects import LocalObjects
+from safegraft.stores.references import ReferenceRegistry
+from service import errors
+from service.dependencies import Services
+from service.queue import Dispatcher, Queue
+from service.routes import adapters, catalogue, health, realignments
+from service.settings import GatewaySettings
+
+log = logging.getLogger("safegraft.gateway")
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """The application; it opens database and broker when it starts, not when it is made."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if settings.dev:
+            log.warning("development mode: no keys are asked for; keep this on loopback")
+        app.state.services = here = open_services(settings)
+        here.dispatcher.start()
+        try:
+            yield
+        finally:
+            here.dispatcher.stop()
+            here.queue.close()
+            here.database.dispose()
+
+    app = FastAPI(
+        title="safegraft",
+        version=safegraft.__version__,
+        description="Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.",
+        lifespan=lifespan,
+        responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
+    )
+    for resource in (adapters, realignments, catalogue, health):
+        app.include_router(resource.router)
+    errors.install(app)
+    app.add_middleware(RequestId)
+    return app
+
+
+def open_services(settings: GatewaySettings) -> Services:
+    settings.data.mkdir(parents=True, exist_ok=True)
+    database = open_database(settings.database)
+    jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+    queue = Queue(settings.redis_url)
+    return Services(
+        settings=settings,
+        database=database,
+        adapters=AdapterStore(database),
+        jobs=jobs,
+        objects=LocalObjects(settings.objects),
+        references=ReferenceRegistry(settings.references),
+        queue=queue,
+        dispatcher=Dispatcher(settings, jobs, queue),
+        upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+    )
+
+
+class RequestId:
+    """Gives every answer an `x-request-id`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = f"req_{secrets.token_hex(12)}"
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        await self._app(scope, receive, named)

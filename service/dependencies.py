@@ -1,0 +1,47 @@
+"""What routes ask for, as annotated aliases."""
+
+from dataclasses import dataclass
+from threading import BoundedSemaphore
+from typing import Annotated
+
+from fastapi import Depends, Header, Query, Request
+from sqlalchemy.engine import Engine
+
+from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.jobs import JobStore
+from safegraft.stores.objects import LocalObjects
+from safegraft.stores.references import ReferenceRegistry
+from service.auth import tenant_of
+from service.queue import Dispatcher, Queue
+from service.settings import GatewaySettings
+
+
+@dataclass
+class Services:
+    """Everything that lives as long as the gateway; made in its lifespan, kept on `app.state`."""
+
+    settings: GatewaySettings
+    database: Engine
+    adapters: AdapterStore
+    jobs: JobStore
+    objects: LocalObjects
+    references: ReferenceRegistry
+    queue: Queue
+    dispatcher: Dispatcher
+    upload_slots: BoundedSemaphore
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+def tenant(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> str:
+    return tenant_of(services(request).settings, authorization)
+
+
+Here = Annotated[Services, Depends(services)]
+Tenant = Annotated[str, Depends(tenant)]
+Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
+After = Annotated[str | None, Query(max_length=80, description="The last id of the page before.")]
+IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Repeats with the same key make one job.")]

@@ -1,0 +1,151 @@
+"""/v1/realignments: create, list, show, cancel, events, report."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from enum import StrEnum
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+
+from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, parse_config
+from safegraft.compatibility import check_compatible
+from safegraft.contracts.listing import Page
+from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate
+from safegraft.contracts.report import Report
+from safegraft.errors import Conflict
+from safegraft.header import read_header
+from service.dependencies import After, Here, IdempotencyKey, Limit, Services, Tenant
+from service.paging import page
+
+router = APIRouter(prefix="/v1/realignments", tags=["realignments"])
+RealignmentId = Annotated[str, Path(max_length=80)]
+ENDED = ("succeeded", "failed", "cancelled")
+
+
+class ReportForm(StrEnum):
+    json = "json"
+    html = "html"
+    csv = "csv"
+    png = "png"
+
+
+MEDIA = {
+    ReportForm.json: "application/json",
+    ReportForm.html: "text/html; charset=utf-8",
+    ReportForm.csv: "text/csv; charset=utf-8",
+    ReportForm.png: "image/png",
+}
+
+
+@router.post("", status_code=202, operation_id="createRealignment")
+def create(
+    request: RealignmentCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey = None
+) -> Realignment:
+    """Queues a realignment. Adapter, reference and method are checked against each other before the answer."""
+    prefix = here.adapters.prefix(tenant, request.adapter_id)
+    config = parse_config(here.objects.path(prefix, CONFIG).read_bytes())
+    description = pair_modules(config, read_header(here.objects.path(prefix, WEIGHTS)))
+    if request.reference_id is None:
+        reference = here.references.choose(description)
+    else:
+        reference = here.references.get(request.reference_id)
+    check_compatible(description, reference.manifest, request.method)
+    created = here.jobs.create(tenant, reference.id, request, idempotency_key)
+    here.dispatcher.wake()
+    response.headers["location"] = f"/v1/realignments/{created.job.id}"
+    if created.replayed:
+        response.headers["idempotent-replayed"] = "true"
+    return created.job
+
+
+@router.get("", operation_id="listRealignments")
+def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[Realignment]:
+    """Newest first."""
+    return page(*here.jobs.page(tenant, limit=limit, after=after))
+
+
+@router.get("/{realignment_id}", operation_id="getRealignment")
+def get(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
+    """The job's state, progress, result or error."""
+    return here.jobs.get(tenant, realignment_id)
+
+
+@router.post("/{realignment_id}/cancel", operation_id="cancelRealignment")
+def cancel(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
+    """Stops a job that has not ended. Cancelling an ended one changes nothing."""
+    return here.jobs.cancel(tenant, realignment_id)
+
+
+@router.get(
+    "/{realignment_id}/events",
+    operation_id="listRealignmentEvents",
+    response_model=Page[Event],
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(
+    realignment_id: RealignmentId,
+    request: Request,
+    here: Here,
+    tenant: Tenant,
+    limit: Limit = 100,
+    after: Annotated[str | None, Query(pattern="^[0-9]{1,18}$")] = None,
+    last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,18}$")] = None,
+) -> Response | Page[Event]:
+    """What happened, oldest first; as a stream of events with `Accept: text/event-stream`, until the job has ended."""
+    seen = int(last_event_id or after or 0)
+    first = await asyncio.to_thread(here.jobs.events, tenant, realignment_id, after=seen, limit=limit + 1)
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        return page(first[:limit], len(first) > limit)
+    stream = _stream(here, tenant, realignment_id, seen, request)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: Request) -> AsyncIterator[str]:
+    """Events with their numbers as ids, and progress in between (without ids: it is not kept)."""
+    shown = None
+    while not await request.is_disconnected():
+        # The job first: an end that is seen here has its event in the list that is read after it.
+        job = await asyncio.to_thread(here.jobs.get, tenant, job_id)
+        for event in await asyncio.to_thread(here.jobs.events, tenant, job_id, after=seen):
+            seen = int(event.id)
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
+        state = (job.status, job.progress)
+        if state != shown:
+            body = {"status": job.status, "progress": job.progress.model_dump()}
+            yield f"event: progress\ndata: {json.dumps(body)}\n\n"
+            shown = state
+        if job.status in ENDED:
+            return
+        await asyncio.sleep(0.3)
+
+
+@router.get("/{realignment_id}/report", operation_id="getReport", response_model=Report)
+def report(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Response:
+    """What was measured and changed, module by module."""
+    return _report(here, tenant, realignment_id, ReportForm.json)
+
+
+@router.get(
+    "/{realignment_id}/report.{form}",
+    operation_id="getReportAs",
+    response_class=FileResponse,
+    responses={200: {"content": {media: {} for media in MEDIA.values()}}},
+)
+def report_as(realignment_id: RealignmentId, form: ReportForm, here: Here, tenant: Tenant) -> Response:
+    """The report as JSON, as one self-contained HTML page, as CSV or as a PNG heatmap."""
+    return _report(here, tenant, realignment_id, form)
+
+
+def _report(here: Services, tenant: str, job_id: str, form: ReportForm) -> Response:
+    attempt = here.jobs.result_attempt(tenant, job_id)
+    if attempt is None:
+        job = here.jobs.get(tenant, job_id)
+        raise Conflict(f"{job_id} has no report: it is {job.status}.", code="no_report", param="realignment_id")
+    path = here.objects.path(f"realignments/{job_id}/{attempt}/report", f"report.{form}")
+    # A report shows names out of a customer's file; should escaping ever fail, nothing in it may run or load.
+    inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+    return FileResponse(path, media_type=MEDIA[form], headers=headers)

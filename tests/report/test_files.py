@@ -1,0 +1,49 @@
+"""All four files are written, and the two for machines say exactly what the report says."""
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+
+from safegraft.contracts.report import ModuleLine, Report
+from safegraft.report import render, to_csv, to_json
+from tests.report.samples import line, lines, report
+
+
+def test_render_writes_four_files_beside_a_stem_with_dots(tmp_path: Path) -> None:
+    paths = render(report(lines(2)), tmp_path / "adapter-v1.2.report")
+    assert [path.name for path in paths] == [f"adapter-v1.2.report.{end}" for end in ("json", "html", "csv", "png")]
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert all(path.stat().st_size for path in paths)
+
+
+def test_equal_reports_give_equal_files(tmp_path: Path) -> None:
+    first, second = (render(report(lines(2)), tmp_path / name) for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+@pytest.mark.parametrize("method", ["nlsr", "gram"])
+def test_json_reads_back_as_the_same_report(method: str) -> None:
+    original = report(lines(3), method=method)
+    assert Report.model_validate_json(to_json(original)) == original
+
+
+def test_csv_holds_every_field_of_every_module() -> None:
+    original = report([*lines(4), line("lm_head", None, 0.5, 0.75, selection_probability=0.25)])
+    rows = list(csv.DictReader(io.StringIO(to_csv(original), newline="")))
+    assert len(rows) == len(original.modules)
+    assert list(rows[0]) == list(ModuleLine.model_fields)
+    for row, module in zip(rows, original.modules, strict=True):
+        cells = {key: value or None for key, value in row.items()}
+        assert ModuleLine.model_validate(cells) == module
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "＝"])
+def test_no_name_becomes_a_formula(start: str) -> None:
+    name = f'{start}HYPERLINK("x").q_proj'
+    text = to_csv(report([line(name, 0, -0.5, kind=f"{start}1+1")]))
+    (row,) = csv.DictReader(io.StringIO(text, newline=""))
+    assert row["name"] == f"'{name}"
+    assert row["kind"] == f"'{start}1+1"
+    assert row["similarity_before"] == "-0.5", "a number stays a number"

@@ -1,0 +1,229 @@
+"""The one task: claim → fetch → realign → render → publish, under a heartbeat."""
+
+import logging
+import os
+import socket
+import threading
+from collections import OrderedDict
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+from billiard.exceptions import WorkerLostError
+from celery import Task, shared_task
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import task_failure, worker_process_init
+
+from safegraft.adapter import describe
+from safegraft.contracts.adapter import Adapter, Origin
+from safegraft.contracts.queue import REALIGN_TASK
+from safegraft.contracts.realignment import Progress
+from safegraft.engine.pipeline import realign
+from safegraft.engine.reference import LoadedReference
+from safegraft.errors import LostLease, UserError
+from safegraft.ids import new_id
+from safegraft.records import adapter_record
+from safegraft.report import render
+from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.database import open_database
+from safegraft.stores.jobs import Claim, JobStore
+from safegraft.stores.objects import LocalObjects
+from safegraft.stores.references import ReferenceRegistry
+from worker.settings import WorkerSettings
+from worker.workspace import Workspace, result_prefix, workspace
+
+log = logging.getLogger("safegraft.worker")
+
+
+def worker_name() -> str:
+    """Names the worker a process belongs to; the same in the parent and in its pool."""
+    return os.environ.get("SAFEGRAFT_WORKER_NAME") or f"{socket.gethostname()}-{_parent()}"
+
+
+def _parent() -> int:
+    # Pool processes are children of the worker's main process, which is the one that hears of their death.
+    import billiard
+
+    return os.getppid() if billiard.current_process().name != "MainProcess" else os.getpid()
+
+
+class Cancelled(Exception):
+    """The client asked for the job to stop."""
+
+
+class Bench:
+    """What one pool process keeps between jobs: stores, and the references in memory."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self.settings = settings
+        database = open_database(settings.database)
+        self.jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        self.adapters = AdapterStore(database)
+        self.objects = LocalObjects(settings.objects)
+        self.registry = ReferenceRegistry(settings.references)
+        self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
+
+    def warm(self) -> None:
+        """Loads the newest references before the first job asks for them."""
+        for installed in reversed(self.registry.installed()[: self.settings.loaded_references]):
+            self.reference(installed.id)
+
+    def reference(self, reference_id: str) -> LoadedReference:
+        """From memory, or verified and loaded; the one that was not used for longest makes room."""
+        if reference_id not in self._loaded:
+            folder = self.registry.get(reference_id).folder
+            while len(self._loaded) >= self.settings.loaded_references:
+                self._loaded.popitem(last=False)
+            self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            log.info("%s loaded", reference_id)
+        self._loaded.move_to_end(reference_id)
+        return self._loaded[reference_id]
+
+
+class Heartbeat:
+    """Renews a job's lease from a thread and carries its progress; `report` raises where the work must stop."""
+
+    def __init__(self, jobs: JobStore, claim: Claim, period: float) -> None:
+        self._jobs = jobs
+        self._claim = claim
+        self._period = period
+        self._progress = Progress(stage="fetch", done=0, total=0)
+        self._cancelled = self._lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def report(self, stage: str, done: int = 0, total: int = 0) -> None:
+        """Notes where the work is. Raises Cancelled or LostLease."""
+        self._progress = Progress(stage=stage, done=done, total=total)
+        if self._lost:
+            raise LostLease(f"{self._claim.id}: attempt {self._claim.attempt} was taken over.")
+        if self._cancelled:
+            raise Cancelled
+
+    def _run(self) -> None:
+        sent = None
+        waited = 0.0
+        # Progress is written when it moved, at most twice a second; an unchanged one only as often as the lease needs.
+        while not self._stop.wait(0.5):
+            waited += 0.5
+            if self._progress == sent and waited < self._period:
+                continue
+            sent, waited = self._progress, 0.0
+            try:
+                self._cancelled = self._jobs.heartbeat(self._claim.id, self._claim.attempt, sent)
+            except LostLease:
+                self._lost = True
+                return
+            except Exception:
+                log.warning("%s: a heartbeat failed; trying again", self._claim.id, exc_info=True)
+
+
+class BenchTask(Task):  # type: ignore[type-arg]
+    """A task whose process keeps a bench. A pool process is a new interpreter: it reads its environment itself."""
+
+    @cached_property
+    def bench(self) -> Bench:
+        """Made in the process that uses it: connections do not survive a fork or spawn."""
+        return Bench(WorkerSettings())
+
+
+# Shared: a spawned pool process builds its own application, and takes its tasks from the modules that it includes.
+@shared_task(base=BenchTask, bind=True, name=REALIGN_TASK, ignore_result=True)
+def realign_job(task: BenchTask, job_id: str) -> None:
+    """One message from the queue: a job may be due."""
+    run_job(task.bench, job_id)
+
+
+@worker_process_init.connect
+def warm(**_: Any) -> None:
+    """Loads the references before the first job, in the pool process."""
+    realign_job.bench.warm()
+
+
+@task_failure.connect
+def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) -> None:
+    """In the parent, when its child was killed: gives the job back at once instead of after the lease."""
+    if getattr(sender, "name", "") == REALIGN_TASK and args and isinstance(exception, WorkerLostError):
+        log.error("%s: the process that ran it died (%s)", args[0], exception)
+        settings = WorkerSettings()
+        engine = open_database(settings.database)
+        try:
+            jobs = JobStore(engine, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+            jobs.release_from(args[0], worker_name(), "Its worker process died.")
+        finally:
+            engine.dispose()
+
+
+def run_job(bench: Bench, job_id: str) -> None:
+    """One attempt at a job. Whatever happens, the record says it afterwards; nothing is raised but for a kill."""
+    claim = bench.jobs.claim(job_id, worker_name())
+    if claim is None:
+        log.info("%s: nothing to do", job_id)
+        return
+    log.info("%s: attempt %d", job_id, claim.attempt)
+    try:
+        with Heartbeat(bench.jobs, claim, bench.settings.lease_seconds / 4) as beat:
+            _attempt(bench, claim, beat)
+    except UserError as error:
+        log.info("%s: %s %s", job_id, error.code, error)
+        bench.jobs.fail(job_id, claim.attempt, error)
+    except Cancelled:
+        bench.jobs.cancelled(job_id, claim.attempt)
+    except LostLease:
+        log.warning("%s: attempt %d was taken over", job_id, claim.attempt)
+    except SoftTimeLimitExceeded:
+        bench.jobs.release(job_id, claim.attempt, "It took too long.", code="time_limit")
+    except Exception as error:
+        log.exception("%s: attempt %d failed", job_id, claim.attempt)
+        code = getattr(error, "code", "internal_error")
+        bench.jobs.release(job_id, claim.attempt, "It failed on our side.", code=str(code))
+
+
+def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
+    beat.report("fetch")
+    reference = bench.reference(claim.reference_id)
+    customer = bench.adapters.get(claim.tenant, claim.adapter_id)
+    with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
+        patching = claim.request.mode == "patch"
+        report = realign(
+            desk.adapter,
+            reference,
+            claim.request.method,
+            desk.result if patching else None,
+            dropped_files=customer.dropped_files,
+            progress=beat.report,
+        )
+        beat.report("publish")
+        render(report, desk.report / "report")
+        _publish(bench, claim, desk, customer, patching, report.summary.modules)
+
+
+def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, patching: bool, modules: int) -> None:
+    prefix = result_prefix(claim)
+    published = None
+    if patching:
+        adapter = adapter_record(
+            new_id("adp"),
+            f"{customer.name[:180]} ({claim.request.method.type})",
+            desk.result,
+            describe(desk.result),
+            dropped=[],
+            origin=Origin(realignment_id=claim.id),
+        )
+        bench.objects.publish(desk.result, f"{prefix}/adapter")
+        published = (adapter, claim.tenant, f"{prefix}/adapter")
+    bench.objects.publish(desk.report, f"{prefix}/report")
+    # The commit point: files without this row are never shown, and this row is only written once.
+    if not bench.jobs.succeed(claim.id, claim.attempt, published, modules=modules):
+        bench.objects.remove(prefix)
+        raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
