@@ -73,12 +73,12 @@ def lineage(report: Report) -> str:
     cosine = number(report.lineage_similarity)
     if report.lineage == "continued":
         return (
-            "It was trained further from the provider's aligned adapter, so it still contains that alignment and "
-            f"shares its directions (median cosine of the A factors {cosine}; near 1 means shared)."
+            "It was trained further from the provider's aligned adapter, so it contains that alignment: both updates "
+            f"point in similar directions (median cosine {cosine}; for unrelated adapters it is near 0)."
         )
     return (
-        "It was trained from scratch on top of the aligned model, so it holds only what the fine-tuning added "
-        f"(median cosine of its A factors with an aligned adapter's {cosine}; near 0 means independent)."
+        "It was trained on top of the aligned model, so it holds only what the fine-tuning added: it is unrelated to "
+        f"an aligned adapter (median cosine of the updates {cosine}; for related ones it is well above 0)."
     )
 
 

@@ -135,7 +135,7 @@ def test_a_repair_is_told_in_words() -> None:
     assert "84 of 210 modules were repaired; the adapter kept 93 % of its update and changed by 27 %" in text
     assert original.method.explanation in text
     assert "both restricted to the safety-critical output neurons" in text
-    assert "trained from scratch on top of the aligned model" in text
+    assert "trained on top of the aligned model" in text
     assert "the other 126 are byte for byte as they came" in text
     assert "Safer, not safe." in text
     assert "no backdoor scanner" in text
@@ -155,7 +155,8 @@ def test_analysis_claims_no_change() -> None:
     assert "210 modules were measured, nothing was changed" in text
     assert "no adapter was written" in text
     assert "none: this was a measurement" in text
-    for wrong in ("were repaired;", "Before and after", "Update kept", "After writing", "safegraft realign"):
+    assert " --analyze" in text
+    for wrong in ("were repaired;", "Before and after", "Update kept", "After writing"):
         assert wrong not in text
 
 
