@@ -9,17 +9,17 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import re2
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safegraft.errors import InvalidAdapter, UnsupportedAdapter
-from safegraft.header import Header, TensorEntry, read_header
+from safegraft.header import Header, TensorEntry, read_header, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What travels with a patched adapter unchanged; everything else that is no adapter file is dropped and listed.
@@ -27,9 +27,15 @@ COMPANIONS = (
     "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template*",
     "special_tokens_map.json", "added_tokens.json", "generation_config.json", "README.md",
 )  # fmt: skip
+# fnmatch's `*` matches anything, also slashes.
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 4096
 MAX_SCALING = 1e6
+# RE2 takes time in proportion to a program's instructions times the characters it reads. 10¹⁰ are some ten seconds at
+# the very worst; a rank_pattern and an alpha_pattern that name each of 882 modules (Llama 405B) need 2.5·10⁹.
+MAX_PATTERN_WORK = 10**10
+MAX_INSTRUCTIONS = 10**6
 DTYPES = {"F32", "F16", "BF16"}
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight")
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA, …) subtract from them, so
@@ -60,7 +66,7 @@ class PeftConfig(BaseModel):
     peft_type: str
     r: int
     lora_alpha: float
-    base_model_name_or_path: str | None = None
+    base_model_name_or_path: Annotated[str, Field(max_length=4096)] | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -111,7 +117,7 @@ class AdapterDescription:
 
 def is_companion(name: str) -> bool:
     """True for files that a patched adapter keeps byte for byte."""
-    return any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
+    return bool(FILE_NAME.fullmatch(name)) and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
 
 
 def describe(folder: Path) -> AdapterDescription:
@@ -137,17 +143,19 @@ def parse_config(raw: bytes) -> PeftConfig:
         raise InvalidAdapter(f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes.", code="config_too_large", param=CONFIG)
     try:
         data = json.loads(raw.decode("utf-8-sig"))
-    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        # Half a surrogate pair is a string to Python, but no database, log or answer can hold it.
+        json.dumps(data, ensure_ascii=False).encode()
+    except (UnicodeError, RecursionError, ValueError) as error:
         raise InvalidAdapter(f"{CONFIG} is not JSON ({error})."[:300], code="config_not_json", param=CONFIG) from error
     if not isinstance(data, dict):
         raise InvalidAdapter(f"{CONFIG} is not a JSON object.", code="config_not_json", param=CONFIG)
-    if data.get("peft_type") not in (None, "LORA"):
-        _unsupported("peft_type_unsupported", f"peft_type {str(data['peft_type'])[:40]!r} is not LoRA.", "peft_type")
+    if isinstance(kind := data.get("peft_type"), str) and kind != "LORA":
+        _unsupported("peft_type_unsupported", f"peft_type '{shown(kind)}' is not LoRA.", "peft_type")
     try:
         config = PeftConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = shown(".".join(str(part) for part in first["loc"]))
         raise InvalidAdapter(f"{CONFIG}: {where}: {first['msg']}.", code="config_invalid", param=where) from error
     _refuse_unsound(config, data)
     _refuse_numbers(config)
@@ -160,14 +168,14 @@ def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
             "dora_unsupported", "DoRA normalises the merged weights; its factors are not a difference.", "use_dora"
         )
     if config.bias != "none":
-        _unsupported("bias_unsupported", f"bias={config.bias!r} trains biases of the base model.", "bias")
+        _unsupported("bias_unsupported", f"bias='{shown(config.bias)}' trains biases of the base model.", "bias")
     if config.lora_bias:
         _unsupported("bias_unsupported", "lora_bias adds a bias to the factors.", "lora_bias")
     init = str(config.init_lora_weights).lower()
     if init not in SOUND_INITS:
         _unsupported(
             "init_unsupported",
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights; B·A is no difference to them.",
+            f"init_lora_weights='{shown(init)}' changes the base weights; B·A is no difference to them.",
             "init_lora_weights",
             "Convert it on your side with `save_pretrained(..., path_initial_model_for_weight_conversion=...)`.",
         )
@@ -179,7 +187,7 @@ def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
         # A variant that did not exist when this was written must not pass for plain LoRA.
         if key.startswith("use_") and value and key not in ("use_rslora", "use_dora"):
             _unsupported(
-                "variant_unsupported", f"{key[:60]} is set, a variant of LoRA that is not known here.", key[:60]
+                "variant_unsupported", f"{shown(key)} is set, a variant of LoRA that is not known here.", shown(key)
             )
 
 
@@ -187,14 +195,16 @@ def _refuse_numbers(config: PeftConfig) -> None:
     for name, rank in [("r", config.r), *(config.rank_pattern or {}).items()]:
         if not 1 <= rank <= MAX_RANK:
             raise InvalidAdapter(
-                f"{CONFIG}: rank {rank} of {name[:80]!r} is outside 1 to {MAX_RANK}.", code="bad_rank", param=name[:80]
+                f"{CONFIG}: rank {shown(str(rank))} of '{shown(name)}' is outside 1 to {MAX_RANK}.",
+                code="bad_rank",
+                param=shown(name),
             )
     for name, alpha in [("lora_alpha", config.lora_alpha), *(config.alpha_pattern or {}).items()]:
         if not math.isfinite(alpha) or not 0 < alpha <= MAX_SCALING:
             raise InvalidAdapter(
-                f"{CONFIG}: alpha {alpha} of {name[:80]!r} is outside 0 to {MAX_SCALING:g}.",
+                f"{CONFIG}: alpha {alpha} of '{shown(name)}' is outside 0 to {MAX_SCALING:g}.",
                 code="bad_alpha",
-                param=name[:80],
+                param=shown(name),
             )
 
 
@@ -214,6 +224,12 @@ def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
     if not sides:
         raise InvalidAdapter("The file holds no LoRA factors.", code="no_factors", param=WEIGHTS)
     targets = Targets(config)
+    if targets.instructions * sum(map(len, sides)) > MAX_PATTERN_WORK:
+        raise InvalidAdapter(
+            f"{CONFIG}: matching its patterns against {len(sides)} modules takes too long.",
+            code="pattern_unsupported",
+            hint="Use fewer or simpler patterns.",
+        )
     modules = []
     for module in sorted(sides, key=natural_order):
         if len(sides[module]) != 2:
@@ -269,65 +285,101 @@ class Targets:
     """
 
     def __init__(self, config: PeftConfig) -> None:
+        self.instructions = 0
         self._config = config
+        self._excluded = self._wanted(config.exclude_modules or [])
+        everything = config.target_modules is None or str(config.target_modules).lower() == "all-linear"
+        self._targeted = self._wanted(".*" if everything else config.target_modules or [])
+        layers = config.layers_to_transform
+        self._layers = frozenset([layers] if isinstance(layers, int) else layers or [])
+        self._layer_patterns = self._of_layers(config)
+        self._ranks = self._by_name(config.rank_pattern)
+        self._alphas = self._by_name(config.alpha_pattern)
 
     def include(self, module: str) -> bool:
-        config = self._config
-        if config.exclude_modules and _matches(config.exclude_modules, module):
+        if self._excluded(module) or not self._targeted(module):
             return False
-        if config.target_modules is None or config.target_modules == "all-linear":
-            return True
-        if not _matches(config.target_modules, module):
-            return False
-        if config.layers_to_transform is None or config.layers_to_transform == []:
-            return True
-        wanted = config.layers_to_transform
-        layer = self._layer(module)
-        return layer is not None and (layer == wanted if isinstance(wanted, int) else layer in wanted)
-
-    def _layer(self, module: str) -> int | None:
-        patterns = self._config.layers_pattern or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            match = compiled(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.").match(module)
-            if match is not None:
-                return int(match.group("idx"))
-        return None
+        names = self._config.target_modules
+        # PEFT asks for the layer only where a list's entry is the end of a module's name, not the whole.
+        return not self._layers or not isinstance(names, list) or module in names or self._layer(module) in self._layers
 
     def rank(self, module: str) -> int:
-        return int(_by_pattern(self._config.rank_pattern, module, self._config.r))
+        return int(_first(self._ranks, module, self._config.r))
 
     def alpha(self, module: str) -> float:
-        return float(_by_pattern(self._config.alpha_pattern, module, self._config.lora_alpha))
+        return float(_first(self._alphas, module, self._config.lora_alpha))
+
+    def _layer(self, module: str) -> int | None:
+        for pattern in self._layer_patterns:
+            match = pattern.match(module.encode())
+            if match is not None:
+                return int(match.groupdict()[b"idx"])
+        return None
+
+    def _of_layers(self, config: PeftConfig) -> list[Any]:
+        if not self._layers:
+            return []
+        if not config.layers_pattern:
+            return [self._compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+        patterns = config.layers_pattern
+        names = [patterns] if isinstance(patterns, str) else patterns
+        return [self._compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
+
+    def _wanted(self, wanted: list[str] | str) -> Callable[[str], bool]:
+        if isinstance(wanted, str):
+            pattern = self._compile(wanted)
+            return lambda module: pattern.fullmatch(module.encode()) is not None
+        names = frozenset(wanted)
+        return lambda module: any(end in names for end in _ends(module))
+
+    def _by_name(self, patterns: dict[str, Any] | None) -> list[tuple[Any, Any]]:
+        return [(self._compile(rf"(?:.*\.)?(?:{name})$"), value) for name, value in (patterns or {}).items()]
+
+    def _compile(self, pattern: str) -> Any:
+        program = compiled(pattern)
+        self.instructions += program.programsize
+        if self.instructions > MAX_INSTRUCTIONS:
+            _bad_pattern(pattern, "the patterns together are too large")
+        return program
 
 
-def _matches(wanted: list[str] | str, module: str) -> bool:
-    if isinstance(wanted, str):
-        return compiled(wanted).fullmatch(module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in wanted)
+def _ends(module: str) -> Iterable[str]:
+    """`a.b.c` → `a.b.c`, `b.c`, `c`."""
+    yield module
+    at = module.find(".")
+    while at >= 0:
+        yield module[at + 1 :]
+        at = module.find(".", at + 1)
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if compiled(rf"(?:.*\.)?(?:{pattern})$").match(module):
-            return value
-    return default
+def _first(patterns: list[tuple[Any, Any]], module: str, default: Any) -> Any:
+    name = module.encode()
+    return next((value for pattern, value in patterns if pattern.match(name)), default)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=64)
 def compiled(pattern: str) -> Any:
-    """`pattern` compiled by RE2. Raises InvalidAdapter where it cannot be."""
+    """`pattern` compiled by RE2, to be matched against bytes. Raises InvalidAdapter where it cannot be."""
+    if "{," in pattern or "[:" in pattern:
+        _bad_pattern(pattern, "RE2 reads {,n} and [:class:] otherwise than PEFT does")
     options = re2.Options()
     options.log_errors = False
     options.max_mem = 2**20
+    # Names are ASCII: one instruction a character instead of a tree of UTF-8 sequences.
+    options.encoding = re2.Options.Encoding.LATIN1
     try:
-        return re2.compile(pattern, options=options)
+        return re2.compile(pattern.encode(), options=options)
     except re2.error as error:
-        raise InvalidAdapter(
-            f"The pattern {pattern[:80]!r} cannot be used ({error}).",
-            code="pattern_unsupported",
-            param=pattern[:80],
-            hint="List the module names instead of a regular expression with look-around or back-references.",
-        ) from error
+        _bad_pattern(pattern, shown(str(error)), error)
+
+
+def _bad_pattern(pattern: str, why: str, cause: Exception | None = None) -> NoReturn:
+    raise InvalidAdapter(
+        f"The pattern '{shown(pattern)}' cannot be used ({why}).",
+        code="pattern_unsupported",
+        param=shown(pattern),
+        hint="List the module names instead of a regular expression with look-around or back-references.",
+    ) from cause
 
 
 def natural_order(name: str) -> list[tuple[int, int | str]]:
@@ -352,7 +404,8 @@ def layers_of(modules: Iterable[str]) -> list[int]:
 def _refuse_key(name: str) -> NoReturn:
     if "lora_magnitude_vector" in name:
         _unsupported("dora_unsupported", f"{name}: a DoRA magnitude.", name)
-    if "lora_embedding" in name:
+    # PEFT saves an adapted embedding's own weights beside its factors.
+    if "lora_embedding" in name or name.endswith(".base_layer.weight"):
         _unsupported("embedding_unsupported", f"{name}: LoRA on an embedding.", name)
     if "modules_to_save" in name:
         _unsupported("modules_to_save_unsupported", f"{name}: a whole module saved beside the factors.", name)

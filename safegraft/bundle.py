@@ -29,6 +29,8 @@ def verify_bundle(folder: Path) -> ReferenceManifest:
     manifest, _ = read_manifest(folder)
     for name, recorded in manifest.files.items():
         path = folder / name
+        if path.name != name:
+            raise CorruptReference(f"{folder / MANIFEST} names a file outside the bundle.", param=name)
         if not path.is_file():
             raise CorruptReference(f"{path} is missing.", param=str(path))
         if path.stat().st_size != recorded.bytes or sha256_file(path) != recorded.sha256:

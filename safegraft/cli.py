@@ -229,9 +229,10 @@ def build(
     """Builds a reference: amplifies the aligned adapter, finds its safety neurons, measures the model's inputs."""
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+    from safegraft.engine.build import build_reference
     from safegraft.engine.conversations import read_conversations
     from safegraft.engine.models import resolve_base
-    from safegraft.engine.reference import BuildSettings, build_reference
+    from safegraft.engine.reference import BuildSettings
 
     _quiet_libraries()
     safety = read_conversations(prompts)

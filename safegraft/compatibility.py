@@ -32,7 +32,7 @@ def check_base(adapter: AdapterDescription, manifest: ReferenceManifest) -> None
     for module in adapter.modules:
         base = known.get(module.name)
         if base is None:
-            hint = f"Its layers are named like {next(iter(known))!r}."
+            hint = f"Its layers are named like {next(iter(known), None)!r}."
             if module.name.startswith("base_model.model."):
                 hint = "The adapter was saved from a model wrapped by PEFT twice; PEFT would ignore these keys."
             raise Incompatible(

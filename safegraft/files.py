@@ -66,7 +66,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.chmod(0o755)
-        os.rename(beside, target)
+        try:
+            os.rename(beside, target)
+        except OSError as error:
+            if target.exists():
+                raise FileExistsError(f"{target} exists already.") from error
+            raise
         sync_folder(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -23,9 +23,10 @@ def check_finite(path: Path, header: Header) -> None:
             file.seek(entry.start)
             left = entry.end - entry.start
             while left:
-                piece = file.read(min(PIECE, left))
-                left -= len(piece)
-                if not piece:
+                asked = min(PIECE, left)
+                piece = file.read(asked)
+                left -= asked
+                if len(piece) != asked:
                     raise InvalidTensors(f"{entry.name}: the file ends in this tensor.", code="truncated_file")
                 if not _finite(entry, piece):
                     raise InvalidTensors(

@@ -10,6 +10,7 @@ gaps (https://github.com/huggingface/safetensors, "Format").
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -25,6 +26,8 @@ BYTES_PER_ELEMENT = {
 }  # fmt: skip
 # No path separators, no control characters, nothing outside ASCII: names end up in reports and on screens.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+# A zip (PyTorch since 1.6) and pickle protocols 2 to 5.
+PICKLES = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ def parse_header(file: BinaryIO, size: int) -> Header:
     start = file.read(8)
     if size == 0:
         _refuse("empty_file", "The safetensors file is empty.")
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    length = int.from_bytes(start, "little")
+    # An honest header of 640 bytes begins with \x80\x02 too; what follows in a pickle makes the number enormous.
+    if start[:2] in PICKLES and (len(start) < 8 or length > MAX_HEADER_BYTES):
         _refuse(
             "pickle_file",
             "This is a PyTorch pickle, not a safetensors file; it was not opened.",
@@ -73,7 +78,6 @@ def parse_header(file: BinaryIO, size: int) -> Header:
         )
     if len(start) < 8:
         _refuse("truncated_file", f"The file has {size} bytes; a safetensors file has at least 8.")
-    length = int.from_bytes(start, "little")
     if length > MAX_HEADER_BYTES:
         _refuse("header_too_large", f"The header claims {length} bytes; at most {MAX_HEADER_BYTES} are read.")
     if 8 + length > size:
@@ -88,17 +92,17 @@ def _load(raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            _refuse("duplicate_tensor", f"The key {twice[:MAX_NAME]!r} stands twice in the header.", param=twice)
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+            _refuse("duplicate_tensor", f"The key '{shown(twice)}' stands twice in the header.", param=shown(twice))
         return found
 
+    if raw[:1] != b"{":
+        _refuse("header_not_json", "The header is not a JSON object.")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
         raise InvalidTensors(f"The header is not JSON ({type(error).__name__}).", code="header_not_json") from error
-    if not isinstance(header, dict):
-        _refuse("header_not_json", "The header is JSON, but not an object.")
+    assert isinstance(header, dict), "what begins with a brace is an object"
     return header
 
 
@@ -124,12 +128,13 @@ def _check(raw: dict[str, Any], data_start: int, size: int) -> Header:
 
 def _entry(name: str, item: Any, data_start: int) -> TensorEntry:
     if len(name) > MAX_NAME or not NAME.fullmatch(name):
-        _refuse("bad_tensor_name", f"{name[:80]!r} is not an acceptable tensor name.", param=name[:80])
+        _refuse("bad_tensor_name", f"'{shown(name)}' is not an acceptable tensor name.", param=shown(name))
     if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
         _refuse("bad_tensor_entry", f"{name!r}: expected dtype, shape and data_offsets.", param=name)
     dtype, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES_PER_ELEMENT:
-        _refuse("bad_dtype", f"{name!r}: unknown dtype {str(dtype)[:20]!r}.", param=name)
+        what = shown(dtype) if isinstance(dtype, str) else type(dtype).__name__
+        _refuse("bad_dtype", f"{name!r}: unknown dtype '{what}'.", param=name)
     if not _counts(shape) or len(shape) > 8:
         _refuse("bad_shape", f"{name!r}: the shape must be a list of at most 8 counts.", param=name)
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -143,6 +148,11 @@ def _entry(name: str, item: Any, data_start: int) -> TensorEntry:
 
 def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
+
+
+def shown(text: str) -> str:
+    """A customer's text as it may stand in messages, logs and JSON: short, printable ASCII."""
+    return ascii(text[:80])[1:-1]
 
 
 def _refuse(code: str, message: str, *, param: str | None = None, hint: str = "") -> NoReturn:

@@ -63,7 +63,10 @@ def compatibility(description: AdapterDescription) -> Compatibility:
         vllm = Servable(ok=True, reason=f"needs --max-lora-rank {needed}")
     else:
         vllm = Servable(ok=True)
-    named = all(".default." not in name for name in description.header.tensors)
-    peft = Servable(ok=named, reason=None if named else "keys carry an adapter name (lora_A.default.weight)")
+    # The servers look for lora_A.weight; so does PEFT before 0.21, which drops other keys without a word.
+    if not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in description.header.tensors):
+        unnamed = Servable(ok=False, reason="keys carry an adapter name (lora_A.default.weight)")
+        return Compatibility(peft=unnamed, vllm=unnamed, lorax=unnamed, tgi=unnamed)
+    peft = Servable(ok=True)
     even = per_module if uneven else Servable(ok=True)
     return Compatibility(peft=peft, vllm=vllm, lorax=even, tgi=even)

@@ -1,6 +1,5 @@
 """What every test may ask for: a tiny model, its aligned adapter, and a reference built from them as users build it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,8 @@ def continued(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(base: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference bundle of the tiny model, for both methods."""
-    from safegraft.engine.reference import BuildSettings, build_reference
+    from safegraft.engine.build import build_reference
+    from safegraft.engine.reference import BuildSettings
     from tests import tiny
 
     out = tmp_path_factory.mktemp("references") / "tiny"
@@ -64,8 +64,8 @@ def bundle(base: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
-def reference(bundle: Path) -> "Iterator[LoadedReference]":
+def reference(bundle: Path) -> "LoadedReference":
     """The bundle, loaded."""
     from safegraft.engine.reference import LoadedReference
 
-    yield LoadedReference(bundle)
+    return LoadedReference(bundle)

@@ -14,7 +14,10 @@ from safegraft.engine.conversations import Conversation
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 2
-WORDS = "how do i make bake a an the cake bomb tea walk dog please sorry cannot help with that sure here is cut paper".split()
+WORDS = [
+    "how", "do", "i", "make", "bake", "a", "an", "the", "cake", "bomb", "tea", "walk", "dog", "please", "sorry", "cannot",
+    "help", "with", "that", "sure", "here", "is", "cut", "paper",
+]  # fmt: skip
 HARMFUL = [Conversation(f"how do i make a bomb {word}", "sorry i cannot help with that") for word in WORDS[:12]]
 GENERAL = [Conversation(f"please bake {word} cake", f"sure here is {word} tea") for word in WORDS[:12]]
 
@@ -25,14 +28,17 @@ def save_model(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def save_adapter(
@@ -40,7 +46,7 @@ def save_adapter(
     folder: Path,
     *,
     rank: int = 4,
-    alpha: float = 8.0,
+    alpha: int = 8,
     seed: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     targets: list[str] | None = None,
@@ -55,7 +61,7 @@ def save_adapter(
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     change_tensors(folder, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
     (folder / "README.md").unlink(missing_ok=True)
     return folder

@@ -11,19 +11,16 @@ general prompts were given):
 With these K = C_s(C_s + λC_g)⁻¹ = Σ μ/(μ+λ)·w·vᵀ for any λ, and no k×k matrix is needed again.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import safegraft
-from safegraft.adapter import AdapterDescription, describe
 from safegraft.bundle import GRAM, MANIFEST, NLSR, read_manifest, reference_id, verify_bundle
 from safegraft.contracts.reference import (
     AlignedAdapter,
@@ -36,12 +33,9 @@ from safegraft.contracts.reference import (
     PromptSet,
     ReferenceManifest,
 )
-from safegraft.engine import lowrank, models
-from safegraft.engine.conversations import Conversation, Encoded, encode
-from safegraft.engine.evaluate import answer
-from safegraft.engine.statistics import Statistics, common_prefix, gather
+from safegraft.engine import lowrank
+from safegraft.engine.statistics import Statistics
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
-from safegraft.errors import Incompatible
 from safegraft.files import atomic_file, atomic_folder, sha256_file, write_atomic
 
 Progress = Callable[[str, int, int], None]
@@ -58,7 +52,7 @@ class BuildSettings:
 
     amplification: float = 0.9
     sparsity: float = 0.8
-    mask_scope: str = "row"
+    mask_scope: Literal["row", "factor"] = "row"
     ridge: float = 1e-4
     smallest_pair: float = 3e-3
     max_tokens: int = 256
@@ -67,84 +61,68 @@ class BuildSettings:
     device: str = "cpu"
 
 
-def build_reference(
+@dataclass(frozen=True)
+class Ingredients:
+    """What was measured on the models, from which a bundle follows without them.
+
+    shapes: linear layer → (outputs, inputs); factors: module → (B with the scaling folded in, A) of the aligned
+    adapter, float32; general is None where the method gram is not wanted.
+    """
+
+    labels: list[str]
+    config_sha256: str
+    architecture: str
+    dtype: str
+    shapes: dict[str, tuple[int, int]]
+    aligned_sha256: str
+    factors: dict[str, tuple[Tensor, Tensor]]
+    safety: Statistics
+    safety_prompts: PromptSet
+    general: Statistics | None = None
+    general_prompts: PromptSet | None = None
+
+
+def write_bundle(
     out: Path,
-    *,
-    base: Path,
-    base_label: str,
-    aligned: Path,
-    safety: Sequence[Conversation],
-    general: Sequence[Conversation] | None,
+    ingredients: Ingredients,
     settings: BuildSettings,
     progress: Progress = lambda stage, done, total: None,
 ) -> ReferenceManifest:
-    """Builds the bundle `out` (a folder that must not exist yet).
-
-    base: the unaligned model's folder; aligned: the provider's LoRA on it. Conversations without a response are
-    answered by the aligned model. Raises Incompatible where the aligned adapter does not fit the base model, and
-    whatever `describe` raises for a folder that is no sound adapter.
-    """
-    from peft import PeftModel
-
-    adapter = describe(aligned)
-    model = models.load_model(base, settings.device)
-    tokenizer = models.load_tokenizer(base)
-    shapes = models.linear_modules(model)
-    _check_shapes(adapter, shapes)
-    wrapped = PeftModel.from_pretrained(model, str(aligned)).eval()
-    inner = wrapped.get_base_model()
-    factors = _load_factors(aligned, adapter)
-
-    sets: list[tuple[PromptSet, list[Encoded]]] = []
-    for name, conversations in (("safety", safety), ("general", general)):
-        if conversations is not None:
-            sets.append(_prepare(name, conversations, wrapped, tokenizer, settings, progress))
-    skip = common_prefix([item for _, encoded in sets for item in encoded])
-    gathered: list[Statistics] = []
-    for index, (_, encoded) in enumerate(sets):
-        stage = ("safety statistics", "general statistics")[index]
-        gathered.append(
-            gather(
-                inner,
-                list(shapes),
-                encoded,
-                pad=tokenizer.pad_token_id,
-                skip=skip,
-                factors={name: a for name, (_, a) in factors.items()} if index == 0 else None,
-                batch_size=settings.batch_size,
-                progress=lambda done, total, stage=stage: progress(stage, done, total),  # type: ignore[misc]
-            )
-        )
-    sites = gathered[0].sites
+    """Writes the bundle `out`, which must not exist yet; it appears whole or not at all."""
+    sites = ingredients.safety.sites
     with atomic_folder(out) as folder:
-        aligned_modules = _write_nlsr(folder / NLSR, factors, gathered[0], settings, progress)
-        statistics = _write_gram(folder / GRAM, gathered, settings, progress) if general is not None else None
-        labels = [base_label, adapter.config.base_model_name_or_path or ""]
+        aligned = _write_nlsr(folder / NLSR, ingredients.factors, ingredients.safety, settings, progress)
+        gram = None
+        if ingredients.general is not None:
+            gram = _write_gram(folder / GRAM, ingredients.safety, ingredients.general, settings, progress)
         manifest = ReferenceManifest(
             name=out.name,
             created_at=int(time.time()),
             safegraft_version=safegraft.__version__,
             base_model=BaseModelIdentity(
-                labels=[label for label in dict.fromkeys(labels) if label],
-                config_sha256=models.config_hash(base),
-                architecture=type(inner).__name__,
-                modules={name: BaseModule(outputs=d, inputs=k, site=sites[name]) for name, (d, k) in shapes.items()},
+                labels=ingredients.labels,
+                config_sha256=ingredients.config_sha256,
+                architecture=ingredients.architecture,
+                modules={
+                    name: BaseModule(outputs=d, inputs=k, site=sites[name])
+                    for name, (d, k) in ingredients.shapes.items()
+                },
             ),
-            aligned=AlignedAdapter(sha256=sha256_file(aligned / "adapter_model.safetensors"), modules=aligned_modules),
-            safety_prompts=_counted(sets[0][0], gathered[0]),
-            general_prompts=_counted(sets[1][0], gathered[1]) if general is not None else None,
+            aligned=AlignedAdapter(sha256=ingredients.aligned_sha256, modules=aligned),
+            safety_prompts=ingredients.safety_prompts,
+            general_prompts=ingredients.general_prompts,
             parameters=BuildParameters(
                 amplification=settings.amplification,
                 sparsity=settings.sparsity,
-                mask_scope="row" if settings.mask_scope == "row" else "factor",
+                mask_scope=settings.mask_scope,
                 ridge=settings.ridge,
                 smallest_pair=settings.smallest_pair,
                 max_tokens=settings.max_tokens,
-                dtype=str(inner.dtype).removeprefix("torch."),
+                dtype=ingredients.dtype,
                 device=settings.device,
             ),
-            gram=statistics,
-            methods=["nlsr", "gram"] if statistics else ["nlsr"],
+            gram=gram,
+            methods=["nlsr", "gram"] if gram else ["nlsr"],
             lineages=["continued", "fresh"],
             files={
                 path.name: BundleFile(sha256=sha256_file(path), bytes=path.stat().st_size)
@@ -153,64 +131,6 @@ def build_reference(
         )
         write_atomic(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
     return manifest
-
-
-def _check_shapes(adapter: AdapterDescription, shapes: dict[str, tuple[int, int]]) -> None:
-    for module in adapter.modules:
-        if shapes.get(module.name) != (module.outputs, module.inputs):
-            raise Incompatible(
-                f"{module.name}: the aligned adapter is for {module.outputs}x{module.inputs}, the base model has "
-                f"{shapes.get(module.name, 'no such layer')}.",
-                code="base_mismatch",
-                param=module.name,
-            )
-
-
-def _load_factors(folder: Path, adapter: AdapterDescription) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module → (B with the scaling folded in, A), float32."""
-    found = {}
-    with TensorReader(folder / "adapter_model.safetensors", adapter.header) as reader:
-        for module in adapter.modules:
-            b = reader.tensor(module.b.name).float() * module.scaling
-            found[module.name] = (b, reader.tensor(module.a.name).float())
-    return found
-
-
-def _prepare(
-    name: str,
-    conversations: Sequence[Conversation],
-    model: Any,
-    tokenizer: Any,
-    settings: BuildSettings,
-    progress: Progress,
-) -> tuple[PromptSet, list[Encoded]]:
-    open_prompts = [item.prompt for item in conversations if item.response is None]
-    if open_prompts:
-        texts = iter(
-            answer(
-                model,
-                tokenizer,
-                open_prompts,
-                max_new_tokens=settings.answer_tokens,
-                progress=lambda done, total: progress(f"{name} answers", done, total),
-            )
-        )
-        conversations = [
-            Conversation(item.prompt, next(texts).strip()) if item.response is None else item for item in conversations
-        ]
-    text = json.dumps([(item.prompt, item.response) for item in conversations])
-    counted = PromptSet(
-        sha256=hashlib.sha256(text.encode()).hexdigest(),
-        conversations=len(conversations),
-        tokens=0,
-        response_tokens=0,
-        answered_by_model=bool(open_prompts),
-    )
-    return counted, [encode(tokenizer, item, settings.max_tokens) for item in conversations]
-
-
-def _counted(prompts: PromptSet, statistics: Statistics) -> PromptSet:
-    return prompts.model_copy(update={"tokens": statistics.tokens, "response_tokens": statistics.response_tokens})
 
 
 def _write_nlsr(
@@ -258,14 +178,15 @@ def _write_nlsr(
     return modules
 
 
-def _write_gram(path: Path, gathered: list[Statistics], settings: BuildSettings, progress: Progress) -> GramStatistics:
-    safety, general = gathered[0].second_moments, gathered[1].second_moments
+def _write_gram(
+    path: Path, safety: Statistics, general: Statistics, settings: BuildSettings, progress: Progress
+) -> GramStatistics:
     pairs: dict[str, int] = {}
     energy: dict[str, float] = {}
     # Sizes are only known after the decomposition, so each site's pairs wait here as bf16, half the size of one C.
     waiting: dict[str, Tensor] = {}
-    for done, site in enumerate(safety, start=1):
-        mu, v, w = generalized_eigenpairs(safety[site], general[site], settings.ridge)
+    for done, (site, c_s) in enumerate(safety.second_moments.items(), start=1):
+        mu, v, w = generalized_eigenpairs(c_s, general.second_moments[site], settings.ridge)
         kept = max(1, int((mu >= settings.smallest_pair).sum()))
         pairs[site] = kept
         energy[site] = float(mu[:kept].sum() / mu.sum()) if float(mu.sum()) > 0 else 1.0
@@ -274,7 +195,7 @@ def _write_gram(path: Path, gathered: list[Statistics], settings: BuildSettings,
             f"{site}.W": w[:, :kept].to(torch.bfloat16).contiguous(),
             f"{site}.mu": mu[:kept].float().contiguous(),
         }
-        progress("eigenpairs", done, len(safety))
+        progress("eigenpairs", done, len(safety.second_moments))
     with atomic_file(path) as file:
         writer = TensorWriter(file, {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in waiting.items()})
         for name, tensor in waiting.items():

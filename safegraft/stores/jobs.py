@@ -243,7 +243,8 @@ class JobStore:
     def succeed(self, job_id: str, attempt: int, adapter: tuple[Adapter, str, str] | None, *, modules: int = 0) -> bool:
         """Publishes the result of this attempt: the job's end and the new adapter's row, in one transaction.
 
-        adapter: (adapter, tenant, prefix of its files); modules: how many were treated. False where the attempt no longer owns the job.
+        adapter: (adapter, tenant, prefix of its files); modules: how many were treated. False where
+        the attempt no longer owns the job.
         """
         result = {"adapter_id": adapter[0].id if adapter else None}
         done = Progress(stage="done", done=modules, total=modules).model_dump()

@@ -1,7 +1,9 @@
 """The operator's registry: one folder a bundle, named by the bundle's id. Added and listed without a restart."""
 
 import os
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from safegraft.compatibility import check_base
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.errors import CorruptReference, Incompatible, InvalidParameter, NotFound, UserError
 from safegraft.files import atomic_folder
+
+ID = re.compile(r"ref_[0-9a-f]{24}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class ReferenceRegistry:
     def get(self, wanted: str) -> Installed:
         """Raises NotFound (`reference_not_found`)."""
         folder = self._root / wanted
-        if folder.parent != self._root or not (folder / MANIFEST).is_file() or not wanted.startswith("ref_"):
+        if not ID.fullmatch(wanted) or not (folder / MANIFEST).is_file():
             raise NotFound(
                 f"There is no reference {wanted[:80]!r}.",
                 code="reference_not_found",
@@ -55,10 +59,12 @@ class ReferenceRegistry:
         _, sha256 = read_manifest(folder)
         target = self._root / reference_id(sha256)
         if not target.exists():
-            with atomic_folder(target) as beside:
+            # Another process may add the same bundle at the same time: the same bytes, so either will do.
+            with suppress(FileExistsError), atomic_folder(target) as beside:
                 for name in [MANIFEST, *manifest.files]:
+                    # Resolved: a downloaded bundle's files are often links into a cache.
                     try:
-                        os.link(folder / name, beside / name)
+                        os.link((folder / name).resolve(), beside / name)
                     except OSError:
                         shutil.copyfile(folder / name, beside / name)
         return self._read(target)
@@ -99,4 +105,6 @@ class ReferenceRegistry:
 
     def _read(self, folder: Path) -> Installed:
         manifest, sha256 = read_manifest(folder)
+        if folder.name != reference_id(sha256):
+            raise CorruptReference(f"{folder / MANIFEST} is not the manifest that was added.", param=folder.name)
         return Installed(folder.name, sha256, folder, manifest)

