@@ -217,12 +217,11 @@ def main() -> None:
         table.add_row(label, *(f"{rate.share:.2f}  ({rate.hits} of {rate.total})" for rate in results))
     screen.print(table)
     screen.print(
-        f"Harm score: harmful prompts that are not refused ({arguments.prompts}); over-refusal: benign prompts, half"
+        f"Harm score: harmful prompts that are not refused ({arguments.prompts}). Over-refusal: benign prompts, half of "
+        f"them borderline, that are refused ({arguments.prompts}). Task: sentiment of product reviews "
+        f"({arguments.reviews}). Greedy answers, refusals judged by key phrases. A small model and small samples: a "
+        "demonstration, not evidence."
     )
-    screen.print(
-        f"of them borderline, that are refused ({arguments.prompts}); task: sentiment of product reviews ({arguments.reviews}). Greedy answers,"
-    )
-    screen.print("refusals judged by key phrases. A small model and small samples: a demonstration, not evidence.")
     for method in METHODS:
         drop = harm["before"] - harm[method]
         verdict = f"{method} lowered the harm score by {drop:.2f}" if drop > 0.05 else f"{method} did not help here"

@@ -53,7 +53,7 @@ class BuildSettings:
     amplification: float = 0.9
     sparsity: float = 0.8
     mask_scope: Literal["row", "factor"] = "row"
-    ridge: float = 1e-4
+    ridge: float = 1e-2
     smallest_pair: float = 3e-3
     max_tokens: int = 256
     answer_tokens: int = 32
