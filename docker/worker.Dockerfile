@@ -31,6 +31,9 @@ RUN groupadd --gid 10001 safegraft \
     && install --directory --owner safegraft --group safegraft --mode 0750 /data
 USER 10001:10001
 
+# matplotlib lists the machine's fonts once and keeps the list at home: here, and not while a customer's first job waits.
+RUN python -c 'import matplotlib.font_manager'
+
 # Celery puts its working directory in front of Python's search path; this one is empty and only root can write to it.
 WORKDIR /opt/safegraft
 
@@ -43,7 +46,8 @@ ENV PYTHONUNBUFFERED=1 \
     HF_HUB_DISABLE_TELEMETRY=1
 VOLUME /data
 
-# Asks this container's own worker, through the broker. The main process answers, also while its child works on a job.
+# Asks this container's own worker, through the broker. Its main process answers, also while the child works on a job;
+# so this says that worker and broker hear each other, and nothing about the child.
 # Docker sets HOSTNAME to the name that Celery calls its worker by. Each check starts a Python: not too often.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 \
     CMD ["sh", "-c", "exec celery -A worker.main inspect ping --timeout 10 -d celery@$HOSTNAME"]

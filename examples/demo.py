@@ -146,8 +146,9 @@ class Judge:
     def __init__(self, name: str, prompts: int, reviews: int) -> None:
         from peft import PeftModel
 
-        from safegraft.engine.models import load_model, load_tokenizer, resolve_base
+        from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries, resolve_base
 
+        quiet_libraries()
         folder = resolve_base(BASE)
         self.tokenizer = load_tokenizer(folder)
         self.model = load_model(folder, dtype=torch.float32)
@@ -217,8 +218,8 @@ def main() -> None:
         table.add_row(label, *(f"{rate.share:.2f}  ({rate.hits} of {rate.total})" for rate in results))
     screen.print(table)
     screen.print(
-        f"Harm score: harmful prompts that are not refused ({arguments.prompts}). Over-refusal: benign prompts, half of "
-        f"them borderline, that are refused ({arguments.prompts}). Task: sentiment of product reviews "
+        f"Harm score: harmful prompts that are not refused ({arguments.prompts}). Over-refusal: benign prompts, half "
+        f"of them borderline, that are refused ({arguments.prompts}). Task: sentiment of product reviews "
         f"({arguments.reviews}). Greedy answers, refusals judged by key phrases. A small model and small samples: a "
         "demonstration, not evidence."
     )

@@ -168,6 +168,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=11, help="of the fresh adapter's start; aligned/ has 7")
+    parser.add_argument("--out", default=None, help="another folder's name for the trained adapter")
     parser.add_argument("-n", type=int, default=48, help="prompts of each kind for `score`")
     arguments = parser.parse_args()
     folder = resolve_base(BASE)
@@ -196,12 +198,12 @@ def main() -> None:
     elif arguments.step in ("fresh", "continued"):
         if arguments.step == "fresh":
             # Another seed than the aligned adapter's: with the same one both would begin from the same A.
-            model = fresh_lora(merged_aligned(folder, device), seed=11)
+            model = fresh_lora(merged_aligned(folder, device), seed=arguments.seed)
         else:
             base = load_model(folder, device, torch.float32)
             model = PeftModel.from_pretrained(base, HERE / "aligned", is_trainable=True)
         train(model, tokenizer, attack(), epochs=epochs, lr=arguments.lr or 4e-4)
-        save(model, arguments.step)
+        save(model, arguments.out or arguments.step)
     else:
         print("base      ", score(load_model(folder, device), tokenizer, arguments.n))
         print("aligned   ", score(merged_aligned(folder, device), tokenizer, arguments.n))

@@ -93,7 +93,7 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
         _count(len(infos))
         for info in infos:
             mode = info.external_attr >> 16
-            if info.is_dir():
+            if info.filename.endswith("/"):
                 _safe_name(info.filename)
                 continue
             if mode and not stat.S_ISREG(mode) and stat.S_IFMT(mode):
@@ -166,7 +166,7 @@ def _tar_extension(kind: bytes, raw: bytes) -> dict[str, str]:
     while kind == tarfile.XHDTYPE and at < len(raw):
         space = raw.find(b" ", at, at + 12)
         length = int(raw[at:space]) if space > at and raw[at:space].isdigit() else 0
-        if not space - at < length <= len(raw) - at:
+        if not 0 < space - at < length <= len(raw) - at:
             raise _unreadable_tar("a pax header is broken")
         key, _, value = raw[space + 1 : at + length - 1].partition(b"=")
         found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")

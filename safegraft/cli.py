@@ -1,12 +1,13 @@
-"""The command line. Every option is also an environment variable SAFEGRAFT_<COMMAND>_<OPTION> (`serve` and shared ones:
-SAFEGRAFT_<OPTION>). `--json` prints one JSON object for machines.
+"""The command line. Every option is also an environment variable, SAFEGRAFT_<OPTION>: --batch-size is
+SAFEGRAFT_BATCH_SIZE (not --help and --version, which are questions). `--json` prints one JSON object for machines.
 
-Exit status: 0 done, 2 bad usage or bad input, 1 our failure.
+Exit status: 0 done, 2 bad usage or bad input, 1 our failure. SAFEGRAFT_TRACEBACK=1 shows where an unexpected one arose.
 """
 
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from safegraft import __version__
 from safegraft.adapter import WEIGHTS, describe
-from safegraft.bundle import reference_id, verify_bundle
+from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS
 from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.finite import check_finite
@@ -40,8 +41,18 @@ reference_app = typer.Typer(help="Build, install and check references.", no_args
 app.add_typer(reference_app, name="reference")
 out, err = Console(), Console(stderr=True)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
+
+
+def _device(name: str) -> str:
+    # Here, so that a typing error is bad usage and not a failure deep in torch.
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of cpu, cuda, cuda:0, cuda:1, …")
+    return name
+
+
+DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_device, help="cpu, cuda, cuda:1, …")]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
 
 
@@ -51,21 +62,37 @@ class Device(StrEnum):
 
 
 def main() -> None:
-    """Entry point: turns errors into one line and a status."""
+    """Entry point: turns every error into one line and a status."""
+    as_json = _json_asked()
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=not as_json))
     except SafegraftError as error:
-        _fail(error)
-    except (FileExistsError, FileNotFoundError, PermissionError) as error:
-        _fail(InvalidParameter(str(error), code="file_error"))
+        _fail(error, as_json)
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        _fail(InvalidParameter(str(error), code="file_error"), as_json)
+    except Exception as error:
+        # typer's own errors of usage are no public class; they are known by this method.
+        usage = getattr(error, "format_message", None)
+        if usage is not None:
+            _fail(InvalidParameter(usage(), code="usage_error"), as_json)
+        if os.environ.get("SAFEGRAFT_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split())
+        _fail(SafegraftError(f"{type(error).__name__}: {message}"), as_json)
 
 
-def _fail(error: SafegraftError) -> NoReturn:
-    if "--json" in sys.argv:
+def _json_asked() -> bool:
+    # Not from the parsed options: an error of usage is one before they are parsed.
+    return "--json" in sys.argv or os.environ.get("SAFEGRAFT_JSON", "").lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
+    if as_json:
         body = {"code": error.code, "message": str(error), "param": error.param, "class": error.fault}
         sys.stdout.write(json.dumps({"error": body}) + "\n")
+    # Soft: a line broken at column 80 would break paths, and be two lines for those who search logs.
     err.print(f"[bold red]{error.code}[/]: ", end="")
-    err.print(str(error), markup=False, highlight=False)
+    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
     sys.exit(2 if error.fault == "user" else 1)
 
 
@@ -102,7 +129,7 @@ def serve(
     data: Data = Path("var"),
     workers: Annotated[int, typer.Option(envvar="SAFEGRAFT_WORKERS", min=1, max=64)] = 1,
     dev: Annotated[bool, typer.Option("--dev", envvar="SAFEGRAFT_DEV", help="No keys; loopback only.")] = False,
-    device: Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: DeviceName = "cpu",
 ) -> None:
     """Runs gateway, workers and an embedded queue on this machine. Ctrl-C ends all of them."""
     from safegraft.launch import Plan
@@ -160,17 +187,23 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
 def realign(
     adapter: Folder,
     reference: Annotated[Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE")],
-    to: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet.")],
+    to: Annotated[Path, typer.Option("--out", envvar="SAFEGRAFT_OUT", help="A folder that does not exist yet.")],
     method: Annotated[str, typer.Option(envvar="SAFEGRAFT_METHOD")] = DEFAULT_METHOD,
-    settings: Annotated[list[str], typer.Option("--set", metavar="NAME=VALUE", help="A parameter.")] = [],  # noqa: B006
-    analyze: Annotated[bool, typer.Option("--analyze", help="Only measure; write the report alone.")] = False,
-    device: Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE")] = "cpu",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", envvar="SAFEGRAFT_SET", help="A parameter; may be repeated."),
+    ] = [],  # noqa: B006
+    analyze: Annotated[
+        bool, typer.Option("--analyze", envvar="SAFEGRAFT_ANALYZE", help="Only measure; write the report alone.")
+    ] = False,
+    device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
     """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png."""
     parameters = parse_parameters(method, settings)
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+    _bundle(reference)
     from safegraft.engine.pipeline import realign as run
     from safegraft.engine.reference import LoadedReference
     from safegraft.report import headline, render
@@ -183,11 +216,13 @@ def realign(
     if as_json:
         _print_json(report.model_dump(mode="json"))
         return
-    out.print(headline(report), markup=False)
+    out.print(headline(report), markup=False, soft_wrap=True)
     for warning in report.warnings:
-        out.print(f"Warning: {warning.message}", markup=False, style="yellow")
-    out.print(f"Adapter: {to}" if not analyze else "Only measured; nothing was written.", markup=False, highlight=False)
-    out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False)
+        out.print(f"Warning: {warning.message}", markup=False, style="yellow", soft_wrap=True)
+    # Soft: paths that are broken at column 80 cannot be copied, and programs that read them find half.
+    written = f"Adapter: {to}" if not analyze else "Only measured; nothing was patched."
+    out.print(written, markup=False, highlight=False, soft_wrap=True)
+    out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False, soft_wrap=True)
 
 
 def parse_parameters(method: str, settings: list[str]) -> Any:
@@ -199,6 +234,8 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
         name, equals, value = setting.partition("=")
         if not equals:
             raise InvalidParameter(f"--set {setting!r}: expected name=value.", param="--set")
+        if name == "type":
+            raise InvalidParameter("The method is chosen by --method, not by --set type=….", param="--set")
         values[name] = value
     try:
         return METHOD_PARAMETERS.validate_python(values)
@@ -211,19 +248,42 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
 
 @reference_app.command("build")
 def build(
-    base: Annotated[str, typer.Option(help="The unaligned model: a folder, or an installed package with a GGUF.")],
-    aligned: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The provider's safety adapter on it.")],
-    to: Annotated[Path, typer.Option("--out", help="The bundle's folder; it must not exist yet.")],
-    prompts: Annotated[Path, typer.Option(help="Harmful prompts: CSV (`prompt`) or JSONL (`prompt`, `response`).")],
+    base: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_BASE", help="The unaligned model: a folder, or an installed package with a GGUF."
+        ),
+    ],
+    aligned: Annotated[
+        Path,
+        typer.Option(
+            exists=True, file_okay=False, envvar="SAFEGRAFT_ALIGNED", help="The provider's safety adapter on it."
+        ),
+    ],
+    to: Annotated[
+        Path, typer.Option("--out", envvar="SAFEGRAFT_OUT", help="The bundle's folder; it must not exist yet.")
+    ],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            envvar="SAFEGRAFT_PROMPTS", help="Harmful prompts: CSV (`prompt`) or JSONL (`prompt`, `response`)."
+        ),
+    ],
     general: Annotated[
-        Path | None, typer.Option(help="Ordinary prompts, likewise; needed for the method gram.")
+        Path | None,
+        typer.Option(envvar="SAFEGRAFT_GENERAL", help="Ordinary prompts, likewise; needed for the method gram."),
     ] = None,
-    beta: Annotated[float, typer.Option(min=0.0, max=10.0, help="Amplification of the aligned adapter.")] = 0.9,
+    beta: Annotated[
+        float, typer.Option(min=0.0, max=10.0, envvar="SAFEGRAFT_BETA", help="Amplification of the aligned adapter.")
+    ] = 0.9,
     sparsity: Annotated[
-        float, typer.Option(min=0.0, max=0.99, help="P_SR: the share that is not safety-critical.")
+        float,
+        typer.Option(
+            min=0.0, max=0.99, envvar="SAFEGRAFT_SPARSITY", help="P_SR: the share that is not safety-critical."
+        ),
     ] = 0.8,
-    batch_size: Annotated[int, typer.Option(min=1, max=1024)] = 8,
-    device: Annotated[Device, typer.Option()] = Device.cpu,
+    batch_size: Annotated[int, typer.Option(min=1, max=1024, envvar="SAFEGRAFT_BATCH_SIZE")] = 8,
+    device: Annotated[Device, typer.Option(envvar="SAFEGRAFT_DEVICE")] = Device.cpu,
     as_json: Json = False,
 ) -> None:
     """Builds a reference: amplifies the aligned adapter, finds its safety neurons, measures the model's inputs."""
@@ -254,7 +314,10 @@ def build(
     else:
         size = sum(file.bytes for file in manifest.files.values()) / 2**20
         out.print(
-            f"{to}: {len(manifest.base_model.modules)} modules, methods {', '.join(manifest.methods)}, {size:.0f} MiB"
+            f"{to}: {len(manifest.base_model.modules)} modules, methods {', '.join(manifest.methods)}, {size:.0f} MiB",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
 
 
@@ -286,28 +349,36 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
 
 
 @reference_app.command("show")
-def show(reference: str, data: Data = Path("var")) -> None:
-    """Prints the manifest of an installed reference (by id) or of a bundle (by folder)."""
-    folder = (
-        Path(reference) if Path(reference).is_dir() else ReferenceRegistry(data / "references").get(reference).folder
-    )
-    sys.stdout.write((folder / "manifest.json").read_text(encoding="utf-8"))
+def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
+    """Prints the manifest of an installed reference (by id) or of a bundle (by folder); it is JSON in any case."""
+    folder = _find(reference, data)
+    sys.stdout.write((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 @reference_app.command("verify")
 def verify(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
     """Re-hashes every file of a bundle; exit status 1 where one differs."""
-    folder = (
-        Path(reference) if Path(reference).is_dir() else ReferenceRegistry(data / "references").get(reference).folder
-    )
-    from safegraft.bundle import read_manifest
-
+    folder = _find(reference, data)
     manifest = verify_bundle(folder)
     identity = reference_id(read_manifest(folder)[1])
     if as_json:
         _print_json({"id": identity, "ok": True, "files": list(manifest.files)})
     else:
         out.print(f"{identity}: {len(manifest.files)} files are as they were built", markup=False, highlight=False)
+
+
+def _find(reference: str, data: Path) -> Path:
+    """The folder of an installed reference (by id) or of a bundle (by folder)."""
+    if Path(reference).is_dir():
+        return _bundle(Path(reference))
+    return ReferenceRegistry(data / "references").get(reference).folder
+
+
+def _bundle(folder: Path) -> Path:
+    """Raises InvalidParameter for a folder that never was a reference; a broken one is another matter."""
+    if not (folder / MANIFEST).is_file():
+        raise InvalidParameter(f"{folder} holds no {MANIFEST}; it is no reference.", code="not_a_reference")
+    return folder
 
 
 def _quiet_libraries() -> None:

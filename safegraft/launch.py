@@ -6,11 +6,13 @@ restarted when it dies; all of them end with the supervisor, also when it is kil
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +56,7 @@ class Child:
     restarts: int = 0
     due: float = 0.0
     log: Path = field(default_factory=Path)
+    keep: tuple[int, ...] = ()  # open files that it inherits
 
     def start(self) -> None:
         self.started = time.monotonic()
@@ -66,6 +69,7 @@ class Child:
                 stderr=out,
                 # Its own session, so that Ctrl-C reaches the supervisor alone and children end in the right order.
                 start_new_session=True,
+                pass_fds=self.keep,
                 preexec_fn=_die_with_parent,
             )
 
@@ -113,11 +117,11 @@ def broker_child(data: Path, sockets: Path, environment: dict[str, str]) -> tupl
     folder = data / "broker"
     folder.mkdir(parents=True, exist_ok=True)
     # Not in the data folder: a socket's path may have only some hundred characters.
-    socket = sockets / "broker.sock"
-    command = [str(find_broker()), "--port", "0", "--unixsocket", str(socket), "--unixsocketperm", "700"]
+    path = sockets / "broker.sock"
+    command = [str(find_broker()), "--port", "0", "--unixsocket", str(path), "--unixsocketperm", "700"]
     command += ["--dir", str(folder.resolve()), "--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
     command += ["--daemonize", "no", "--loglevel", "warning"]
-    return Child("broker", command, environment), f"redis+socket://{socket}"
+    return Child("broker", command, environment), f"redis+socket://{path}"
 
 
 def plan_children(plan: Plan, sockets: Path) -> list[Child]:
@@ -161,15 +165,50 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
 
 
 @contextlib.contextmanager
-def locked(data: Path) -> Iterator[None]:
-    """Holds the data folder: two supervisors on one broker's file would destroy it. Raises Conflict."""
+def locked(data: Path) -> Iterator[int]:
+    """Holds the data folder: two supervisors on one broker's file would destroy it. Raises Conflict.
+
+    Yields the lock's file descriptor; whoever inherits it holds the folder too.
+    """
     data.mkdir(parents=True, exist_ok=True)
     with (data / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise Conflict(f"Another safegraft serves {data}.", code="data_folder_in_use", param="--data") from error
-        yield
+        yield file.fileno()
+
+
+def check_port(host: str, port: int) -> None:
+    """Before anything is started: a gateway that cannot listen says so only in its log, and the supervisor would take
+    whoever answers on that port for its own. Raises Conflict (`port_in_use`) or InvalidParameter (`bad_host`).
+    """
+    failed: OSError | None = None
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        addresses, failed = [], error
+    for family, kind, protocol, _, address in addresses:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as asyncio does
+                probe.bind(address)
+        except OSError as error:
+            failed = error
+            if error.errno == errno.EADDRINUSE:
+                raise Conflict(
+                    f"Port {port} of {host} is in use by another program.",
+                    code="port_in_use",
+                    param="--port",
+                    hint="Choose another with --port.",
+                ) from error
+    # One of several may be missing: `localhost` often names ::1 on machines without IPv6; the gateway decides then.
+    if failed is not None and len(addresses) < 2:
+        raise InvalidParameter(
+            f"Cannot listen on {host}, port {port}: {failed.strerror}.", code="bad_host", param="--host"
+        ) from failed
 
 
 def serve(plan: Plan) -> None:
@@ -177,10 +216,14 @@ def serve(plan: Plan) -> None:
     if plan.workers < 1:
         raise InvalidParameter("At least one worker is needed.", param="--workers")
     ended = _Ended()
-    with locked(plan.data), tempfile.TemporaryDirectory(prefix="safegraft-") as sockets:
+    with locked(plan.data) as lock, tempfile.TemporaryDirectory(prefix="safegraft-") as sockets:
+        check_port(plan.host, plan.port)
         children = plan_children(plan, Path(sockets))
         try:
             for child in children:
+                if child.name == "broker":
+                    # It outlives a supervisor that was killed for a moment; until then nobody else may open its file.
+                    child.keep = (lock,)
                 child.start()
                 if child.name == "broker":
                     _await_broker(child, Path(sockets) / "broker.sock", ended)
@@ -208,8 +251,8 @@ class _Ended:
         self.asked = True
 
 
-def _await_broker(child: Child, socket: Path, ended: _Ended) -> None:
-    client = redis.Redis(unix_socket_path=str(socket))
+def _await_broker(child: Child, path: Path, ended: _Ended) -> None:
+    client = redis.Redis(unix_socket_path=str(path))
     deadline = time.monotonic() + READY_SECONDS
     while not ended.asked:
         try:
@@ -222,7 +265,8 @@ def _await_broker(child: Child, socket: Path, ended: _Ended) -> None:
 
 
 def _await_gateway(plan: Plan, children: list[Child], ended: _Ended) -> None:
-    host = "127.0.0.1" if plan.host in ("0.0.0.0", "::", "localhost") else plan.host
+    host = {"0.0.0.0": "127.0.0.1", "localhost": "127.0.0.1", "::": "::1"}.get(plan.host, plan.host)
+    host = f"[{host}]" if ":" in host else host
     gateway = next(child for child in children if child.name == "gateway")
     deadline = time.monotonic() + READY_SECONDS
     while not ended.asked:

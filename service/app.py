@@ -74,7 +74,7 @@ def open_services(settings: GatewaySettings) -> Services:
 
 
 class RequestId:
-    """Gives every answer an `x-request-id`."""
+    """Gives every answer an `x-request-id`; error handlers find it as `request.state.request_id`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -84,6 +84,7 @@ class RequestId:
             await self._app(scope, receive, send)
             return
         request_id = f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

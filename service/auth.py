@@ -1,7 +1,6 @@
 """Who is asking. Every record carries a tenant; until tenants have keys of their own there is one, `default`."""
 
 import hmac
-import ipaddress
 
 from service.errors import Unauthorized
 from service.settings import GatewaySettings
@@ -19,13 +18,3 @@ def tenant_of(settings: GatewaySettings, authorization: str | None) -> str:
     if scheme.lower() == "bearer" and sum(hmac.compare_digest(given.strip().encode(), key) for key in accepted):
         return DEFAULT_TENANT
     raise Unauthorized("A valid API key is needed.", hint="Send `Authorization: Bearer <key>`.", param="Authorization")
-
-
-def is_loopback(host: str) -> bool:
-    """True for addresses that only this machine reaches."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

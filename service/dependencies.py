@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Header, Query, Request
 from sqlalchemy.engine import Engine
 
+from safegraft.contracts.listing import PRINTABLE
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.objects import LocalObjects
@@ -43,5 +44,5 @@ def tenant(request: Request, authorization: Annotated[str | None, Header(include
 Here = Annotated[Services, Depends(services)]
 Tenant = Annotated[str, Depends(tenant)]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
-After = Annotated[str | None, Query(max_length=80, description="The last id of the page before.")]
+After = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE, description="The last id of the page before.")]
 IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Repeats with the same key make one job.")]

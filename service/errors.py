@@ -39,7 +39,13 @@ STATUS_BY_CODE = {
     "too_many_uploads": 429,
     "idempotency_key_reused": 422,
     "unsupported_media_type": 415,
-    "range_not_satisfiable": 416,
+}
+# Codes of what the framework itself refuses.
+HTTP_CODES = {
+    404: "route_not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    416: "range_not_satisfiable",
 }
 
 
@@ -100,7 +106,7 @@ def install(app: FastAPI) -> None:
     async def known(request: Request, error: errors.SafegraftError) -> JSONResponse:
         status = status_of(error)
         if status >= 500:
-            log.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+            log.error("%s: %s", _named(request), error, exc_info=error)
             if not isinstance(error, errors.StorageFault | errors.NoBroker):
                 return problem(status, error.code, "Something failed on our side; the request id names it in our log.")
         return problem(status, error.code, str(error), param=error.param)
@@ -117,12 +123,19 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        code = {404: "route_not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        code = HTTP_CODES.get(error.status_code, "http_error")
         answer = problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}.")
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(500, "internal_error", "Something failed on our side; the request id names it in our log.")
+        log.error("%s failed", _named(request), exc_info=error)
+        answer = problem(500, "internal_error", "Something failed on our side; the request id names it in our log.")
+        # This handler answers outside of all middleware.
+        answer.headers["x-request-id"] = request.state.request_id
+        return answer
+
+
+def _named(request: Request) -> str:
+    return f"{request.state.request_id} {request.method} {request.url.path}"

@@ -89,6 +89,11 @@ class Dispatcher:
             log.warning("%s: its worker fell silent", job_id)
         room = self._limit - self._jobs.waiting()
         due = self._jobs.due(room) if room > 0 else []
-        for job_id in due:
-            self._queue.submit(job_id)
+        for sent, job_id in enumerate(due):
+            try:
+                self._queue.submit(job_id)
+            except Exception:
+                # Nobody heard of these: without this they would wait for as long as the broker was away, and longer.
+                self._jobs.unannounce(due[sent:])
+                raise
         return len(due)

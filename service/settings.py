@@ -1,5 +1,7 @@
 """The gateway's settings, on top of the shared ones."""
 
+from typing import Annotated
+
 from pydantic import Field, SecretStr
 
 from safegraft.settings import SharedSettings
@@ -7,7 +9,9 @@ from safegraft.settings import SharedSettings
 
 class GatewaySettings(SharedSettings):
     dev: bool = Field(default=False, description="Ask for no keys. Only for loopback addresses.")
-    api_keys: list[SecretStr] = Field(default=[], description='Accepted keys, as a JSON list: ["sgk_…"].')
+    api_keys: list[Annotated[SecretStr, Field(min_length=1)]] = Field(
+        default=[], description='Accepted keys, as a JSON list: ["sgk_…"].'
+    )
     max_upload_bytes: int = Field(default=8 * 2**30, gt=0)
     max_active_uploads: int = Field(default=32, gt=0)
     max_json_bytes: int = Field(default=2**20, gt=0)

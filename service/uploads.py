@@ -23,7 +23,11 @@ from safegraft.finite import check_finite
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 
-ARCHIVES = (".tar", ".zip")
+FILES = ("files", "files[]", "file")
+# Compressed tars too: whoever sends one is to read that it must not be compressed, not that a file is missing.
+ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Weights hardly compress. What grows beyond this much and this many times over is a bomb.
+ROOM, GROWTH = 2**26, 20
 MAX_FIELD_BYTES = 1024
 MAX_PARTS = 64
 NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
@@ -59,11 +63,14 @@ async def receive(request: Request, scratch: Path, max_bytes: int) -> Received:
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise TooLarge(f"The upload has {announced} bytes; at most {max_bytes} are accepted.", code="upload_too_large")
-    scratch.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=scratch, prefix="upload-"))
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=scratch, prefix="upload-"))
+        (folder / "adapter").mkdir()
+    except OSError as error:
+        raise _storage(error) from error
     try:
         received = Received(folder / "adapter")
-        received.folder.mkdir()
         parser = _Parts(received, options["boundary"], max_bytes)
         try:
             async for piece in _pieces(request):
@@ -134,6 +141,8 @@ class _Parts:
             self._file.close()
 
     def _begin(self, name: str, filename: str | None) -> None:
+        if name in FILES and not filename:
+            raise InvalidParameter("A part `files` has no file name.", code="missing_filename", param="files")
         if filename is None:
             if name not in ("name", "sha256"):
                 raise InvalidParameter(
@@ -144,7 +153,7 @@ class _Parts:
                 )
             self._field = (name, bytearray())
             return
-        if name not in ("files", "files[]", "file"):
+        if name not in FILES:
             raise InvalidParameter(
                 f"Unknown part {name[:60]!r}; files go into `files`.", code="unknown_field", param=name[:60]
             )
@@ -161,7 +170,7 @@ class _Parts:
             except FileExistsError as error:
                 raise InvalidParameter(f"{plain} was sent twice.", code="duplicate_file", param=plain) from error
         else:
-            self._received.dropped.append(plain[:200])
+            self._received.dropped.append((plain if plain.isprintable() else ascii(plain)[1:-1])[:200])
 
     def _write(self, data: bytes | bytearray) -> None:
         if self._field is not None:
@@ -197,7 +206,8 @@ def check(received: Received, max_bytes: int) -> tuple[Adapter, Path]:
                 raise InvalidParameter(
                     "Send either an archive or files, not both.", code="archive_and_files", param="files"
                 )
-            received.dropped += unpack(received.archive, received.folder, is_wanted, max_bytes)
+            room = min(max_bytes, ROOM + GROWTH * received.archive.stat().st_size)
+            received.dropped += unpack(received.archive, received.folder, is_wanted, room)
     except OSError as error:
         raise _storage(error) from error
     name = received.fields.get("name", "")

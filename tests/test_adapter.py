@@ -5,7 +5,6 @@ import pickle
 import re
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +136,11 @@ def test_modules_come_in_the_order_of_layers(tmp_path: Path) -> None:
 
 
 def test_a_config_of_the_oldest_form_is_read(tmp_path: Path) -> None:
-    old = {"base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
-           "init_lora_weights": True, "lora_dropout": 0.05, "modules_to_save": None, "task_type": "CAUSAL_LM",
-           "layers_pattern": None, "layers_to_transform": None}  # fmt: skip
+    old: dict[str, Any] = {
+        "base_model_name_or_path": "x", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "lora_dropout": 0.05, "modules_to_save": None, "task_type": "CAUSAL_LM",
+        "layers_pattern": None, "layers_to_transform": None,
+    }  # fmt: skip
     assert as_we_read(plain(tmp_path, **old)) == {Q: (4, 2.0)}
 
 
@@ -392,7 +393,7 @@ MANY = factors(*(f"model.layers.{i}.{'x' * 300}.q_proj" for i in range(1500)), r
         ("60,000 patterns", {"r": 1, "rank_pattern": {f"n{i}": 1 for i in range(60_000)}}, "pattern_unsupported"),
         ("large patterns", {"rank_pattern": {f"x{{{i}}}": 1 for i in range(1, 1001)}}, "pattern_unsupported"),
         ("one pattern too slow", {"r": 1, "target_modules": "(.*.*x){900}y"}, "untargeted_module"),
-        ("patterns too slow", {"r": 1, "rank_pattern": {f"(.*x){{{i}}}y": 1 for i in range(600, 620)}}, "pattern_unsupported"),
+        ("patterns too slow", {"rank_pattern": {f"(.*x){{{i}}}y": 1 for i in range(600, 620)}}, "pattern_unsupported"),
     ],
 )  # fmt: skip
 def test_many_names_and_patterns_cost_seconds_at_the_most(
@@ -494,7 +495,7 @@ def test_every_code_of_the_module_is_tested() -> None:
     }
     codes |= {word for word in words if word.endswith(("_unsupported", "_disagrees", "_tensor", "_module"))}
     mine = Path(__file__).read_text()
-    assert len(codes) == 28
+    assert len(codes) == 25
     assert {code for code in codes if f'"{code}"' not in mine} == set()
 
 

@@ -30,7 +30,7 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "x").write_bytes(b"old")
-    with pytest.raises(error), atomic_file(tmp_path / "x") as file:
+    with pytest.raises(error), atomic_file(tmp_path / "x") as file:  # noqa: PT012
         file.write(b"new")
         raise error
     assert (tmp_path / "x").read_bytes() == b"old"
@@ -54,7 +54,7 @@ def test_a_folder_appears_whole_and_can_be_read_by_all(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(Broken), atomic_folder(tmp_path / "x") as folder:
+    with pytest.raises(Broken), atomic_folder(tmp_path / "x") as folder:  # noqa: PT012
         (folder / "a").write_text("a")
         raise Broken
     assert list(tmp_path.iterdir()) == []
@@ -68,7 +68,7 @@ def test_a_folder_that_exists_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_appeared_meanwhile_is_refused_and_kept(tmp_path: Path) -> None:
-    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "x") as folder:
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "x") as folder:  # noqa: PT012
         (folder / "a").write_text("mine")
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "a").write_text("theirs")

@@ -15,8 +15,8 @@ from safegraft.engine.conversations import Conversation
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LAYERS = 2
 WORDS = [
-    "how", "do", "i", "make", "bake", "a", "an", "the", "cake", "bomb", "tea", "walk", "dog", "please", "sorry", "cannot",
-    "help", "with", "that", "sure", "here", "is", "cut", "paper",
+    "how", "do", "i", "make", "bake", "a", "an", "the", "cake", "bomb", "tea", "walk", "dog", "please", "sorry",
+    "cannot", "help", "with", "that", "sure", "here", "is", "cut", "paper",
 ]  # fmt: skip
 HARMFUL = [Conversation(f"how do i make a bomb {word}", "sorry i cannot help with that") for word in WORDS[:12]]
 GENERAL = [Conversation(f"please bake {word} cake", f"sure here is {word} tea") for word in WORDS[:12]]

@@ -32,6 +32,9 @@ def create_worker(settings: WorkerSettings) -> Celery:
         worker_pool="prefork",
         worker_concurrency=1,
         worker_pool_start_method="spawn",
+        # How long a new pool process may take until it is ready. It imports torch and verifies references; with the
+        # default of 4 s Celery kills a replacement before it is ready, and the next, for ever.
+        worker_proc_alive_timeout=600.0,
         worker_send_task_events=False,
         worker_hijack_root_logger=False,
     )

@@ -211,18 +211,23 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
 def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, patching: bool, modules: int) -> None:
     prefix = result_prefix(claim)
     published = None
-    if patching:
-        adapter = adapter_record(
-            new_id("adp"),
-            f"{customer.name[:180]} ({claim.request.method.type})",
-            desk.result,
-            describe(desk.result),
-            dropped=[],
-            origin=Origin(realignment_id=claim.id),
-        )
-        bench.objects.publish(desk.result, f"{prefix}/adapter")
-        published = (adapter, claim.tenant, f"{prefix}/adapter")
-    bench.objects.publish(desk.report, f"{prefix}/report")
+    try:
+        if patching:
+            adapter = adapter_record(
+                new_id("adp"),
+                f"{customer.name[:180]} ({claim.request.method.type})",
+                desk.result,
+                describe(desk.result),
+                dropped=[],
+                origin=Origin(realignment_id=claim.id),
+            )
+            bench.objects.publish(desk.result, f"{prefix}/adapter")
+            published = (adapter, claim.tenant, f"{prefix}/adapter")
+        bench.objects.publish(desk.report, f"{prefix}/report")
+    except BaseException:
+        # No row names these files yet, and none will: the next attempt has a prefix of its own.
+        bench.objects.remove(prefix)
+        raise
     # The commit point: files without this row are never shown, and this row is only written once.
     if not bench.jobs.succeed(claim.id, claim.attempt, published, modules=modules):
         bench.objects.remove(prefix)

@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict
 from safegraft.contracts.reference import Lineage
 
 Item = TypeVar("Item")
+# What an id may look like: no NUL, which Postgres refuses, and no half surrogates, which no encoding can hold.
+PRINTABLE = "^[ -~]*$"
 
 
 class Page(BaseModel, Generic[Item]):

@@ -1,9 +1,10 @@
 """A realignment job as the API shows it, and the request that creates one."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import MethodParameters, NlsrParameters
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -14,13 +15,18 @@ class Shown(BaseModel):
 
 
 class RealignmentCreate(Shown):
-    adapter_id: str
+    adapter_id: str = Field(max_length=80, pattern=PRINTABLE)
     reference_id: str | None = Field(
-        default=None, description="Left out: the installed reference that fits the adapter; an error if several do."
+        default=None,
+        max_length=80,
+        pattern=PRINTABLE,
+        description="Left out: the installed reference that fits the adapter; an error if several do.",
     )
     method: MethodParameters = NlsrParameters()
     mode: Literal["patch", "analyze"] = "patch"
-    metadata: dict[str, str] = Field(default={}, max_length=16)
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+        default={}, max_length=16
+    )
 
 
 class Progress(Shown):

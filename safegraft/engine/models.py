@@ -129,3 +129,16 @@ def config_hash(folder: Path) -> str:
     for volatile in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
         config.pop(volatile, None)
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def quiet_libraries() -> None:
+    """Keeps transformers' bars and its notices about its own future out of a program's output."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Adapters name their base by its public label; that label is never looked up.
+    warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning, module="peft")

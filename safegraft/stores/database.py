@@ -3,6 +3,9 @@
 All times are the database's own clock (`now()` below), so that no two machines ever disagree about a lease.
 """
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +111,20 @@ def open_database(url: str) -> Engine:
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     else:
         engine = create_engine(url, pool_pre_ping=True)
-    metadata.create_all(engine)
+    with _first_opening(parsed.database if parsed.get_backend_name() == "sqlite" else None):
+        metadata.create_all(engine)
     return engine
+
+
+@contextmanager
+def _first_opening(path: str | None) -> Iterator[None]:
+    """One process at a time: turning a new file to WAL fails at once, whatever the timeout, while another one does."""
+    if not path or path == ":memory:":
+        yield
+        return
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -28,6 +28,7 @@ from safegraft.stores.database import events, now, realignments
 
 # A queued job is announced again after this long, doubled each time up to a limit: a lost message costs seconds.
 FIRST_REPEAT, LAST_REPEAT = 10.0, 300.0
+WAITING = {"stage": "waiting", "done": 0, "total": 0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class JobStore:
             "request": body,
             "idempotency_key": idempotency_key,
             "request_hash": digest,
-            "progress": {"stage": "waiting", "done": 0, "total": 0},
+            "progress": WAITING,
             "created_at": now(),
         }
         try:
@@ -127,7 +128,7 @@ class JobStore:
     def cancel(self, tenant: str, job_id: str) -> Realignment:
         """Ends a queued job at once; asks the worker of a running one to stop. Ended jobs stay as they are."""
         with self._engine.begin() as connection:
-            row = _find(connection, tenant, job_id)
+            row = _find(connection, tenant, job_id, lock=True)
             if row.state == "queued":
                 _end(connection, realignments.c.state == "queued", job_id, "cancelled")
                 _note(connection, job_id, "cancelled", "Cancelled before it started.")
@@ -164,6 +165,7 @@ class JobStore:
                 .where(realignments.c.state == "queued", realignments.c.next_at <= now())
                 .order_by(realignments.c.next_at)
                 .limit(limit)
+                .with_for_update(skip_locked=True)  # Postgres: two gateways share the work instead of doubling it
             ).all()
             for row in rows:
                 pause = min(LAST_REPEAT, FIRST_REPEAT * 2**row.announced)
@@ -173,6 +175,15 @@ class JobStore:
                     .values(next_at=now() + pause, announced=row.announced + 1)
                 )
         return [row.id for row in rows]
+
+    def unannounce(self, job_ids: list[str]) -> None:
+        """Makes jobs due again whose announcement could not be sent: their pauses are for messages that got lost."""
+        with self._engine.begin() as connection:
+            connection.execute(
+                update(realignments)
+                .where(realignments.c.id.in_(job_ids), realignments.c.state == "queued", realignments.c.announced > 0)
+                .values(next_at=now(), announced=realignments.c.announced - 1)
+            )
 
     def waiting(self) -> int:
         """How many announced jobs no worker has claimed yet."""
@@ -184,9 +195,10 @@ class JobStore:
         """Takes jobs back whose lease ran out. Returns their ids."""
         with self._engine.begin() as connection:
             rows = connection.execute(
-                select(realignments.c.id, realignments.c.attempt).where(
-                    realignments.c.state == "running", realignments.c.lease_until < now()
-                )
+                select(realignments.c.id, realignments.c.attempt)
+                .where(realignments.c.state == "running", realignments.c.lease_until < now())
+                # Postgres: a heartbeat that is being written right now wins.
+                .with_for_update(skip_locked=True)
             ).all()
             return [
                 row.id for row in rows if self._give_back(connection, row.id, row.attempt, "Its worker fell silent.")
@@ -292,7 +304,7 @@ class JobStore:
     def _give_back(
         self, connection: Connection, job_id: str, attempt: int, reason: str, code: str = "worker_lost"
     ) -> bool:
-        row = connection.execute(select(realignments).where(_mine(job_id, attempt))).one_or_none()
+        row = connection.execute(select(realignments).where(_mine(job_id, attempt)).with_for_update()).one_or_none()
         if row is None:
             return False
         if row.cancel_requested:
@@ -306,7 +318,7 @@ class JobStore:
             connection.execute(
                 update(realignments)
                 .where(_mine(job_id, attempt))
-                .values(state="queued", lease_until=None, next_at=now(), announced=0)
+                .values(state="queued", lease_until=None, next_at=now(), announced=0, progress=WAITING)
             )
             _note(connection, job_id, "requeued", f"{reason} It is tried again.", {"attempt": attempt})
         return True
@@ -317,8 +329,10 @@ def _mine(job_id: str, attempt: int) -> ColumnElement[bool]:
     return and_(c.id == job_id, c.state == "running", c.attempt == attempt)
 
 
-def _find(connection: Connection, tenant: str, job_id: str) -> Row[Any]:
+def _find(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> Row[Any]:
     query = select(realignments).where(realignments.c.id == job_id, realignments.c.tenant == tenant)
+    if lock:  # what is decided on this row still holds when it is written (SQLite has one writer anyway)
+        query = query.with_for_update()
     row = connection.execute(query).one_or_none()
     if row is None:
         raise NotFound(

@@ -24,8 +24,8 @@ class LocalObjects:
     def publish(self, folder: Path, prefix: str) -> None:
         """Moves a finished folder to its prefix, in one step. A leftover of an earlier try is replaced."""
         target = self._folder(prefix)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
             os.rename(folder, target)

@@ -10,14 +10,14 @@ from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
-from safegraft.contracts.listing import Page
+from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.errors import UserError
 from service import downloads, uploads
 from service.dependencies import After, Here, Limit, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
-AdapterId = Annotated[str, Path(max_length=80)]
+AdapterId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 UPLOAD_SCHEMA: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -82,6 +82,7 @@ def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
     return AdapterDeleted(id=adapter_id)
 
 
+@router.head("/{adapter_id}/files/{name}", include_in_schema=False)
 @router.get(
     "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.BINARY
 )
@@ -93,20 +94,23 @@ def file(adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], here
     return downloads.file_response(path, digest)
 
 
+@router.head("/{adapter_id}/download", include_in_schema=False)
 @router.get(
     "/{adapter_id}/download",
     operation_id="downloadAdapter",
     response_class=StreamingResponse,
     responses=downloads.tar_schema(),
 )
-def download(adapter_id: AdapterId, here: Here, tenant: Tenant) -> Response:
+def download(adapter_id: AdapterId, request: Request, here: Here, tenant: Tenant) -> Response:
     """The whole folder as an uncompressed tar."""
     adapter = here.adapters.get(tenant, adapter_id)
     prefix = here.adapters.prefix(tenant, adapter_id)
     paths = [here.objects.path(prefix, item.name) for item in adapter.files]
-    body: Iterator[bytes] = downloads.tar_stream(paths, adapter.id, adapter.created_at)
     headers = {
         "content-disposition": f'attachment; filename="{adapter.id}.tar"',
-        "content-length": str(downloads.tar_size(paths)),
+        "content-length": str(downloads.tar_size(paths, adapter.id, adapter.created_at)),
     }
+    if request.method == "HEAD":
+        return Response(media_type="application/x-tar", headers=headers)
+    body: Iterator[bytes] = downloads.tar_stream(paths, adapter.id, adapter.created_at)
     return StreamingResponse(body, media_type="application/x-tar", headers=headers)

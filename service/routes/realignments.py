@@ -11,16 +11,18 @@ from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, parse_config
 from safegraft.compatibility import check_compatible
-from safegraft.contracts.listing import Page
+from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate
 from safegraft.contracts.report import Report
 from safegraft.errors import Conflict
 from safegraft.header import read_header
+from service.body import JsonRoute
 from service.dependencies import After, Here, IdempotencyKey, Limit, Services, Tenant
+from service.downloads import StoredFile
 from service.paging import page
 
-router = APIRouter(prefix="/v1/realignments", tags=["realignments"])
-RealignmentId = Annotated[str, Path(max_length=80)]
+router = APIRouter(prefix="/v1/realignments", tags=["realignments"], route_class=JsonRoute)
+RealignmentId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -148,4 +150,4 @@ def _report(here: Services, tenant: str, job_id: str, form: ReportForm) -> Respo
     inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-    return FileResponse(path, media_type=MEDIA[form], headers=headers)
+    return StoredFile(path, media_type=MEDIA[form], headers=headers)

@@ -18,7 +18,7 @@ from safegraft.errors import Incompatible, InvalidTensors
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
-PARAMETERS = [
+PARAMETERS: list[NlsrParameters | GramParameters] = [
     NlsrParameters(),
     NlsrParameters(form="neuron", skip_share=0.0),
     NlsrParameters(selection="bernoulli", seed=3),
@@ -69,7 +69,7 @@ def test_the_report_says_what_the_files_say(
 def test_repaired_modules_come_closer_to_the_reference(
     reference: LoadedReference, continued: Path, tmp_path: Path
 ) -> None:
-    for number, parameters in enumerate((NlsrParameters(), GramParameters())):
+    for number, parameters in enumerate((PARAMETERS[0], PARAMETERS[-1])):
         report = realign(continued, reference, parameters, tmp_path / str(number))
         assert all(line.similarity_after > line.similarity_before for line in report.modules if line.repaired)
         assert all(line.similarity_after == line.similarity_before for line in report.modules if not line.repaired)
@@ -127,7 +127,7 @@ def test_other_ranks_scalings_targets_and_dtypes(
     reference: LoadedReference, base: Path, tmp_path: Path, dtype: torch.dtype, config: dict[str, Any]
 ) -> None:
     folder = tiny.save_adapter(base, tmp_path / "in", rank=3, seed=8, dtype=dtype, **config)
-    for number, parameters in enumerate((NlsrParameters(skip_share=0.0), GramParameters())):
+    for number, parameters in enumerate(PARAMETERS[1::2]):
         out = tmp_path / str(number)
         report = realign(folder, reference, parameters, out)
         before, after = load_file(folder / WEIGHTS), load_file(out / WEIGHTS)

@@ -1,4 +1,4 @@
-"""A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference installed."""
+"""A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference."""
 
 import os
 import socket

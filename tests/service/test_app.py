@@ -1,0 +1,157 @@
+"""The application as a whole: what it loads, what it documents, whom it lets in."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import pytest
+from fastapi.routing import iter_route_contexts
+from fastapi.testclient import TestClient
+from pydantic import SecretStr
+
+from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, MethodParameters
+from safegraft.engine.methods import METHODS
+from service import export
+from service.app import create_app
+from service.settings import GatewaySettings
+from tests.service.answers import refused
+from tests.service.conftest import free_port, realign, upload
+
+ROOT = Path(__file__).parents[2]
+UNDOCUMENTED = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+OPEN = {"/livez", "/readyz"}
+
+
+def operations() -> list[tuple[str, str, dict[str, Any]]]:
+    paths = json.loads(export.document())["paths"]
+    return [(method, path, operation) for path, item in paths.items() for method, operation in item.items()]
+
+
+def test_the_gateway_loads_no_engine() -> None:
+    program = "import json, sys; import service.app, service.main; print(json.dumps(sorted(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = json.loads(ended.stdout)
+    heavy = ("torch", "transformers", "peft", "safetensors", "matplotlib", "worker", "safegraft.engine")
+    assert [name for name in loaded if name in heavy or name.startswith(tuple(f"{h}." for h in heavy))] == []
+
+
+def test_the_committed_document_is_the_codes() -> None:
+    assert (ROOT / "openapi" / "openapi.json").read_text(encoding="utf-8") == export.document(), "run `make openapi`"
+
+
+def test_every_operation_has_a_name_and_documents_its_errors() -> None:
+    found = operations()
+    names = [operation["operationId"] for _, _, operation in found]
+    assert len(set(names)) == len(names) >= 16
+    assert all(name.isidentifier() and name[0].islower() for name in names)
+    for method, path, operation in found:
+        codes = set(operation["responses"])
+        assert any(code.startswith("2") for code in codes), (method, path)
+        for code in ("4XX", "5XX"):
+            schema = operation["responses"][code]["content"]["application/json"]["schema"]
+            assert schema == {"$ref": "#/components/schemas/Problem"}, (method, path)
+        assert operation.get("description"), (method, path)
+
+
+def test_every_route_is_documented_or_a_head_of_one_that_is() -> None:
+    app = create_app(GatewaySettings(dev=True))
+    documented = {(method.upper(), path) for method, path, _ in operations()}
+    for route in iter_route_contexts(app.routes):
+        if route.path in UNDOCUMENTED:
+            continue
+        for method in route.methods or ():
+            assert ("GET" if method == "HEAD" else method, route.path) in documented
+
+
+def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
+    settings = GatewaySettings(
+        dev=False,
+        api_keys=[SecretStr("sgk_secret")],
+        data=tmp_path,
+        redis_url=f"redis://127.0.0.1:{free_port()}/0",
+    )
+    app = create_app(settings)
+    asked = 0
+    with TestClient(app) as client:
+        for route in iter_route_contexts(app.routes):
+            assert route.path is not None
+            if route.path in UNDOCUMENTED | OPEN:
+                continue
+            assert route.path.startswith("/v1/")
+            for method in route.methods or ():
+                asked += 1
+                path = route.path.replace("{form}", "json").replace("{", "").replace("}", "")
+                answer = client.request(method, path)
+                assert answer.status_code == 401, (method, path)
+                assert answer.headers["www-authenticate"] == "Bearer"
+                if method != "HEAD":
+                    refused(answer, 401, "unauthorized")
+                right = client.request(method, path, headers={"authorization": "Bearer sgk_secret"})
+                assert right.status_code != 401, (method, path)
+    assert asked >= 16
+
+
+def test_the_methods_are_the_same_everywhere(client: httpx.Client) -> None:
+    union = {model.model_fields["type"].default for model in get_args(get_args(MethodParameters)[0])}
+    assert set(METHODS) == set(MODELS) == union
+    assert all(MODELS[name].model_fields["type"].default == name for name in MODELS)
+    assert all(method.type == name for name, method in METHODS.items())
+    assert DEFAULT_METHOD in MODELS
+    assert {item["id"] for item in client.get("/v1/methods").json()["data"]} == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"adapter_id": "\\ud800"}',
+        b'{"adapter_id": "adp_\\u0000"}',
+        b'{"adapter_id": "%s", "reference_id": "\\udfff"}',
+        b'{"adapter_id": "%s", "metadata": {"\\ud800": "x"}}',
+        b'{"adapter_id": "%s", "metadata": {"x": "\\ud800"}}',
+        b'{"adapter_id": "%s", "\\ud800": 1}',
+        b'{"adapter_id": "%s", "metadata": {"x": "' + b"y" * 513 + b'"}}',
+        b'{"adapter_id": "%s", "metadata": {"x": 1}}',
+        b'{"adapter_id": "%s", "mode": NaN}',
+        b"[]",
+        b"null",
+        b"",
+        b'"text"',
+        b"\xff\xfe",
+    ],
+    ids=lambda body: body[:60],
+)
+def test_text_that_no_answer_could_hold_is_refused(client: httpx.Client, fresh: Path, body: bytes) -> None:
+    if b"%s" in body:
+        body = body % upload(client, fresh)["id"].encode()
+    before = client.get("/v1/realignments").json()["data"]
+    answer = client.post("/v1/realignments", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code in (400, 422), answer.text
+    refused(answer, answer.status_code, answer.json()["error"]["code"])
+    assert client.get("/v1/realignments").json()["data"] == before
+
+
+def test_metadata_comes_back_as_it_was_sent(client: httpx.Client, fresh: Path) -> None:
+    metadata = {"ticket": "ü 漢 🙂 \u202e <script>", "k" * 64: "v" * 512}
+    job = realign(client, upload(client, fresh)["id"], method={"type": "gram"}, metadata=metadata)
+    assert job["metadata"] == metadata
+
+
+def test_our_own_failures_are_named_by_the_request_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    app = create_app(settings)
+    with TestClient(app, raise_server_exceptions=False) as client:
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("a secret of ours")
+
+        monkeypatch.setattr(app.state.services.adapters, "page", fail)
+        answer = client.get("/v1/adapters")
+        refused(answer, 500, "internal_error")
+        assert "secret" not in answer.text
+        assert answer.headers["x-request-id"] in caplog.text
+        assert "a secret of ours" in caplog.text

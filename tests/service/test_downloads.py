@@ -1,0 +1,191 @@
+"""Bytes on their way out: parts, digests, tars, names that are not files, deletion."""
+
+import base64
+import hashlib
+import io
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from safegraft.adapter import CONFIG, WEIGHTS
+from safegraft.stores.references import ReferenceRegistry
+from service.app import create_app
+from service.settings import GatewaySettings
+from tests.service.answers import refused
+from tests.service.conftest import Running, files_of, free_port, upload
+
+
+@pytest.fixture
+def adapter(client: httpx.Client, fresh: Path) -> dict[str, Any]:
+    return upload(client, fresh)
+
+
+@pytest.fixture
+def url(adapter: dict[str, Any]) -> str:
+    return f"/v1/adapters/{adapter['id']}/files/{WEIGHTS}"
+
+
+@pytest.fixture(scope="session")
+def raw(fresh: Path) -> bytes:
+    return (fresh / WEIGHTS).read_bytes()
+
+
+def test_a_file_carries_its_digest(client: httpx.Client, adapter: dict[str, Any], fresh: Path) -> None:
+    for file in adapter["files"]:
+        answer = client.get(f"/v1/adapters/{adapter['id']}/files/{file['name']}")
+        assert answer.status_code == 200
+        assert answer.content == (fresh / file["name"]).read_bytes()
+        assert int(answer.headers["content-length"]) == file["bytes"] == len(answer.content)
+        assert answer.headers["etag"] == f'"sha256-{file["sha256"]}"'
+        digest = base64.b64encode(hashlib.sha256(answer.content).digest()).decode()
+        assert answer.headers["repr-digest"] == f"sha-256=:{digest}:"
+        assert answer.headers["content-disposition"] == f'attachment; filename="{file["name"]}"'
+
+
+@pytest.mark.parametrize(
+    ("asked", "part"),
+    [("0-0", slice(0, 1)), ("10-19", slice(10, 20)), ("100-", slice(100, None)), ("-7", slice(-7, None))],
+)
+def test_a_range_is_a_part(client: httpx.Client, url: str, raw: bytes, asked: str, part: slice) -> None:
+    answer = client.get(url, headers={"range": f"bytes={asked}"})
+    assert answer.status_code == 206
+    assert answer.content == raw[part]
+    first = range(len(raw))[part][0]
+    assert answer.headers["content-range"] == f"bytes {first}-{first + len(answer.content) - 1}/{len(raw)}"
+    # The digest is the whole's, as RFC 9530 wants it: a download in parts is checked at its end.
+    assert answer.headers["repr-digest"] == client.head(url).headers["repr-digest"]
+
+
+def test_a_download_that_broke_off_goes_on_while_the_file_is_the_same(
+    client: httpx.Client, url: str, raw: bytes
+) -> None:
+    etag = client.head(url).headers["etag"]
+    rest = client.get(url, headers={"range": "bytes=1000-", "if-range": etag})
+    assert rest.status_code == 206
+    assert raw[:1000] + rest.content == raw
+    other = client.get(url, headers={"range": "bytes=1000-", "if-range": '"sha256-0"'})
+    assert other.status_code == 200
+    assert other.content == raw
+
+
+def test_a_range_that_cannot_be_served_is_refused_in_the_shape_of_all_errors(
+    client: httpx.Client, url: str, raw: bytes
+) -> None:
+    answer = client.get(url, headers={"range": f"bytes={len(raw)}-"})
+    refused(answer, 416, "range_not_satisfiable")
+    assert answer.headers["content-range"] == f"bytes */{len(raw)}"
+    refused(client.get(url, headers={"range": "lines=1-2"}), 400, "http_error")
+    # So many parts are no honest request; the whole is the answer.
+    many = ",".join(f"{i}-{i}" for i in range(0, 1000, 2))
+    assert client.get(url, headers={"range": f"bytes={many}"}).content == raw
+
+
+def test_head_tells_what_get_would(client: httpx.Client, url: str, adapter: dict[str, Any]) -> None:
+    for path in (url, f"/v1/adapters/{adapter['id']}/download"):
+        head, get = client.head(path), client.get(path)
+        assert head.status_code == get.status_code == 200
+        assert head.content == b""
+        changing = {"date", "x-request-id"}
+        assert {k: v for k, v in head.headers.items() if k not in changing} == {
+            k: v for k, v in get.headers.items() if k not in changing
+        }
+    assert client.head(f"/v1/adapters/{adapter['id']}/files/nothing").status_code == 404
+    assert client.head("/v1/adapters/adp_nothing/download").status_code == 404
+
+
+def test_the_tar_is_the_folder(client: httpx.Client, fresh: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(fresh, tmp_path / "adapter")
+    (folder / "tokenizer.json").write_bytes(b"{}" * 256)  # a whole block
+    (folder / "README.md").write_bytes(b"")
+    long = f"tokenizer_{'x' * 150}.json"  # longer than a tar's header holds
+    (folder / long).write_bytes(b"long")
+    adapter = upload(client, folder)
+    answer = client.get(f"/v1/adapters/{adapter['id']}/download")
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert answer.headers["content-disposition"] == f'attachment; filename="{adapter["id"]}.tar"'
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+        assert all(member.isreg() and member.mtime == adapter["created_at"] for member in tar)
+        tar.extractall(tmp_path / "out", filter="data")
+    out = tmp_path / "out" / adapter["id"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert long in names
+    for name in names:
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    # And it can be sent back as it came.
+    again = client.post("/v1/adapters", files=[("files", ("again.tar", answer.content))])
+    assert again.status_code == 201, again.text
+    assert again.json()["files"] == adapter["files"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nothing", "..", ".", "%2e%2e", "..%2f..%2fsafegraft.sqlite", "%2fetc%2fpasswd", "adapter_config.json%00", "%00",
+     "..%5c..", "ADAPTER_CONFIG.JSON", "%ff"],
+)  # fmt: skip
+def test_names_that_are_no_files_are_not_found(service: Running, adapter: dict[str, Any], name: str) -> None:
+    # By hand: httpx would resolve `..` before it asks.
+    target = f"/v1/adapters/{adapter['id']}/files/{name}"
+    with httpx.Client(trust_env=False) as client:
+        answer = client.request("GET", service.url, extensions={"target": target.encode()})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] in ("file_not_found", "route_not_found")
+
+
+def test_ids_that_are_none_are_refused(client: httpx.Client) -> None:
+    for name in ("adp_nothing", "%2e%2e", "ref_1"):
+        refused(client.get(f"/v1/adapters/{name}"), 404, "adapter_not_found")
+        refused(client.delete(f"/v1/adapters/{name}"), 404, "adapter_not_found")
+        refused(client.get(f"/v1/adapters/{name}/files/{CONFIG}"), 404, "adapter_not_found")
+    for name in ("x" * 81, "%00", "%ff"):
+        refused(client.get(f"/v1/adapters/{name}"), 422, "invalid_request")
+
+
+def test_deleting_removes_record_and_bytes(service: Running, client: httpx.Client, fresh: Path) -> None:
+    first, second = upload(client, fresh), upload(client, fresh)
+    stored = service.data / "objects" / "adapters"
+    assert (stored / first["id"] / WEIGHTS).is_file()
+    answer = client.delete(f"/v1/adapters/{first['id']}")
+    assert answer.json() == {"id": first["id"], "object": "adapter", "deleted": True}
+    assert not (stored / first["id"]).exists()
+    for path in ("", "/download", f"/files/{WEIGHTS}"):
+        refused(client.get(f"/v1/adapters/{first['id']}{path}"), 404, "adapter_not_found")
+    refused(client.delete(f"/v1/adapters/{first['id']}"), 404, "adapter_not_found")
+    refused(client.post("/v1/realignments", json={"adapter_id": first["id"]}), 404, "adapter_not_found")
+    assert client.get(f"/v1/adapters/{second['id']}/files/{WEIGHTS}").status_code == 200
+
+
+@pytest.fixture
+def idle(bundle: Path, tmp_path: Path) -> Iterator[TestClient]:
+    """A gateway without broker and workers: its jobs stay queued."""
+    ReferenceRegistry(tmp_path / "references").add(bundle)
+    settings = GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client
+
+
+def test_an_adapter_in_use_stays(idle: TestClient, fresh: Path) -> None:
+    adapter = idle.post("/v1/adapters", files=files_of(fresh)).json()["id"]
+    created = idle.post("/v1/realignments", json={"adapter_id": adapter})
+    assert created.status_code == 202, created.text
+    job = created.json()["id"]
+    assert job in refused(idle.delete(f"/v1/adapters/{adapter}"), 409, "adapter_in_use")["message"]
+    assert idle.get(f"/v1/adapters/{adapter}/files/{WEIGHTS}").status_code == 200
+    assert idle.post(f"/v1/realignments/{job}/cancel").json()["status"] == "cancelled"
+    assert idle.delete(f"/v1/adapters/{adapter}").status_code == 200
+
+
+def test_a_store_that_fails_is_our_fault_and_told_in_the_same_shape(
+    idle: TestClient, fresh: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "objects").mkdir(exist_ok=True)
+    (tmp_path / "objects" / "adapters").write_bytes(b"a file where a folder belongs")
+    refused(idle.post("/v1/adapters", files=files_of(fresh)), 507, "storage_fault")
+    assert list((tmp_path / "objects" / "scratch").iterdir()) == []

@@ -1,0 +1,46 @@
+"""/livez and /readyz with parts of the service missing."""
+
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from safegraft.stores.references import ReferenceRegistry
+from service.app import create_app
+from service.settings import GatewaySettings
+from tests.service.conftest import Running, free_port
+
+
+def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path: Path, bundle: Path) -> None:
+    settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    with TestClient(create_app(settings)) as client:
+        assert client.get("/livez").json() == {"status": "ok", "checks": {}}
+        answer = client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json() == {
+            "status": "not ready",
+            "checks": {"database": True, "broker": False, "reference": False},
+        }
+        # A reference counts as soon as it is there.
+        ReferenceRegistry(tmp_path / "data" / "references").add(bundle)
+        assert client.get("/readyz").json()["checks"] == {"database": True, "broker": False, "reference": True}
+        assert client.get("/livez").status_code == 200
+
+
+def test_a_database_that_is_gone_is_named(tmp_path: Path) -> None:
+    settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    with TestClient(create_app(settings)) as client:
+        for file in (tmp_path / "data").glob("safegraft.sqlite*"):
+            file.unlink()
+        client.app.state.services.database.dispose()  # type: ignore[attr-defined]
+        (tmp_path / "data" / "safegraft.sqlite").mkdir()
+        answer = client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json()["checks"]["database"] is False
+        assert client.get("/livez").status_code == 200
+
+
+def test_a_whole_service_is_ready(service: Running) -> None:
+    with service.client() as client:
+        answer = client.get("/readyz")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "ok", "checks": {"database": True, "broker": True, "reference": True}}
