@@ -27,6 +27,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 metadata = MetaData()
+CREATING = 0x5AFE62AF7  # any number that no other program locks
 
 adapters = Table(
     "adapters",
@@ -111,8 +112,12 @@ def open_database(url: str) -> Engine:
         event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     else:
         engine = create_engine(url, pool_pre_ping=True)
-    with _first_opening(parsed.database if parsed.get_backend_name() == "sqlite" else None):
-        metadata.create_all(engine)
+    first = _first_opening(parsed.database if parsed.get_backend_name() == "sqlite" else None)
+    with first, engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # Gateway and workers start together, and "create if it is not there" is no single step on Postgres.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATING})")
+        metadata.create_all(connection)
     return engine
 
 

