@@ -42,6 +42,8 @@ check: .venv/.check
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint --failure-threshold style docker/gateway.Dockerfile docker/worker.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign

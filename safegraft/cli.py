@@ -101,8 +101,8 @@ def _print_json(data: Any) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage, on standard error."""
+def _progress(quiet: bool, *, log: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage, on standard error; with `log`, and where that is no terminal, a line a stage."""
     columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err, disable=quiet or not err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -110,6 +110,8 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
+                if log and not quiet and not err.is_terminal:
+                    err.print(f"{stage} …", markup=False)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
@@ -291,14 +293,14 @@ def build(
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     from safegraft.engine.build import build_reference
     from safegraft.engine.conversations import read_conversations
-    from safegraft.engine.models import resolve_base
+    from safegraft.engine.models import quiet_libraries, resolve_base
     from safegraft.engine.reference import BuildSettings
 
-    _quiet_libraries()
+    quiet_libraries()
     safety = read_conversations(prompts)
     ordinary = read_conversations(general) if general is not None else None
     settings = BuildSettings(amplification=beta, sparsity=sparsity, batch_size=batch_size, device=device.value)
-    with _progress(as_json) as progress:
+    with _progress(as_json, log=True) as progress:
         manifest = build_reference(
             to,
             base=resolve_base(base),
@@ -379,12 +381,3 @@ def _bundle(folder: Path) -> Path:
     if not (folder / MANIFEST).is_file():
         raise InvalidParameter(f"{folder} holds no {MANIFEST}; it is no reference.", code="not_a_reference")
     return folder
-
-
-def _quiet_libraries() -> None:
-    """transformers draws bars and warnings of its own into ours."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

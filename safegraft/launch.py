@@ -155,7 +155,8 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
             "INFO",
         ]
         command += ["--without-gossip", "--without-mingle"]
-        own = {"SAFEGRAFT_WORKER_NAME": f"{name}-{os.getpid()}", "OMP_NUM_THREADS": str(threads)}
+        # The folder's lock promises that there is one worker1, so it may take back what an earlier one held.
+        own = {"SAFEGRAFT_WORKER_NAME": name, "OMP_NUM_THREADS": str(threads)}
         children.append(Child(name, command, environment | own))
     logs = data / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -218,6 +219,8 @@ def serve(plan: Plan) -> None:
     ended = _Ended()
     with locked(plan.data) as lock, tempfile.TemporaryDirectory(prefix="safegraft-") as sockets:
         check_port(plan.host, plan.port)
+        # Nobody else works in this folder now, so what lies in scratch was left by processes that were killed.
+        shutil.rmtree(plan.data / "objects" / "scratch", ignore_errors=True)
         children = plan_children(plan, Path(sockets))
         try:
             for child in children:
@@ -235,6 +238,10 @@ def serve(plan: Plan) -> None:
                 time.sleep(0.2)
         finally:
             log.info("stopping")
+            # Workers first and all at once, because each may finish its job; then the gateway, then the broker.
+            for child in reversed(children):
+                if child.name.startswith("worker") and child.process is not None and child.alive():
+                    child.process.terminate()
             for child in reversed(children):
                 child.stop()
 

@@ -5,6 +5,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -52,7 +53,25 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         app.include_router(resource.router)
     errors.install(app)
     app.add_middleware(RequestId)
+    _describe_errors(app)
     return app
+
+
+def _describe_errors(app: FastAPI) -> None:
+    """FastAPI documents every body as application/json; errors are sent as application/problem+json."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for path in document["paths"].values():
+            for operation in path.values():
+                for status in ("4XX", "5XX"):
+                    content = operation["responses"][status].get("content", {})
+                    if "application/json" in content:
+                        content["application/problem+json"] = content.pop("application/json")
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def open_services(settings: GatewaySettings) -> Services:

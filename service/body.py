@@ -20,7 +20,7 @@ class JsonRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             settings = services(request).settings
-            tenant_of(settings, request.headers.get("authorization"))
+            tenant_of(settings, request)
             read = 0
 
             async def receive() -> Message:

@@ -37,8 +37,8 @@ def services(request: Request) -> Services:
     return found
 
 
-def tenant(request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> str:
-    return tenant_of(services(request).settings, authorization)
+def tenant(request: Request) -> str:
+    return tenant_of(services(request).settings, request)
 
 
 Here = Annotated[Services, Depends(services)]

@@ -39,6 +39,7 @@ STATUS_BY_CODE = {
     "too_many_uploads": 429,
     "idempotency_key_reused": 422,
     "unsupported_media_type": 415,
+    "upload_stalled": 408,
 }
 # Codes of what the framework itself refuses.
 HTTP_CODES = {

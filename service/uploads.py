@@ -30,6 +30,7 @@ ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
 ROOM, GROWTH = 2**26, 20
 MAX_FIELD_BYTES = 1024
 MAX_PARTS = 64
+IDLE_SECONDS = 60.0
 NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 
 
@@ -92,7 +93,16 @@ async def _pieces(request: Request, size: int = 2**20) -> AsyncIterator[bytes]:
     """The body in pieces of about a mebibyte, so that switching to a thread costs little."""
     waiting: list[bytes] = []
     length = 0
-    async for chunk in request.stream():
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                chunk = await anext(stream)
+        except StopAsyncIteration:
+            break
+        except TimeoutError as error:
+            # A client that only keeps its connection open would keep one of the few upload slots as well.
+            raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
         waiting.append(chunk)
         length += len(chunk)
         if length >= size:

@@ -5,14 +5,16 @@ import os
 import socket
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from types import TracebackType
 from typing import Any
 
-from billiard.exceptions import WorkerLostError
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, shared_task
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.signals import task_failure, worker_process_init
+from celery.signals import task_failure, worker_init, worker_process_init
 
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
@@ -36,7 +38,10 @@ log = logging.getLogger("safegraft.worker")
 
 
 def worker_name() -> str:
-    """Names the worker a process belongs to; the same in the parent and in its pool."""
+    """Names the worker a process belongs to; the same in the parent and in its pool.
+
+    SAFEGRAFT_WORKER_NAME promises that no other living worker on this database has that name.
+    """
     return os.environ.get("SAFEGRAFT_WORKER_NAME") or f"{socket.gethostname()}-{_parent()}"
 
 
@@ -65,6 +70,8 @@ class Bench:
 
     def warm(self) -> None:
         """Loads the newest references before the first job asks for them."""
+        import matplotlib.font_manager  # noqa: F401 - in a new home it searches for fonts, for seconds
+
         for installed in reversed(self.registry.installed()[: self.settings.loaded_references]):
             self.reference(installed.id)
 
@@ -153,15 +160,31 @@ def warm(**_: Any) -> None:
 @task_failure.connect
 def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) -> None:
     """In the parent, when its child was killed: gives the job back at once instead of after the lease."""
-    if getattr(sender, "name", "") == REALIGN_TASK and args and isinstance(exception, WorkerLostError):
+    killed = isinstance(exception, WorkerLostError | TimeLimitExceeded)
+    if getattr(sender, "name", "") == REALIGN_TASK and args and killed:
         log.error("%s: the process that ran it died (%s)", args[0], exception)
-        settings = WorkerSettings()
-        engine = open_database(settings.database)
-        try:
-            jobs = JobStore(engine, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        with _job_store() as jobs:
             jobs.release_from(args[0], worker_name(), "Its worker process died.")
-        finally:
-            engine.dispose()
+
+
+@worker_init.connect
+def recover(**_: Any) -> None:
+    """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
+    if os.environ.get("SAFEGRAFT_WORKER_NAME"):
+        with _job_store() as jobs:
+            for job_id in jobs.release_all(worker_name(), "Its worker was killed."):
+                log.warning("%s: taken back from a killed worker", job_id)
+
+
+@contextmanager
+def _job_store() -> Iterator[JobStore]:
+    """For the parent, which keeps no connection: its pool processes do the work."""
+    settings = WorkerSettings()
+    engine = open_database(settings.database)
+    try:
+        yield JobStore(engine, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+    finally:
+        engine.dispose()
 
 
 def run_job(bench: Bench, job_id: str) -> None:

@@ -301,6 +301,16 @@ class JobStore:
             ).scalar_one_or_none()
             return attempt is not None and self._give_back(connection, job_id, attempt, reason)
 
+    def release_all(self, worker: str, reason: str) -> list[str]:
+        """Gives back every job that `worker` holds: for a worker that has just started and so can hold none."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(realignments.c.id, realignments.c.attempt).where(
+                    realignments.c.state == "running", realignments.c.worker == worker
+                )
+            ).all()
+            return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason)]
+
     def _give_back(
         self, connection: Connection, job_id: str, attempt: int, reason: str, code: str = "worker_lost"
     ) -> bool:

@@ -1,6 +1,5 @@
 """The operator's registry: one folder a bundle, named by the bundle's id. Added and listed without a restart."""
 
-import os
 import re
 import shutil
 from contextlib import suppress
@@ -52,7 +51,7 @@ class ReferenceRegistry:
         return self._read(folder)
 
     def add(self, folder: Path) -> Installed:
-        """Verifies a bundle and copies it in (by hard links where possible). Adding it again changes nothing."""
+        """Verifies a bundle and copies it in. Adding it again changes nothing."""
         if not (folder / MANIFEST).is_file():
             raise InvalidParameter(f"{folder} holds no {MANIFEST}; it is no reference.", code="not_a_reference")
         manifest = verify_bundle(folder)
@@ -62,11 +61,8 @@ class ReferenceRegistry:
             # Another process may add the same bundle at the same time: the same bytes, so either will do.
             with suppress(FileExistsError), atomic_folder(target) as beside:
                 for name in [MANIFEST, *manifest.files]:
-                    # Resolved: a downloaded bundle's files are often links into a cache.
-                    try:
-                        os.link((folder / name).resolve(), beside / name)
-                    except OSError:
-                        shutil.copyfile(folder / name, beside / name)
+                    # Not linked: whoever edits the bundle that was built must not change the one in use.
+                    shutil.copyfile(folder / name, beside / name)
         return self._read(target)
 
     def choose(self, adapter: AdapterDescription) -> Installed:

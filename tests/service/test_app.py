@@ -51,7 +51,7 @@ def test_every_operation_has_a_name_and_documents_its_errors() -> None:
         codes = set(operation["responses"])
         assert any(code.startswith("2") for code in codes), (method, path)
         for code in ("4XX", "5XX"):
-            schema = operation["responses"][code]["content"]["application/json"]["schema"]
+            schema = operation["responses"][code]["content"]["application/problem+json"]["schema"]
             assert schema == {"$ref": "#/components/schemas/Problem"}, (method, path)
         assert operation.get("description"), (method, path)
 
@@ -75,7 +75,7 @@ def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
     )
     app = create_app(settings)
     asked = 0
-    with TestClient(app) as client:
+    with TestClient(app, client=("127.0.0.1", 50000)) as client:
         for route in iter_route_contexts(app.routes):
             assert route.path is not None
             if route.path in UNDOCUMENTED | OPEN:
@@ -144,7 +144,7 @@ def test_our_own_failures_are_named_by_the_request_id(
 ) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
     app = create_app(settings)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, client=("127.0.0.1", 50000), raise_server_exceptions=False) as client:
 
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("a secret of ours")

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
 import service.main
+from service.app import create_app
 from service.settings import GatewaySettings
 from tests.service.answers import refused
 from tests.service.conftest import SAFEGRAFT, files_of, free_port
@@ -152,3 +154,12 @@ def test_a_gateway_on_its_own_wants_keys_too(monkeypatch: pytest.MonkeyPatch, tm
 def test_keys_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAFEGRAFT_API_KEYS", f'["{KEY}"]')
     assert KEY not in repr(GatewaySettings())
+
+
+def test_development_mode_answers_this_machine_alone(tmp_path: Path) -> None:
+    """However the server was started: by hand it may listen on every address."""
+    settings = GatewaySettings(dev=True, data=tmp_path, redis_url="redis://127.0.0.1:1/0")
+    for host, status in (("127.0.0.1", 200), ("::1", 200), ("192.168.1.5", 401), ("10.0.0.1", 401)):
+        with TestClient(create_app(settings), client=(host, 50000)) as client:
+            assert client.get("/v1/adapters").status_code == status
+            assert client.get("/livez").status_code == 200

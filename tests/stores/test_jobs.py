@@ -596,3 +596,18 @@ def test_any_order_of_anything_keeps_the_invariants(engine: Engine) -> None:
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )
+
+
+def test_a_restarted_worker_takes_back_what_it_held_and_nothing_else(store: JobStore) -> None:
+    mine = [claimed(store, "worker1").id for _ in range(2)]
+    other = claimed(store, "worker2").id
+    ended = claimed(store, "worker1")
+    store.fail(ended.id, ended.attempt, Incompatible("no"))
+    assert sorted(store.release_all("worker1", "Killed.")) == sorted(mine)
+    assert [store.get("t", job_id).status for job_id in [*mine, other, ended.id]] == [
+        "queued",
+        "queued",
+        "running",
+        "failed",
+    ]
+    assert store.release_all("worker1", "Killed.") == []
