@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,9 +41,10 @@ class Twin:
         z = toy.x_s.double() @ self.a.T
         v = torch.linalg.svd(z.T, full_matrices=True).U[:, :count]
         u = torch.linalg.svd(self.b @ z.T, full_matrices=True).U[:, :count]
-        self.mask_a = self.largest((v @ v.T @ self.a).abs(), share)
-        self.mask_b = self.largest((u @ u.T @ self.b).abs(), share)
-        self.rows = self.largest((self.b @ z.T).square().sum(dim=1)[None], share)[0]
+        self.score_a, self.score_b = (v @ v.T @ self.a).abs(), (u @ u.T @ self.b).abs()
+        self.energy = (self.b @ z.T).square().sum(dim=1)[None]
+        self.mask_a, self.mask_b = self.largest(self.score_a, share), self.largest(self.score_b, share)
+        self.rows = self.largest(self.energy, share)[0]
 
     @staticmethod
     def largest(score: Tensor, share: float) -> Tensor:
@@ -81,13 +82,22 @@ def toy_and_twin(folder: Path, d: int, k: int, r: int, seed: int, beta: float, s
 def test_masks_are_those_of_the_dense_definition(
     tmp_path: Path, d: int, k: int, r: int, seed: int, scaling: float, beta: float, sparsity: float
 ) -> None:
+    # Beyond that, activations have a lower rank than the factors, and which directions come last is anybody's choice.
+    assume(r <= min(d, k))
     toy, twin = toy_and_twin(tmp_path / "ref", d, k, r, seed, beta, sparsity)
     safe = toy.reference.neurons(NAME)
     close(safe.b.double() @ safe.a.double(), twin.b @ twin.a)
-    # Scores that differ by rounding alone may swap places; everything else must agree.
-    assert (safe.mask_a != twin.mask_a).float().mean() < 0.05
-    assert (safe.mask_b != twin.mask_b).float().mean() < 0.05
-    assert torch.equal(safe.rows, twin.rows)
+    same_but_for_ties(safe.mask_a, twin.mask_a, twin.score_a)
+    same_but_for_ties(safe.mask_b, twin.mask_b, twin.score_b)
+    same_but_for_ties(safe.rows[None], twin.rows[None], twin.energy)
+
+
+def same_but_for_ties(mask: Tensor, wanted: Tensor, score: Tensor) -> None:
+    """Entries may only differ where float32 cannot tell their score from the last one that was chosen."""
+    for row in range(len(mask)):
+        assert int(mask[row].sum()) == int(wanted[row].sum())
+        last = score[row][wanted[row]].min()
+        assert bool(((score[row] - last).abs() <= 1e-4 * score[row].max())[mask[row] != wanted[row]].all())
 
 
 @relaxed
