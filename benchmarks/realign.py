@@ -75,7 +75,8 @@ def write_reference(folder: Path, rank: int = 32) -> None:
     prompts = PromptSet(sha256="0" * 64, conversations=0, tokens=0, response_tokens=0, answered_by_model=False)
     ingredients = Ingredients(
         labels=["random"], config_sha256="0" * 64, architecture="random", dtype="float32", shapes=shapes,
-        aligned_sha256="0" * 64, factors=factors, safety=safety, safety_prompts=prompts, general=general,
+        aligned_sha256="0" * 64, aligned_config_sha256="0" * 64,
+            skipped_prefix=0, factors=factors, safety=safety, safety_prompts=prompts, general=general,
         general_prompts=prompts,
     )  # fmt: skip
     write_bundle(folder, ingredients, BuildSettings())

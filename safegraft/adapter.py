@@ -397,10 +397,6 @@ def kind_of(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def layers_of(modules: Iterable[str]) -> list[int]:
-    return sorted({layer for module in modules if (layer := layer_of(module)) is not None})
-
-
 def _refuse_key(name: str) -> NoReturn:
     if "lora_magnitude_vector" in name:
         _unsupported("dora_unsupported", f"{name}: a DoRA magnitude.", name)

@@ -56,9 +56,9 @@ DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_de
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
 
 
-class Device(StrEnum):
-    cpu = "cpu"
-    cuda = "cuda"
+class MaskScope(StrEnum):
+    row = "row"
+    factor = "factor"
 
 
 def main() -> None:
@@ -284,8 +284,19 @@ def build(
             min=0.0, max=0.99, envvar="SAFEGRAFT_SPARSITY", help="P_SR: the share that is not safety-critical."
         ),
     ] = 0.8,
+    mask_scope: Annotated[
+        MaskScope,
+        typer.Option(envvar="SAFEGRAFT_MASK_SCOPE", help="Take the safety-critical share per row, or per factor."),
+    ] = MaskScope.row,
+    label: Annotated[
+        list[str],
+        typer.Option(envvar="SAFEGRAFT_LABEL", help="A name by which adapters know this base; repeatable."),
+    ] = [],  # noqa: B006
+    max_tokens: Annotated[
+        int, typer.Option(min=8, envvar="SAFEGRAFT_MAX_TOKENS", help="Longer conversations are cut.")
+    ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, envvar="SAFEGRAFT_BATCH_SIZE")] = 8,
-    device: Annotated[Device, typer.Option(envvar="SAFEGRAFT_DEVICE")] = Device.cpu,
+    device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
     """Builds a reference: amplifies the aligned adapter, finds its safety neurons, measures the model's inputs."""
@@ -299,12 +310,19 @@ def build(
     quiet_libraries()
     safety = read_conversations(prompts)
     ordinary = read_conversations(general) if general is not None else None
-    settings = BuildSettings(amplification=beta, sparsity=sparsity, batch_size=batch_size, device=device.value)
+    settings = BuildSettings(
+        amplification=beta,
+        sparsity=sparsity,
+        mask_scope=mask_scope.value,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        device=device,
+    )
     with _progress(as_json, log=True) as progress:
         manifest = build_reference(
             to,
             base=resolve_base(base),
-            base_label=Path(base).name,
+            labels=[*label, Path(base).name],
             aligned=aligned,
             safety=safety,
             general=ordinary,

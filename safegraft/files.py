@@ -53,6 +53,17 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Brings a folder's files and their names to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            sync_folder(path)
+    sync_folder(folder)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its name when the block ends without an error.
@@ -66,6 +77,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield beside
         beside.chmod(0o755)
+        sync_tree(beside)
         try:
             os.rename(beside, target)
         except OSError as error:

@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
+import hashlib
 import logging
 import os
 import shutil
@@ -57,6 +59,7 @@ class Child:
     due: float = 0.0
     log: Path = field(default_factory=Path)
     keep: tuple[int, ...] = ()  # open files that it inherits
+    last_signal: signal.Signals = signal.SIGTERM  # from the kernel, when the supervisor was killed
 
     def start(self) -> None:
         self.started = time.monotonic()
@@ -70,7 +73,7 @@ class Child:
                 # Its own session, so that Ctrl-C reaches the supervisor alone and children end in the right order.
                 start_new_session=True,
                 pass_fds=self.keep,
-                preexec_fn=_die_with_parent,
+                preexec_fn=functools.partial(_die_with_parent, self.last_signal),
             )
 
     def alive(self) -> bool:
@@ -89,10 +92,10 @@ class Child:
             self.process.wait()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(last_signal: signal.Signals) -> None:
     """Linux: the kernel ends this child when the supervisor dies, however it dies."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, last_signal)  # PR_SET_PDEATHSIG
 
 
 def find_broker() -> Path:
@@ -136,6 +139,7 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
         broker, url = broker_child(data, sockets, environment)
         children.append(broker)
     environment |= {"SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": url, "SAFEGRAFT_DEVICE": plan.device}
+    folder = hashlib.sha256(f"{socket.gethostname()}:{data}".encode()).hexdigest()[:12]
     threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))
     gateway = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--host", plan.host]
     gateway += ["--port", str(plan.port), "--timeout-graceful-shutdown", "10"]
@@ -155,9 +159,10 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
             "INFO",
         ]
         command += ["--without-gossip", "--without-mingle"]
-        # The folder's lock promises that there is one worker1, so it may take back what an earlier one held.
-        own = {"SAFEGRAFT_WORKER_NAME": name, "OMP_NUM_THREADS": str(threads)}
-        children.append(Child(name, command, environment | own))
+        # The folder's lock promises that no other worker has this name, so it may take back what its predecessor held.
+        own = {"SAFEGRAFT_WORKER_NAME": f"{name}@{folder}", "OMP_NUM_THREADS": str(threads)}
+        # Killed with the supervisor, not asked to finish: the next one takes its job back at once.
+        children.append(Child(name, command, environment | own, last_signal=signal.SIGKILL))
     logs = data / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     for child in children:
@@ -296,7 +301,7 @@ def _restart_dead(children: list[Child]) -> None:
         now = time.monotonic()
         if not child.due:
             child.restarts = child.restarts + 1 if now - child.started < 60 else 1
-            child.due = now + min(30.0, 0.5 * 2**child.restarts)
+            child.due = now + min(30.0, 0.5 * 2 ** min(child.restarts, 10))
             log.warning("%s ended; starting it again (see %s)", child.name, child.log)
         elif now >= child.due:
             child.due = 0.0

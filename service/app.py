@@ -24,6 +24,8 @@ from service.routes import adapters, catalogue, health, realignments
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.gateway")
+# Longer than any upload or job may take.
+SCRATCH_SECONDS = 24 * 3600.0
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -34,6 +36,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         if settings.dev:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
+        here.objects.sweep(SCRATCH_SECONDS)
         here.dispatcher.start()
         try:
             yield

@@ -2,6 +2,7 @@
 
 import hmac
 import ipaddress
+from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
@@ -26,8 +27,20 @@ def tenant_of(settings: GatewaySettings, request: Request) -> str:
 
 
 def _is_loopback(request: Request) -> bool:
-    # Asked of every request, because a server that was started by hand may listen on any address.
+    """Does the request come from this machine, to this machine, and from no web page of another host?
+
+    Asked of every request: a server that was started by hand may listen on any address, and a page that the operator
+    has open could send requests here.
+    """
+    hosts = [request.client.host] if request.client else []
+    hosts += [request.url.hostname or ""]
+    if origin := request.headers.get("origin"):
+        hosts.append(urlsplit(origin).hostname or "")
+    return all(host == "localhost" or _is_loopback_address(host) for host in hosts)
+
+
+def _is_loopback_address(host: str) -> bool:
     try:
-        return request.client is None or ipaddress.ip_address(request.client.host).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

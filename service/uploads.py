@@ -1,4 +1,4 @@
-"""Receiving an adapter: the request's bytes go to disk as they come, hashed on the way, and are checked before 201.
+"""Receiving an adapter: the request's bytes go to disk as they come, and are checked and hashed before 201.
 
 Never `UploadFile` in a signature: FastAPI would read a whole gigabyte before the key is looked at.
 """
@@ -18,7 +18,6 @@ from safegraft.adapter import CONFIG, WEIGHTS, describe, is_companion
 from safegraft.archive import unpack
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.errors import InvalidAdapter, InvalidParameter, StorageFault, TooLarge, UserError
-from safegraft.files import sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
@@ -225,17 +224,16 @@ def check(received: Received, max_bytes: int) -> tuple[Adapter, Path]:
         raise InvalidParameter("`name` must be at most 200 printable characters.", code="invalid_name", param="name")
     description = describe(received.folder)
     check_finite(received.folder / WEIGHTS, description.header)
-    digest = sha256_file(received.folder / WEIGHTS)
+    dropped = sorted(set(received.dropped))
+    adapter = adapter_record(new_id("adp"), name, received.folder, description, dropped=dropped, origin=Origin())
     wanted = received.fields.get("sha256", "").lower().removeprefix("sha256-")
-    if wanted and wanted != digest:
+    if wanted and wanted != adapter.sha256:
         raise InvalidAdapter(
-            f"{WEIGHTS} arrived with SHA-256 {digest}, not with the announced one.",
+            f"{WEIGHTS} arrived with SHA-256 {adapter.sha256}, not with the announced one.",
             code="checksum_mismatch",
             param="sha256",
             hint="Upload it again.",
         )
-    dropped = sorted(set(received.dropped))
-    adapter = adapter_record(new_id("adp"), name, received.folder, description, dropped=dropped, origin=Origin())
     return adapter, received.folder
 
 

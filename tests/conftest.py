@@ -54,7 +54,7 @@ def bundle(base: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) 
     build_reference(
         out,
         base=base,
-        base_label="tiny-llama",
+        labels=["tiny-llama"],
         aligned=aligned,
         safety=tiny.HARMFUL,
         general=tiny.GENERAL,

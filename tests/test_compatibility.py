@@ -36,11 +36,15 @@ def manifest(**changes: Any) -> ReferenceManifest:
             architecture="LlamaForCausalLM",
             modules={name: BaseModule(outputs=6, inputs=8, site=name) for name in (Q, K, UP)},
         ),
-        aligned=AlignedAdapter(sha256="0" * 64, modules={name: AlignedModule(rank=4, norm=1.0) for name in (Q, K)}),
+        aligned=AlignedAdapter(
+            sha256="0" * 64, config_sha256="0" * 64,
+            modules={name: AlignedModule(rank=4, norm=1.0) for name in (Q, K)},
+        ),
         safety_prompts=prompts,
         general_prompts=None,
         parameters=BuildParameters(
             amplification=0.9, sparsity=0.8, mask_scope="row", ridge=1e-4, smallest_pair=1e-3, max_tokens=9,
+            answer_tokens=9, batch_size=1, skipped_prefix=0,
             dtype="float32", device="cpu",
         ),
         gram=None,

@@ -22,7 +22,7 @@ from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import LostLease, UserError
+from safegraft.errors import LostLease, NotFound, SafegraftError, SystemFault, UserError
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render
@@ -78,7 +78,11 @@ class Bench:
     def reference(self, reference_id: str) -> LoadedReference:
         """From memory, or verified and loaded; the one that was not used for longest makes room."""
         if reference_id not in self._loaded:
-            folder = self.registry.get(reference_id).folder
+            try:
+                folder = self.registry.get(reference_id).folder
+            except NotFound as error:
+                # It was there when the job was accepted: the operator's move, not the customer's.
+                raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
             while len(self._loaded) >= self.settings.loaded_references:
                 self._loaded.popitem(last=False)
             self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
@@ -208,8 +212,9 @@ def run_job(bench: Bench, job_id: str) -> None:
         bench.jobs.release(job_id, claim.attempt, "It took too long.", code="time_limit")
     except Exception as error:
         log.exception("%s: attempt %d failed", job_id, claim.attempt)
-        code = getattr(error, "code", "internal_error")
-        bench.jobs.release(job_id, claim.attempt, "It failed on our side.", code=str(code))
+        # Only codes of ours: SQLAlchemy's errors have a `code` as well.
+        code = error.code if isinstance(error, SafegraftError) else "internal_error"
+        bench.jobs.release(job_id, claim.attempt, "It failed on our side.", code=code)
 
 
 def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:

@@ -41,7 +41,7 @@ class GramParameters(Parameters):
     type: Literal["gram"] = "gram"
     general_weight: float = Field(
         default=0.3,
-        ge=1e-3,
+        ge=1e-2,
         le=1e3,
         description="λ in K = C_s(C_s + λC_g)⁻¹: how much the customer's behaviour on general inputs counts against "
         "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning.",

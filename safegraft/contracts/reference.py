@@ -41,7 +41,10 @@ class AlignedModule(Strict):
 
 
 class AlignedAdapter(Strict):
+    """sha256 of the weights, config_sha256 of adapter_config.json, which holds their scaling."""
+
     sha256: str
+    config_sha256: str
     modules: dict[str, AlignedModule]
 
 
@@ -54,7 +57,11 @@ class PromptSet(Strict):
 
 
 class BuildParameters(Strict):
-    """amplification β; sparsity P_SR; mask_scope: the share is taken per row or over the whole factor."""
+    """amplification β; sparsity P_SR; mask_scope: the share is taken per row or over the whole factor.
+
+    max_tokens, answer_tokens: where conversations and the model's own answers were cut; skipped_prefix: how many
+    leading tokens, common to all conversations, the input moments leave out.
+    """
 
     amplification: float
     sparsity: float
@@ -62,6 +69,9 @@ class BuildParameters(Strict):
     ridge: float
     smallest_pair: float
     max_tokens: int
+    answer_tokens: int
+    batch_size: int
+    skipped_prefix: int
     dtype: str
     device: str
 

@@ -41,10 +41,12 @@ class Spread(Part):
 
 class Summary(Part):
     """kept = ⟨ΔW_out, ΔW_in⟩/‖ΔW_in‖², edit = ‖ΔW_out − ΔW_in‖/‖ΔW_in‖, over all modules together, relative to the
-    aligned model. truncation_error: the largest of any module."""
+    aligned model. similarity: of the adapter that comes out (`similarity_after`, or what was measured in `analyze`).
+    truncation_error: the largest of any module."""
 
     modules: int
     repaired: int
+    similarity: Spread
     similarity_before: Spread
     similarity_after: Spread
     kept: float

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safegraft.adapter import WEIGHTS, AdapterDescription, describe
+from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, describe
 from safegraft.contracts.reference import PromptSet, ReferenceManifest
 from safegraft.engine import models
 from safegraft.engine.conversations import Conversation, Encoded, encode
@@ -16,7 +16,7 @@ from safegraft.engine.evaluate import answer
 from safegraft.engine.reference import BuildSettings, Ingredients, Progress, write_bundle
 from safegraft.engine.statistics import Statistics, common_prefix, gather
 from safegraft.engine.tensors import TensorReader
-from safegraft.errors import Incompatible
+from safegraft.errors import Incompatible, InvalidPrompts
 from safegraft.files import sha256_file
 
 
@@ -24,7 +24,7 @@ def build_reference(
     out: Path,
     *,
     base: Path,
-    base_label: str,
+    labels: Sequence[str],
     aligned: Path,
     safety: Sequence[Conversation],
     general: Sequence[Conversation] | None,
@@ -33,9 +33,10 @@ def build_reference(
 ) -> ReferenceManifest:
     """Builds the bundle `out` (a folder that must not exist yet), in one forward pass per prompt set.
 
-    base: the unaligned model's folder; aligned: the provider's LoRA on it. Conversations without a response are
-    answered by the aligned model first. Raises Incompatible where the aligned adapter does not fit the base model, and
-    whatever `describe` raises for a folder that is no sound adapter.
+    base: the unaligned model's folder; labels: names by which customers' adapters may know it; aligned: the provider's
+    LoRA on it. Conversations without a response are answered by the aligned model first. Raises Incompatible where the
+    aligned adapter does not fit the base model, InvalidPrompts where an answer has no room, and whatever `describe`
+    raises for a folder that is no sound adapter.
     """
     from peft import PeftModel
 
@@ -55,6 +56,7 @@ def build_reference(
         if given is not None:
             answered = _answered(name, given, wrapped, tokenizer, settings, progress)
             encoded[name] = [encode(tokenizer, item, settings.max_tokens) for item in answered]
+            _check_answers(name, answered, encoded[name], settings)
             prompts[name] = _identity(given, answered)
     skip = common_prefix([item for items in encoded.values() for item in items])
 
@@ -72,14 +74,21 @@ def build_reference(
         )
         counts = {"tokens": gathered[name].tokens, "response_tokens": gathered[name].response_tokens}
         prompts[name] = prompts[name].model_copy(update=counts)
-    labels = [base_label, adapter.config.base_model_name_or_path or ""]
+    # Layers that no token reached (a vision tower, say) have no statistics, so nothing on them can be repaired.
+    reached = gathered["safety"].sites
+    for module in factors:
+        if module not in reached:
+            raise Incompatible(f"{module}: the forward pass never used this layer.", code="module_unused", param=module)
+    shapes = {name: shape for name, shape in shapes.items() if name in reached}
     ingredients = Ingredients(
-        labels=[label for label in dict.fromkeys(labels) if label],
+        labels=[label for label in dict.fromkeys([*labels, adapter.config.base_model_name_or_path or ""]) if label],
         config_sha256=models.config_hash(base),
         architecture=type(inner).__name__,
         dtype=str(inner.dtype).removeprefix("torch."),
         shapes=shapes,
         aligned_sha256=sha256_file(aligned / WEIGHTS),
+        aligned_config_sha256=sha256_file(aligned / CONFIG),
+        skipped_prefix=skip,
         factors=factors,
         safety=gathered["safety"],
         safety_prompts=prompts["safety"],
@@ -129,6 +138,20 @@ def _answered(
     report = _stage(progress, f"{name} answers")
     texts = iter(answer(model, tokenizer, open_prompts, max_new_tokens=settings.answer_tokens, progress=report))
     return [Conversation(item.prompt, next(texts).strip()) if item.response is None else item for item in conversations]
+
+
+def _check_answers(
+    name: str, conversations: Sequence[Conversation], encoded: Sequence[Encoded], settings: BuildSettings
+) -> None:
+    """Raises InvalidPrompts where a prompt leaves no room for its answer, which would then silently not count."""
+    for item, tokens in zip(conversations, encoded, strict=True):
+        if tokens.response_start >= len(tokens.ids):
+            raise InvalidPrompts(
+                f"{name} prompts: {item.prompt[:60]!r} has no answer within {settings.max_tokens} tokens.",
+                code="no_answer",
+                param=name,
+                hint="Give it a response, shorten it, or raise --max-tokens.",
+            )
 
 
 def _identity(given: Sequence[Conversation], answered: Sequence[Conversation]) -> PromptSet:

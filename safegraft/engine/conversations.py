@@ -5,6 +5,7 @@ used for: statistics weight them, training masks them, evaluation continues them
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ def read_conversations(path: Path) -> list[Conversation]:
     rows: list[tuple[int, Any]]
     if path.suffix == ".jsonl":
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not splitlines: JSON may hold other line separators inside of strings.
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -47,7 +49,7 @@ def read_conversations(path: Path) -> list[Conversation]:
             except json.JSONDecodeError as error:
                 raise InvalidPrompts(f"{path}:{number}: not JSON ({error.msg}).", param=str(path)) from error
     else:
-        reader = csv.DictReader(text.splitlines(), strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         if "prompt" not in (reader.fieldnames or []):
             raise InvalidPrompts(
                 f"{path}: no `prompt` column; found {reader.fieldnames}.",

@@ -1,7 +1,8 @@
 """One realignment: score every module → select once → patch → write, with a report of what was measured.
 
-Paths and tensors only. Reads the adapter module by module (twice: selection needs every score first) and never holds
-more than one; the result appears under its name in one step, or not at all.
+Paths and tensors only. Reads the adapter module by module and never holds more than one, so it reads it more than once:
+kinship, scores (selection needs all of them first), repair, and a last look at both files. The result appears under its
+name in one step, or not at all.
 """
 
 import platform
@@ -26,7 +27,7 @@ from safegraft.adapter import (
     layer_of,
     natural_order,
 )
-from safegraft.compatibility import check_base, check_compatible
+from safegraft.compatibility import check_compatible
 from safegraft.contracts.methods import GramParameters, NlsrParameters
 from safegraft.contracts.report import (
     Digest,
@@ -47,7 +48,7 @@ from safegraft.engine.methods.base import Kinship, Method, Module, Selection
 from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import TensorReader
 from safegraft.errors import SystemFault
-from safegraft.files import sha256_file
+from safegraft.files import atomic_folder, sha256_file
 
 Progress = Callable[[str, int, int], None]
 # Measured: adapters continued from the aligned one have median cosines of .57 to .84 with its update, independent ones
@@ -66,10 +67,13 @@ class Measured:
     difference: float
 
 
-def detect_kinship(adapter: AdapterReader, reference: LoadedReference) -> Kinship:
+def detect_kinship(
+    adapter: AdapterReader, reference: LoadedReference, progress: Progress = lambda stage, done, total: None
+) -> Kinship:
     """Compares updates, not factors: two adapters that were started from the same seed share A without being kin."""
     updates, factors = [], []
-    for item in adapter.description.modules:
+    for done, item in enumerate(adapter.description.modules, start=1):
+        progress("compare", done, len(adapter.description.modules))
         aligned = reference.aligned(item.name)
         if aligned is None:
             continue
@@ -102,12 +106,10 @@ def realign(
     """
     started = time.perf_counter()
     timings: dict[str, float] = {}
-    changed: set[str] = set()
     description = describe(folder)
-    check_base(description, reference.manifest)
     check_compatible(description, reference.manifest, parameters)
     with AdapterReader(folder, description, reference.device) as adapter, torch.inference_mode():
-        kinship = detect_kinship(adapter, reference)
+        kinship = detect_kinship(adapter, reference, progress)
         method = METHODS[parameters.type](parameters, reference, kinship)
         timings["open"] = _lap(started)
 
@@ -120,19 +122,20 @@ def realign(
 
         selection = method.select(similarities)
         began = time.perf_counter()
+        output = None
         if out is None:
             measured = _analyze(description, adapter, method, selection, similarities)
         else:
-            measured, changed = _patch(description, adapter, method, selection, similarities, folder, out, progress)
-        timings["patch"] = _lap(began)
+            with atomic_folder(out) as beside:
+                measured, changed = _patch(
+                    description, adapter, method, selection, similarities, folder, beside, progress
+                )
+                timings["patch"] = _lap(began)
+                began = time.perf_counter()
+                _check_effect(folder, beside, description, changed)
+                output = Digest(sha256=sha256_file(beside / WEIGHTS), bytes=(beside / WEIGHTS).stat().st_size)
+            timings["check"] = _lap(began)
 
-    began = time.perf_counter()
-    warnings = _warnings(measured, selection)
-    output = None
-    if out is not None:
-        _check_effect(folder, out, description, changed)
-        output = Digest(sha256=sha256_file(out / WEIGHTS), bytes=(out / WEIGHTS).stat().st_size)
-    timings["check"] = _lap(began)
     timings["total"] = _lap(started)
     others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS))
     return Report(
@@ -146,7 +149,7 @@ def realign(
             explanation=method.explanation,
         ),
         reference=ReferenceUsed(id=reference.id, name=reference.manifest.name, sha256=reference.sha256),
-        base_model=description.config.base_model_name_or_path or reference.manifest.base_model.labels[0],
+        base_model=_base_label(description, reference),
         lineage=kinship.lineage,
         lineage_similarity=kinship.cosine,
         input=Digest(sha256=sha256_file(folder / WEIGHTS), bytes=description.header.file_bytes),
@@ -155,7 +158,7 @@ def realign(
         layers=_layers([item.line for item in measured]),
         modules=[item.line for item in measured],
         dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
-        warnings=warnings,
+        warnings=_warnings(measured, selection, description, reference),
         environment=Environment(
             versions={
                 "safegraft": safegraft.__version__,
@@ -183,33 +186,27 @@ def _patch(
     out: Path,
     progress: Progress,
 ) -> tuple[list[Measured], set[str]]:
-    """Writes `out`; returns the measurements and the names of the modules whose bytes changed."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already.")
-    out.mkdir(parents=True)
-    measured, changed = [], set()
-    try:
-        with adapter_writer(out / WEIGHTS, description) as writer:
-            for done, item in enumerate(description.modules, start=1):
-                before = adapter.module(item)
-                if item.name in selection.names:
-                    result, differs = _replace(item, before, method, similarities, selection, adapter, writer)
-                    measured.append(result)
-                    if differs:
-                        changed.add(item.name)
-                else:
-                    writer.keep(item, adapter)
-                    measured.append(_untouched(item, before, method, similarities, selection))
-                progress("patch", done, len(description.modules))
-        if not changed:
-            # Nothing was repaired: the customer's very bytes, header included, so that hashes agree.
-            shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
-        for path in folder.iterdir():
-            if path.name == CONFIG or is_companion(path.name):
-                shutil.copyfile(path, out / path.name)
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+    """Writes into the folder `out`; returns the measurements and the names of the modules whose bytes changed."""
+    measured: list[Measured] = []
+    changed: set[str] = set()
+    with adapter_writer(out / WEIGHTS, description) as writer:
+        for done, item in enumerate(description.modules, start=1):
+            before = adapter.module(item)
+            if item.name in selection.names:
+                result, differs = _replace(item, before, method, similarities, selection, adapter, writer)
+                measured.append(result)
+                if differs:
+                    changed.add(item.name)
+            else:
+                writer.keep(item, adapter)
+                measured.append(_untouched(item, before, method, similarities, selection))
+            progress("patch", done, len(description.modules))
+    if not changed:
+        # Nothing was repaired: the customer's very bytes, header included, so that hashes agree.
+        shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
+    for path in folder.iterdir():
+        if path.name == CONFIG or is_companion(path.name):
+            shutil.copyfile(path, out / path.name)
     return measured, changed
 
 
@@ -286,6 +283,7 @@ def _summary(measured: list[Measured]) -> Summary:
     return Summary(
         modules=len(lines),
         repaired=sum(line.repaired for line in lines),
+        similarity=_spread([line.similarity_after for line in lines]),
         similarity_before=_spread([line.similarity_before for line in lines]),
         similarity_after=_spread([line.similarity_after for line in lines]),
         kept=sum(item.overlap for item in measured) / energy if energy > 0 else 1.0,
@@ -314,8 +312,27 @@ def _layers(lines: list[ModuleLine]) -> list[LayerLine]:
     ]
 
 
-def _warnings(measured: list[Measured], selection: Selection) -> list[Warning]:
+def _base_label(description: AdapterDescription, reference: LoadedReference) -> str:
+    """The customer's name for the base model where the reference knows it, else the reference's own."""
+    labels = reference.manifest.base_model.labels
+    own = description.config.base_model_name_or_path
+    return own if own in labels else labels[0]
+
+
+def _warnings(
+    measured: list[Measured], selection: Selection, description: AdapterDescription, reference: LoadedReference
+) -> list[Warning]:
     found = []
+    own, labels = description.config.base_model_name_or_path, reference.manifest.base_model.labels
+    if own not in labels:
+        found.append(
+            Warning(
+                code="base_label_unknown",
+                message=f"The adapter calls its base model {(own or 'nothing')[:200]!r}; the reference was built for "
+                f"{' or '.join(labels)}. Names and shapes of all layers fit, but another model of the same family has "
+                "the same ones: make sure that it is the same model.",
+            )
+        )
     lines = [item.line for item in measured]
     unchanged = [line.name for line in lines if line.name in selection.names and not line.repaired]
     if unchanged:

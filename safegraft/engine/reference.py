@@ -8,11 +8,11 @@ general prompts were given):
            <module>.mask_A, .mask_B, .rows        bit-packed: entries of A, entries of B, output rows; uint8
     gram:  <site>.V, <site>.W (k, m), <site>.mu   generalised eigenpairs C_s·v = μ·C_g·v, W = C_g·V; bfloat16, float32
 
-With these K = C_s(C_s + λC_g)⁻¹ = Σ μ/(μ+λ)·w·vᵀ for any λ, and no k×k matrix is needed again.
+With these K = C_s(C_s + λC_g)⁻¹ = Σ μ/(μ+λ)·w·vᵀ for any λ ≥ .01, and no k×k matrix is needed again.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,16 +46,16 @@ class BuildSettings:
     """amplification β and sparsity P_SR as in NLSR § 3; mask_scope: share per row (the paper) or over the whole factor.
 
     ridge: ε in C_g + ε·tr(C_g)/k·I, without which directions that no general prompt uses would have no scale.
-    smallest_pair: eigenpairs with μ below it are dropped; at the default strength λ = .3 they would contribute less
-    than 1 % of themselves.
+    smallest_pair: eigenpairs with μ below it are dropped; they would contribute less than 5 % of themselves at the
+    smallest λ that is accepted (.01), and .2 % at the default (.3).
     """
 
     amplification: float = 0.9
     sparsity: float = 0.8
     mask_scope: Literal["row", "factor"] = "row"
     ridge: float = 1e-2
-    smallest_pair: float = 3e-3
-    max_tokens: int = 256
+    smallest_pair: float = 5e-4
+    max_tokens: int = 1024
     answer_tokens: int = 32
     batch_size: int = 8
     device: str = "cpu"
@@ -75,6 +75,8 @@ class Ingredients:
     dtype: str
     shapes: dict[str, tuple[int, int]]
     aligned_sha256: str
+    aligned_config_sha256: str
+    skipped_prefix: int
     factors: dict[str, tuple[Tensor, Tensor]]
     safety: Statistics
     safety_prompts: PromptSet
@@ -108,7 +110,9 @@ def write_bundle(
                     for name, (d, k) in ingredients.shapes.items()
                 },
             ),
-            aligned=AlignedAdapter(sha256=ingredients.aligned_sha256, modules=aligned),
+            aligned=AlignedAdapter(
+                sha256=ingredients.aligned_sha256, config_sha256=ingredients.aligned_config_sha256, modules=aligned
+            ),
             safety_prompts=ingredients.safety_prompts,
             general_prompts=ingredients.general_prompts,
             parameters=BuildParameters(
@@ -118,6 +122,9 @@ def write_bundle(
                 ridge=settings.ridge,
                 smallest_pair=settings.smallest_pair,
                 max_tokens=settings.max_tokens,
+                answer_tokens=settings.answer_tokens,
+                batch_size=settings.batch_size,
+                skipped_prefix=ingredients.skipped_prefix,
                 dtype=ingredients.dtype,
                 device=settings.device,
             ),
@@ -228,7 +235,6 @@ class SafetyNeurons:
 
     a: Tensor
     b: Tensor
-    g: Tensor
     mask_a: Tensor
     mask_b: Tensor
     rows: Tensor
@@ -277,7 +283,6 @@ class LoadedReference:
         return SafetyNeurons(
             a=a,
             b=b,
-            g=self._tensors[f"{module}.G"],
             mask_a=lowrank.unpack_mask(self._tensors[f"{module}.mask_A"], tuple(a.shape)).to(self.device),
             mask_b=lowrank.unpack_mask(self._tensors[f"{module}.mask_B"], tuple(b.shape)).to(self.device),
             rows=lowrank.unpack_mask(self._tensors[f"{module}.rows"], (b.shape[0],)).to(self.device),
@@ -289,6 +294,3 @@ class LoadedReference:
         return EigenPairs(
             mu=self._tensors[f"{site}.mu"], v=self._tensors[f"{site}.V"].float(), w=self._tensors[f"{site}.W"].float()
         )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.manifest.base_model.modules)

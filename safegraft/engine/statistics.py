@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from safegraft.engine.conversations import Batch, Encoded, batches
+from safegraft.errors import InvalidParameter
 
 
 @dataclass
@@ -31,7 +32,6 @@ class Statistics:
     sites: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     response_tokens: int = 0
-    forward_passes: int = 0
 
 
 def common_prefix(encoded: Sequence[Encoded]) -> int:
@@ -103,7 +103,6 @@ class _Collector:
         self._last = None
         self._sum.tokens += int(counted.sum())
         self._sum.response_tokens += int(batch.response.sum())
-        self._sum.forward_passes += len(batch.rows)
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -117,6 +116,13 @@ class _Collector:
             # The reference held in `_last` keeps x alive, so that no later tensor can take its identity.
             self._last = (x, name)
         site = self._sum.sites.setdefault(name, self._last[1])
+        if len(rows) != len(self._all):
+            raise InvalidParameter(
+                f"{name}: reads {len(rows)} tokens where the model reads {len(self._all)}; models that send tokens to "
+                "some of their layers (mixtures of experts) are not supported.",
+                code="model_unsupported",
+                param=name,
+            )
         if site == name:
             counted = rows[self._all].float()
             _add_to(self._sum.second_moments, name, counted.T @ counted)

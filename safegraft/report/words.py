@@ -77,8 +77,10 @@ def lineage(report: Report) -> str:
             f"point in similar directions (median cosine {cosine}; for unrelated adapters it is near 0)."
         )
     return (
-        "It was trained on top of the aligned model, so it holds only what the fine-tuning added: it is unrelated to "
-        f"an aligned adapter (median cosine of the updates {cosine}; for related ones it is well above 0)."
+        f"It is unrelated to the provider's aligned adapter (median cosine of the updates {cosine}; for related ones "
+        "it is well above 0). So it is taken to have been trained on top of the aligned model and to be served there. "
+        "An adapter that was trained on the model without alignment looks the same, and nothing here would give that "
+        "alignment back to it."
     )
 
 

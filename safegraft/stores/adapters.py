@@ -7,7 +7,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from safegraft.contracts.adapter import Adapter
 from safegraft.errors import Conflict, NotFound
-from safegraft.stores.database import adapters, realignments
+from safegraft.stores.database import adapters, reading, realignments
 
 
 class AdapterStore:
@@ -21,12 +21,12 @@ class AdapterStore:
             insert_adapter(connection, adapter, tenant, prefix)
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             return _shown(_find(connection, tenant, adapter_id))
 
     def prefix(self, tenant: str, adapter_id: str) -> str:
         """Where the adapter's files lie in the object store."""
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             return str(_find(connection, tenant, adapter_id).prefix)
 
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Adapter], bool]:
@@ -34,7 +34,7 @@ class AdapterStore:
         query = select(adapters).where(adapters.c.tenant == tenant)
         if after is not None:
             query = query.where(adapters.c.id < after)
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(adapters.c.id.desc()).limit(limit + 1)).all()
         return [_shown(row) for row in rows[:limit]], len(rows) > limit
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.engine import Engine, make_url
+from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -36,7 +36,7 @@ adapters = Table(
     Column("tenant", String(64), nullable=False),
     Column("prefix", String(200), nullable=False),  # where its files lie in the object store
     Column("created_at", Float, nullable=False),
-    Column("body", JSON, nullable=False),  # contracts.adapter.Adapter without what the columns hold
+    Column("body", JSON, nullable=False),  # contracts.adapter.Adapter
     Index("adapters_by_tenant", "tenant", "id"),
 )
 
@@ -109,7 +109,7 @@ def open_database(url: str) -> Engine:
         engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
         event.listen(engine, "connect", _prepare_sqlite)
         # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
-        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+        event.listen(engine, "begin", _begin_sqlite)
     else:
         engine = create_engine(url, pool_pre_ping=True)
     first = _first_opening(parsed.database if parsed.get_backend_name() == "sqlite" else None)
@@ -130,6 +130,18 @@ def _first_opening(path: str | None) -> Iterator[None]:
     with Path(f"{path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def reading(engine: Engine) -> Iterator[Connection]:
+    """A transaction that only reads: on SQLite it neither takes the write lock nor waits for it."""
+    with engine.connect().execution_options(reading=True) as connection, connection.begin():
+        yield connection
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    only_reads = connection.get_execution_options().get("reading", False)
+    connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -24,10 +24,12 @@ from safegraft.contracts.realignment import Event, Failure, Progress, Realignmen
 from safegraft.errors import Conflict, LostLease, NotFound, SafegraftError
 from safegraft.ids import new_id
 from safegraft.stores.adapters import insert_adapter
-from safegraft.stores.database import events, now, realignments
+from safegraft.stores.database import events, now, reading, realignments
 
 # A queued job is announced again after this long, doubled each time up to a limit: a lost message costs seconds.
-FIRST_REPEAT, LAST_REPEAT = 10.0, 300.0
+FIRST_REPEAT, LAST_REPEAT = 10.0, 40.0
+# After a fault of ours (a full disk, say) the next attempt waits this long, doubled for the one after.
+FAULT_PAUSE = 5.0
 WAITING = {"stage": "waiting", "done": 0, "total": 0}
 
 
@@ -66,8 +68,6 @@ class JobStore:
 
         Raises Conflict (`idempotency_key_reused`) for the same key with another request.
         """
-        body = request.model_dump(mode="json")
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         job_id = new_id("rlg")
         row = {
             "id": job_id,
@@ -77,9 +77,9 @@ class JobStore:
             "next_at": now(),
             "adapter_id": request.adapter_id,
             "reference_id": reference_id,
-            "request": body,
+            "request": request.model_dump(mode="json"),
             "idempotency_key": idempotency_key,
-            "request_hash": digest,
+            "request_hash": _request_hash(request),
             "progress": WAITING,
             "created_at": now(),
         }
@@ -88,31 +88,38 @@ class JobStore:
                 connection.execute(insert(realignments).values(**row))
                 _note(connection, job_id, "created", "Queued.")
         except IntegrityError:
-            if idempotency_key is None:
+            first = self.replay(tenant, request, idempotency_key) if idempotency_key is not None else None
+            if first is None:
                 raise
-            with self._engine.begin() as connection:
-                found = connection.execute(
-                    select(realignments).where(
-                        realignments.c.tenant == tenant, realignments.c.idempotency_key == idempotency_key
-                    )
-                ).one()
-            if found.request_hash != digest:
-                raise Conflict(
-                    "This Idempotency-Key was used with another request.",
-                    code="idempotency_key_reused",
-                    param="Idempotency-Key",
-                    hint="Use a new key for a new request.",
-                ) from None
-            return Created(_shown(found), replayed=True)
+            return Created(first, replayed=True)
         return Created(self.get(tenant, job_id), replayed=False)
 
+    def replay(self, tenant: str, request: RealignmentCreate, idempotency_key: str) -> Realignment | None:
+        """The job that this key made before, None where it is new. Raises Conflict like `create`."""
+        with reading(self._engine) as connection:
+            found = connection.execute(
+                select(realignments).where(
+                    realignments.c.tenant == tenant, realignments.c.idempotency_key == idempotency_key
+                )
+            ).one_or_none()
+        if found is None:
+            return None
+        if found.request_hash != _request_hash(request):
+            raise Conflict(
+                "This Idempotency-Key was used with another request.",
+                code="idempotency_key_reused",
+                param="Idempotency-Key",
+                hint="Use a new key for a new request.",
+            )
+        return _shown(found)
+
     def get(self, tenant: str, job_id: str) -> Realignment:
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             return _shown(_find(connection, tenant, job_id))
 
     def result_attempt(self, tenant: str, job_id: str) -> int | None:
         """The attempt whose files are the result; None until the job has succeeded."""
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             found: int | None = _find(connection, tenant, job_id).result_attempt
             return found
 
@@ -121,7 +128,7 @@ class JobStore:
         query = select(realignments).where(realignments.c.tenant == tenant)
         if after is not None:
             query = query.where(realignments.c.id < after)
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             rows = connection.execute(query.order_by(realignments.c.id.desc()).limit(limit + 1)).all()
         return [_shown(row) for row in rows[:limit]], len(rows) > limit
 
@@ -139,7 +146,7 @@ class JobStore:
 
     def events(self, tenant: str, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
         """The job's events with a sequence number above `after`, oldest first."""
-        with self._engine.begin() as connection:
+        with reading(self._engine) as connection:
             _find(connection, tenant, job_id)
             rows = connection.execute(
                 select(events)
@@ -168,7 +175,7 @@ class JobStore:
                 .with_for_update(skip_locked=True)  # Postgres: two gateways share the work instead of doubling it
             ).all()
             for row in rows:
-                pause = min(LAST_REPEAT, FIRST_REPEAT * 2**row.announced)
+                pause = min(LAST_REPEAT, FIRST_REPEAT * 2 ** min(row.announced, 8))
                 connection.execute(
                     update(realignments)
                     .where(realignments.c.id == row.id, realignments.c.state == "queued")
@@ -187,8 +194,10 @@ class JobStore:
 
     def waiting(self) -> int:
         """How many announced jobs no worker has claimed yet."""
-        with self._engine.begin() as connection:
-            query = select(func.count()).where(realignments.c.state == "queued", realignments.c.next_at > now())
+        with reading(self._engine) as connection:
+            query = select(func.count()).where(
+                realignments.c.state == "queued", realignments.c.next_at > now(), realignments.c.announced > 0
+            )
             return int(connection.execute(query).scalar_one())
 
     def reap(self) -> list[str]:
@@ -289,7 +298,8 @@ class JobStore:
     def release(self, job_id: str, attempt: int, reason: str, code: str = "worker_lost") -> bool:
         """Gives a job back that this attempt could not finish through no fault of the input."""
         with self._engine.begin() as connection:
-            return self._give_back(connection, job_id, attempt, reason, code)
+            pause = FAULT_PAUSE * 2 ** min(attempt - 1, 6)
+            return self._give_back(connection, job_id, attempt, reason, code, pause)
 
     def release_from(self, job_id: str, worker: str, reason: str) -> bool:
         """Gives back whatever attempt `worker` holds: for a parent that only knows that its child is dead."""
@@ -312,7 +322,13 @@ class JobStore:
             return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason)]
 
     def _give_back(
-        self, connection: Connection, job_id: str, attempt: int, reason: str, code: str = "worker_lost"
+        self,
+        connection: Connection,
+        job_id: str,
+        attempt: int,
+        reason: str,
+        code: str = "worker_lost",
+        pause: float = 0.0,
     ) -> bool:
         row = connection.execute(select(realignments).where(_mine(job_id, attempt)).with_for_update()).one_or_none()
         if row is None:
@@ -328,10 +344,14 @@ class JobStore:
             connection.execute(
                 update(realignments)
                 .where(_mine(job_id, attempt))
-                .values(state="queued", lease_until=None, next_at=now(), announced=0, progress=WAITING)
+                .values(state="queued", lease_until=None, next_at=now() + pause, announced=0, progress=WAITING)
             )
             _note(connection, job_id, "requeued", f"{reason} It is tried again.", {"attempt": attempt})
         return True
+
+
+def _request_hash(request: RealignmentCreate) -> str:
+    return hashlib.sha256(json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def _mine(job_id: str, attempt: int) -> ColumnElement[bool]:

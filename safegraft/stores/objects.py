@@ -6,10 +6,11 @@ Prefixes and names are made by this program from ids, never from what a customer
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 from safegraft.errors import NotFound, StorageFault
-from safegraft.files import sync_folder
+from safegraft.files import sync_folder, sync_tree
 
 PREFIX = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)*")
 
@@ -28,6 +29,8 @@ class LocalObjects:
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
+            # Before the record that will name them: a power cut must not leave a record of empty files.
+            sync_tree(folder)
             os.rename(folder, target)
             sync_folder(target.parent)
         except OSError as error:
@@ -56,6 +59,14 @@ class LocalObjects:
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
         shutil.rmtree(self._folder(prefix), ignore_errors=True)
+
+    def sweep(self, age: float) -> None:
+        """Deletes what killed processes left in scratch more than `age` seconds ago."""
+        if not self.scratch.is_dir():
+            return
+        for path in self.scratch.iterdir():
+            if time.time() - path.stat().st_mtime > age:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _folder(self, prefix: str) -> Path:
         if not PREFIX.fullmatch(prefix):

@@ -54,7 +54,12 @@ async def create(request: Request, response: Response, here: Here, tenant: Tenan
             adapter, folder = await asyncio.to_thread(uploads.check, received, limit)
             prefix = f"adapters/{adapter.id}"
             await asyncio.to_thread(here.objects.publish, folder, prefix)
-            await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
+            try:
+                await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
+            except BaseException:
+                # No record names these files, and none will.
+                await asyncio.to_thread(here.objects.remove, prefix)
+                raise
         finally:
             await asyncio.to_thread(shutil.rmtree, received.folder.parent, True)
     finally:

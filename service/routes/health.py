@@ -5,6 +5,7 @@ from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from safegraft.stores.database import reading
 from service.dependencies import Here
 
 router = APIRouter(tags=["health"])
@@ -34,7 +35,7 @@ def readyz(here: Here, response: Response) -> Health:
 
 def _database(here: Here) -> bool:
     try:
-        with here.database.connect() as connection:
+        with reading(here.database) as connection:
             connection.execute(text("SELECT 1"))
         return True
     except SQLAlchemyError:

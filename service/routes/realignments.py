@@ -46,6 +46,11 @@ def create(
     request: RealignmentCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey = None
 ) -> Realignment:
     """Queues a realignment. Adapter, reference and method are checked against each other before the answer."""
+    idempotency_key = idempotency_key or None
+    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
+    if first is not None:
+        # Before anything is judged: what was true of the first request may have changed since.
+        return _accepted(first, response, replayed=True)
     prefix = here.adapters.prefix(tenant, request.adapter_id)
     config = parse_config(here.objects.path(prefix, CONFIG).read_bytes())
     description = pair_modules(config, read_header(here.objects.path(prefix, WEIGHTS)))
@@ -56,10 +61,14 @@ def create(
     check_compatible(description, reference.manifest, request.method)
     created = here.jobs.create(tenant, reference.id, request, idempotency_key)
     here.dispatcher.wake()
-    response.headers["location"] = f"/v1/realignments/{created.job.id}"
-    if created.replayed:
+    return _accepted(created.job, response, replayed=created.replayed)
+
+
+def _accepted(job: Realignment, response: Response, *, replayed: bool) -> Realignment:
+    response.headers["location"] = f"/v1/realignments/{job.id}"
+    if replayed:
         response.headers["idempotent-replayed"] = "true"
-    return created.job
+    return job
 
 
 @router.get("", operation_id="listRealignments")
@@ -120,7 +129,7 @@ async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: 
             shown = state
         if job.status in ENDED:
             return
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(0.5)
 
 
 @router.get("/{realignment_id}/report", operation_id="getReport", response_model=Report)

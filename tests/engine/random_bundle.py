@@ -34,7 +34,8 @@ class Toy:
         prompts = PromptSet(sha256="0" * 64, conversations=1, tokens=1, response_tokens=1, answered_by_model=False)
         ingredients = Ingredients(
             labels=["toy"], config_sha256="0" * 64, architecture="Toy", dtype="float32", shapes={NAME: (d, k)},
-            aligned_sha256="0" * 64, factors={NAME: (self.b, self.a)}, safety=safety, safety_prompts=prompts,
+            aligned_sha256="0" * 64, aligned_config_sha256="0" * 64,
+            skipped_prefix=0, factors={NAME: (self.b, self.a)}, safety=safety, safety_prompts=prompts,
             general=general, general_prompts=prompts,
         )  # fmt: skip
         shutil.rmtree(folder, ignore_errors=True)

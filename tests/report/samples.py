@@ -114,6 +114,7 @@ def report(
         "summary": Summary(
             modules=len(modules),
             repaired=len(repaired),
+            similarity=Spread(min=min(after), median=statistics.median(after), max=max(after)),
             similarity_before=Spread(min=min(before), median=statistics.median(before), max=max(before)),
             similarity_after=Spread(min=min(after), median=statistics.median(after), max=max(after)),
             kept=0.9312 if repaired else 1.0,

@@ -75,7 +75,7 @@ def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
     )
     app = create_app(settings)
     asked = 0
-    with TestClient(app, client=("127.0.0.1", 50000)) as client:
+    with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
         for route in iter_route_contexts(app.routes):
             assert route.path is not None
             if route.path in UNDOCUMENTED | OPEN:
@@ -144,7 +144,9 @@ def test_our_own_failures_are_named_by_the_request_id(
 ) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
     app = create_app(settings)
-    with TestClient(app, client=("127.0.0.1", 50000), raise_server_exceptions=False) as client:
+    with TestClient(
+        app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1", raise_server_exceptions=False
+    ) as client:
 
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("a secret of ours")

@@ -160,6 +160,18 @@ def test_development_mode_answers_this_machine_alone(tmp_path: Path) -> None:
     """However the server was started: by hand it may listen on every address."""
     settings = GatewaySettings(dev=True, data=tmp_path, redis_url="redis://127.0.0.1:1/0")
     for host, status in (("127.0.0.1", 200), ("::1", 200), ("192.168.1.5", 401), ("10.0.0.1", 401)):
-        with TestClient(create_app(settings), client=(host, 50000)) as client:
+        with TestClient(create_app(settings), client=(host, 50000), base_url="http://localhost:8000") as client:
             assert client.get("/v1/adapters").status_code == status
             assert client.get("/livez").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"host": "evil.example"}, {"host": "10.0.0.1:8000"}, {"origin": "https://evil.example"}, {"origin": "null"}],
+)
+def test_development_mode_answers_no_page_of_another_host(tmp_path: Path, headers: dict[str, str]) -> None:
+    """A page that the operator has open can send requests to this machine, under any name that points here."""
+    settings = GatewaySettings(dev=True, data=tmp_path, redis_url="redis://127.0.0.1:1/0")
+    with TestClient(create_app(settings), client=("127.0.0.1", 1), base_url="http://localhost:8000") as client:
+        assert client.get("/v1/adapters", headers=headers).status_code == 401
+        assert client.get("/v1/adapters", headers={"origin": "http://localhost:8000"}).status_code == 200

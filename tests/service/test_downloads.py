@@ -167,7 +167,9 @@ def idle(bundle: Path, tmp_path: Path) -> Iterator[TestClient]:
     """A gateway without broker and workers: its jobs stay queued."""
     ReferenceRegistry(tmp_path / "references").add(bundle)
     settings = GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0")
-    with TestClient(create_app(settings), client=("127.0.0.1", 50000), raise_server_exceptions=False) as client:
+    with TestClient(
+        create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1", raise_server_exceptions=False
+    ) as client:
         yield client
 
 

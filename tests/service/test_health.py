@@ -12,7 +12,7 @@ from tests.service.conftest import Running, free_port
 
 def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path: Path, bundle: Path) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
-    with TestClient(create_app(settings), client=("127.0.0.1", 50000)) as client:
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
         assert client.get("/livez").json() == {"status": "ok", "checks": {}}
         answer = client.get("/readyz")
         assert answer.status_code == 503
@@ -28,7 +28,7 @@ def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path:
 
 def test_a_database_that_is_gone_is_named(tmp_path: Path) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
-    with TestClient(create_app(settings), client=("127.0.0.1", 50000)) as client:
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
         for file in (tmp_path / "data").glob("safegraft.sqlite*"):
             file.unlink()
         client.app.state.services.database.dispose()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
@@ -309,14 +310,45 @@ def test_a_job_is_announced_once_and_then_ever_more_rarely(store: JobStore, engi
     assert pause == module.LAST_REPEAT
 
 
-def test_a_job_that_is_given_back_is_announced_at_once(store: JobStore) -> None:
+def test_a_job_whose_worker_died_is_announced_at_once(store: JobStore) -> None:
     job_id = queued(store)
     store.due(10)
-    claim = store.claim(job_id, "w")
-    assert claim is not None
+    assert store.claim(job_id, "w") is not None
     assert store.due(10) == []
-    store.release(job_id, claim.attempt, "It died.")
+    store.release_from(job_id, "w", "It died.")
     assert store.due(10) == [job_id]
+
+
+def test_a_fault_of_ours_is_given_time_that_does_not_count_as_announced(store: JobStore, engine: Engine) -> None:
+    job_id = queued(store)
+    for attempt in (1, 2):
+        claim = store.claim(job_id, "w")
+        assert claim is not None
+        store.release(job_id, claim.attempt, "The disk is full.", code="disk_full")
+        assert store.due(10) == []
+        assert store.waiting() == 0
+        shift(engine, job_id, "next_at", -module.FAULT_PAUSE * 2 ** (attempt - 1) + 1)
+        assert store.due(10) == []
+        shift(engine, job_id, "next_at", -1.5)
+        assert store.due(10) == [job_id]
+
+
+def test_a_job_that_waited_for_weeks_is_still_announced(store: JobStore, engine: Engine) -> None:
+    job_id = queued(store)
+    with engine.begin() as connection:
+        connection.execute(realignments.update().values(announced=5000))
+    assert store.due(10) == [job_id]
+
+
+def test_a_reader_does_not_wait_for_a_writer(store: JobStore, engine: Engine) -> None:
+    if engine.dialect.name != "sqlite":
+        pytest.skip("SQLite alone has one writer")
+    job_id = queued(store)
+    with engine.begin() as connection:
+        connection.execute(realignments.update().values(announced=7))
+        began = time.monotonic()
+        assert store.get("t", job_id).status == "queued"
+        assert time.monotonic() - began < 5
 
 
 def test_an_announcement_that_could_not_be_sent_does_not_count(store: JobStore, engine: Engine) -> None:
@@ -517,9 +549,10 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(claim=claims)
     def release(self, claim: Claim) -> None:
         held = self.holds(claim)
-        assert self.store.release(claim.id, claim.attempt, "It died.") == held
+        assert self.store.release(claim.id, claim.attempt, "It failed.") == held
         if held:
             self.given_back(self.jobs[claim.id])
+            self.jobs[claim.id].due = False  # a fault of ours is given time
 
     @rule(claim=claims, worker=st.sampled_from(["w1", "w2"]))
     def release_from(self, claim: Claim, worker: str) -> None:

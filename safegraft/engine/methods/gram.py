@@ -28,8 +28,8 @@ class Gram(Method):
         "inputs differ from general ones; its effect on other inputs was kept."
     )
     similarity_meaning = (
-        "share of the fine-tuning's effect that falls on general inputs rather than on safety prompts, as a cosine: "
-        "1 means that it does nothing to safety prompts, 0.71 that it acts on both alike"
+        "how much of the fine-tuning's effect falls on general inputs rather than on safety prompts (square root of "
+        "the share): 1 means that it does nothing to safety prompts, 0.71 that it acts on both alike"
     )
 
     def __init__(self, parameters: GramParameters, reference: LoadedReference, kinship: Kinship) -> None:

@@ -4,8 +4,9 @@ The reference brings the amplified update Δ_e = B_e·A_e and the masks M_A, M_B
 computed offline in `reference.py`). Per adapter (§ 3.3):
 
     similarity   S = cos((M_B⊙B_e)(M_A⊙A_e), (M_B⊙B_t)(M_A⊙A_t))
-    selection    modules with the lowest S are repaired; the paper draws each with probability 1 − P_j,
-                 P_j = P_L + δ·(r_j/N − ½) for rank r_j by similarity, so that similar modules tend to be skipped
+    selection    modules with the lowest S are repaired; the paper draws each with probability 1 − P_j, where
+                 P_j = P_L + δ·r_j/N for rank r_j by similarity, so that similar modules tend to be skipped. Here the
+                 span is centred, P_L + δ·(r_j/N − ½), as in the published code: P_L then is the share that is skipped
     repair       factor   A'' = ¬M_A⊙A_t + M_A⊙A_e, B'' likewise; same rank, but BA carries cross terms
                  paper    B''A'' = (M_B⊙B_e)(M_A⊙A_e) + (¬M_B⊙B_t)(¬M_A⊙A_t), recompressed to the rank
                  neuron   ΔW'' = D·Δ_e + (I−D)·Δ_total, D = the output rows with the largest oᵢ² = bᵢGbᵢᵀ
@@ -15,6 +16,7 @@ The first two compare entries of factors, which only means something where the c
 the paper's text.
 """
 
+import math
 import random
 from collections.abc import Mapping
 
@@ -75,7 +77,8 @@ class Nlsr(Method):
         order = sorted(similarities, key=lambda name: (similarities[name], name))
         share = self.parameters.skip_share
         if self.parameters.selection == "lowest":
-            return Selection(frozenset(order[: round((1.0 - share) * len(order))]))
+            # Rounded up: of a single module, half is that module.
+            return Selection(frozenset(order[: math.ceil((1.0 - share) * len(order) - 1e-9)]))
         repair = {}
         for rank, name in enumerate(order, start=1):
             skip = share + self.parameters.spread * (rank / len(order) - 0.5)
