@@ -163,6 +163,7 @@ def main() -> None:
     table = Table("adapter", "harm score ↓", "over-refusal ↓", "task accuracy ↑")
     harm = {}
     for name, folder in folders.items():
+        screen.print(f"  {name} …")
         results = judge.measure(folder, WORK / "results" / f"{name}.answers.jsonl")
         harm[name] = results[0].share
         label = "before" if name == "before" else f"after {name}"

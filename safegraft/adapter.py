@@ -31,13 +31,13 @@ COMPANIONS = (
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 4096
-MAX_SCALING = 1e6
-# RE2 takes time in proportion to a program's instructions times the characters it reads. 10¹⁰ are some ten seconds at
-# the very worst; a rank_pattern and an alpha_pattern that name each of 882 modules (Llama 405B) need 2.5·10⁹.
-MAX_PATTERN_WORK = 10**10
+MIN_SCALING, MAX_SCALING = 1e-6, 1e6
+# RE2 takes time in proportion to a program's instructions times the characters it reads. 3·10⁹ are some three seconds
+# at the very worst; a rank_pattern and an alpha_pattern that name each of 882 modules (Llama 405B) need 2.5·10⁹.
+MAX_PATTERN_WORK = 3 * 10**9
 MAX_INSTRUCTIONS = 10**6
 DTYPES = {"F32", "F16", "BF16"}
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[A-Za-z0-9_-]+)?\.weight")
+KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA, …) subtract from them, so
 # that B·A is not the difference to the base model.
 SOUND_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
@@ -133,8 +133,14 @@ def describe(folder: Path) -> AdapterDescription:
             param=WEIGHTS,
             hint="Save with `safe_serialization=True`; pickles (.bin, .pt) are never opened.",
         )
-    config = parse_config((folder / CONFIG).read_bytes())
+    config = read_config(folder / CONFIG)
     return pair_modules(config, read_header(folder / WEIGHTS))
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Reads adapter_config.json, but not more of it than is accepted. Raises like `parse_config`."""
+    with path.open("rb") as file:
+        return parse_config(file.read(MAX_CONFIG_BYTES + 1))
 
 
 def parse_config(raw: bytes) -> PeftConfig:
@@ -200,9 +206,9 @@ def _refuse_numbers(config: PeftConfig) -> None:
                 param=shown(name),
             )
     for name, alpha in [("lora_alpha", config.lora_alpha), *(config.alpha_pattern or {}).items()]:
-        if not math.isfinite(alpha) or not 0 < alpha <= MAX_SCALING:
+        if not math.isfinite(alpha) or not MIN_SCALING <= alpha <= MAX_SCALING:
             raise InvalidAdapter(
-                f"{CONFIG}: alpha {alpha} of '{shown(name)}' is outside 0 to {MAX_SCALING:g}.",
+                f"{CONFIG}: alpha {alpha} of '{shown(name)}' is outside {MIN_SCALING:g} to {MAX_SCALING:g}.",
                 code="bad_alpha",
                 param=shown(name),
             )
@@ -211,6 +217,7 @@ def _refuse_numbers(config: PeftConfig) -> None:
 def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
     """Pairs lora_A with lora_B and gives each pair its rank and scaling. Raises InvalidAdapter."""
     sides: dict[str, dict[str, TensorEntry]] = {}
+    adapter_names: dict[str, str | None] = {}
     for name, entry in header.tensors.items():
         match = KEY.fullmatch(name)
         if match is None:
@@ -219,6 +226,12 @@ def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
         if match["side"] in pair:
             raise InvalidAdapter(
                 f"{name!r} and {pair[match['side']].name!r} are the same factor.", code="duplicate_factor", param=name
+            )
+        if match["adapter"] != adapter_names.setdefault(match["module"], match["adapter"]):
+            raise InvalidAdapter(
+                f"{shown(name)}: its other factor belongs to another adapter.",
+                code="adapter_names_disagree",
+                param=name,
             )
         pair[match["side"]] = entry
     if not sides:
@@ -313,7 +326,9 @@ class Targets:
         for pattern in self._layer_patterns:
             match = pattern.match(module.encode())
             if match is not None:
-                return int(match.groupdict()[b"idx"])
+                # PEFT's own form, in which a pattern like `a|b` may match without naming a layer.
+                layer = match.groupdict()[b"idx"]
+                return int(layer) if layer is not None else None
         return None
 
     def _of_layers(self, config: PeftConfig) -> list[Any]:

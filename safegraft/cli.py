@@ -41,6 +41,9 @@ reference_app = typer.Typer(help="Build, install and check references.", no_args
 app.add_typer(reference_app, name="reference")
 out, err = Console(), Console(stderr=True)
 
+KNOWN_PARAMETERS = " ".join(
+    f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
+)
 Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
 
@@ -188,12 +191,19 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
 @app.command()
 def realign(
     adapter: Folder,
-    reference: Annotated[Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE")],
+    reference: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE", help="A reference's folder.")
+    ],
     to: Annotated[Path, typer.Option("--out", envvar="SAFEGRAFT_OUT", help="A folder that does not exist yet.")],
-    method: Annotated[str, typer.Option(envvar="SAFEGRAFT_METHOD")] = DEFAULT_METHOD,
+    method: Annotated[str, typer.Option(envvar="SAFEGRAFT_METHOD", help=" or ".join(MODELS))] = DEFAULT_METHOD,
     settings: Annotated[
         list[str],
-        typer.Option("--set", metavar="NAME=VALUE", envvar="SAFEGRAFT_SET", help="A parameter; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            envvar="SAFEGRAFT_SET",
+            help=f"A parameter of the method; repeatable. {KNOWN_PARAMETERS}",
+        ),
     ] = [],  # noqa: B006
     analyze: Annotated[
         bool, typer.Option("--analyze", envvar="SAFEGRAFT_ANALYZE", help="Only measure; write the report alone.")
@@ -206,10 +216,12 @@ def realign(
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     _bundle(reference)
+    from safegraft.engine.models import check_device
     from safegraft.engine.pipeline import realign as run
     from safegraft.engine.reference import LoadedReference
     from safegraft.report import headline, render
 
+    check_device(device)
     with _progress(as_json) as progress:
         report = run(
             adapter, LoadedReference(reference, device), parameters, None if analyze else to, progress=progress

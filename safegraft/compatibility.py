@@ -41,6 +41,12 @@ def check_base(adapter: AdapterDescription, manifest: ReferenceManifest) -> None
                 param=module.name,
                 hint=hint,
             )
+        if module.rank > max(base.outputs, base.inputs):
+            raise Incompatible(
+                f"{module.name}: rank {module.rank} is above both sides of the layer, {base.outputs}x{base.inputs}.",
+                code="rank_above_layer",
+                param=module.name,
+            )
         if (base.outputs, base.inputs) != (module.outputs, module.inputs):
             raise Incompatible(
                 f"{module.name}: the adapter is for {module.outputs}x{module.inputs} (outputs x inputs), the base "

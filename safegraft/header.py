@@ -79,7 +79,12 @@ def parse_header(file: BinaryIO, size: int) -> Header:
     if len(start) < 8:
         _refuse("truncated_file", f"The file has {size} bytes; a safetensors file has at least 8.")
     if length > MAX_HEADER_BYTES:
-        _refuse("header_too_large", f"The header claims {length} bytes; at most {MAX_HEADER_BYTES} are read.")
+        shorter = "The file is shorter than that; it is probably no safetensors file, but text or a Git LFS pointer."
+        _refuse(
+            "header_too_large",
+            f"The header claims {length} bytes; at most {MAX_HEADER_BYTES} are read.",
+            hint=shorter if 8 + length > size else "",
+        )
     if 8 + length > size:
         _refuse("truncated_file", f"The header needs {8 + length} bytes, the file has {size}.")
     raw = file.read(length)

@@ -20,7 +20,7 @@ from safegraft.stores.references import ReferenceRegistry
 from service import errors
 from service.dependencies import Services
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, health, realignments
+from service.routes import adapters, catalogue, docs, health, realignments
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.gateway")
@@ -50,10 +50,14 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         version=safegraft.__version__,
         description="Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.",
         lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # FastAPI's own page loads its assets from elsewhere
+        redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, catalogue, health):
+    for resource in (adapters, realignments, catalogue, health, docs):
         app.include_router(resource.router)
+    app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(RequestId)
     _describe_errors(app)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from threading import BoundedSemaphore
 from typing import Annotated
 
-from fastapi import Depends, Header, Query, Request
+from fastapi import Depends, Header, Query, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
 from safegraft.contracts.listing import PRINTABLE
@@ -37,7 +38,12 @@ def services(request: Request) -> Services:
     return found
 
 
-def tenant(request: Request) -> str:
+# Only for the API description; `tenant_of` reads the header itself and answers in the shape of all errors.
+bearer = HTTPBearer(auto_error=False, description="An API key. Not asked for in development mode.")
+
+
+def tenant(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
+    """The tenant that the request's key belongs to."""
     return tenant_of(services(request).settings, request)
 
 

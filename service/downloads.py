@@ -1,15 +1,18 @@
 """Sending bytes: one file with its digest, or a folder as a tar that is written while it is sent."""
 
 import base64
+import contextlib
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
+from safegraft.errors import NotFound
 from safegraft.files import CHUNK
 
 BINARY: dict[int | str, dict[str, Any]] = {
@@ -33,7 +36,13 @@ class StoredFile(FileResponse):
                 raise HTTPException(message["status"], "The Range cannot be served", headers=kept)
             await send(message)
 
-        await super().__call__(scope, receive, checked)
+        try:
+            await super().__call__(scope, receive, checked)
+        except RuntimeError as error:
+            # Starlette's word for a file that was deleted after it was looked up.
+            if "does not exist" not in str(error):
+                raise
+            raise NotFound("The file was deleted.", code="file_not_found") from error
 
 
 def file_response(path: Path, sha256: str) -> FileResponse:
@@ -47,28 +56,43 @@ def file_response(path: Path, sha256: str) -> FileResponse:
     return StoredFile(path, media_type="application/octet-stream", filename=path.name, headers=headers)
 
 
-def tar_size(paths: list[Path], folder: str, modified: int) -> int:
-    """How many bytes `tar_stream` will yield for these files."""
-    sizes = [(len(_header(path, folder, modified)), path.stat().st_size) for path in paths]
-    return sum(header + size + _padding(size) for header, size in sizes) + len(END)
+class Tar:
+    """An uncompressed tar of files below `folder`, without an index in memory or a copy on disk.
 
+    All files are opened first, so that one that is deleted meanwhile is still sent whole. Raises NotFound.
+    """
 
-def tar_stream(paths: list[Path], folder: str, modified: int) -> Iterator[bytes]:
-    """An uncompressed tar of the files below `folder`, without an index in memory or a copy on disk."""
-    for path in paths:
-        yield _header(path, folder, modified)
-        with path.open("rb") as file:
-            while piece := file.read(CHUNK):
-                yield piece
-        yield b"\0" * _padding(path.stat().st_size)
-    yield END
+    def __init__(self, paths: list[Path], folder: str, modified: int) -> None:
+        self._open = contextlib.ExitStack()
+        self._members: list[tuple[bytes, BinaryIO, int]] = []
+        try:
+            for path in paths:
+                file = self._open.enter_context(path.open("rb"))
+                size = os.fstat(file.fileno()).st_size
+                info = tarfile.TarInfo(f"{folder}/{path.name}")
+                info.size, info.mtime = size, modified
+                # One block, or three where the name is long.
+                self._members.append((info.tobuf(tarfile.GNU_FORMAT), file, size))
+        except FileNotFoundError as error:
+            self.close()
+            raise NotFound("The adapter was deleted.", code="adapter_not_found") from error
 
+    @property
+    def size(self) -> int:
+        """How many bytes `stream` yields."""
+        return sum(len(header) + size + _padding(size) for header, _, size in self._members) + len(END)
 
-def _header(path: Path, folder: str, modified: int) -> bytes:
-    """One block, or three where the name is long."""
-    info = tarfile.TarInfo(f"{folder}/{path.name}")
-    info.size, info.mtime = path.stat().st_size, modified
-    return info.tobuf(tarfile.GNU_FORMAT)
+    def stream(self) -> Iterator[bytes]:
+        with self._open:
+            for header, file, size in self._members:
+                yield header
+                while piece := file.read(CHUNK):
+                    yield piece
+                yield b"\0" * _padding(size)
+            yield END
+
+    def close(self) -> None:
+        self._open.close()
 
 
 def _padding(size: int) -> int:

@@ -1,13 +1,19 @@
 """What uvicorn loads: `uvicorn --factory service.main:app`. Reads the environment once."""
 
 from fastapi import FastAPI
+from pydantic import ValidationError
 
 from service.app import create_app
 from service.settings import GatewaySettings
 
 
 def app() -> FastAPI:
-    settings = GatewaySettings()
+    try:
+        settings = GatewaySettings()
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
     if not settings.dev and not settings.api_keys:
         raise SystemExit("No keys: set SAFEGRAFT_API_KEYS='[\"…\"]', or SAFEGRAFT_DEV=1 on a loopback address.")
     return create_app(settings)

@@ -6,6 +6,7 @@ Never `UploadFile` in a signature: FastAPI would read a whole gigabyte before th
 import asyncio
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,10 @@ ARCHIVES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"
 ROOM, GROWTH = 2**26, 20
 MAX_FIELD_BYTES = 1024
 MAX_PARTS = 64
-IDLE_SECONDS = 60.0
+# A client that keeps its connection open, or all but, would keep one of the few upload slots as well.
+IDLE_SECONDS, MIN_RATE = 60.0, 2**13
+MAX_COMPANION_BYTES = 2**26
+MAX_DROPPED = 100
 NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
 
 
@@ -91,7 +95,8 @@ async def receive(request: Request, scratch: Path, max_bytes: int) -> Received:
 async def _pieces(request: Request, size: int = 2**20) -> AsyncIterator[bytes]:
     """The body in pieces of about a mebibyte, so that switching to a thread costs little."""
     waiting: list[bytes] = []
-    length = 0
+    length = total = 0
+    began = time.monotonic()
     stream = request.stream()
     while True:
         try:
@@ -100,10 +105,13 @@ async def _pieces(request: Request, size: int = 2**20) -> AsyncIterator[bytes]:
         except StopAsyncIteration:
             break
         except TimeoutError as error:
-            # A client that only keeps its connection open would keep one of the few upload slots as well.
             raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
         waiting.append(chunk)
         length += len(chunk)
+        total += len(chunk)
+        elapsed = time.monotonic() - began
+        if elapsed > IDLE_SECONDS and total < MIN_RATE * elapsed:
+            raise InvalidParameter(f"Less than {MIN_RATE} bytes/s arrived.", code="upload_stalled")
         if length >= size:
             yield b"".join(waiting)
             waiting, length = [], 0
@@ -119,6 +127,7 @@ class _Parts:
         self._parser = multipart.PushMultipartParser(boundary, max_segment_count=MAX_PARTS)
         self._room = max_bytes
         self._file: BinaryIO | None = None
+        self._file_room = 0
         self._field: tuple[str, bytearray] | None = None
 
     def feed(self, piece: bytes) -> None:
@@ -173,9 +182,11 @@ class _Parts:
                 raise InvalidParameter("Two archives in one upload.", code="two_archives", param="files")
             self._received.archive = self._received.folder.parent / "archive"
             self._file = self._received.archive.open("xb")
+            self._file_room = self._room
         elif is_wanted(plain):
             try:
                 self._file = (self._received.folder / plain).open("xb")
+                self._file_room = self._room if plain == WEIGHTS else MAX_COMPANION_BYTES
             except FileExistsError as error:
                 raise InvalidParameter(f"{plain} was sent twice.", code="duplicate_file", param=plain) from error
         else:
@@ -189,6 +200,9 @@ class _Parts:
                 )
             self._field[1].extend(data)
         elif self._file is not None:
+            self._file_room -= len(data)
+            if self._file_room < 0:
+                raise TooLarge("A companion file is too large.", code="companion_too_large", param="files")
             self._file.write(data)
 
     def _finish(self) -> None:
@@ -224,7 +238,9 @@ def check(received: Received, max_bytes: int) -> tuple[Adapter, Path]:
         raise InvalidParameter("`name` must be at most 200 printable characters.", code="invalid_name", param="name")
     description = describe(received.folder)
     check_finite(received.folder / WEIGHTS, description.header)
-    dropped = sorted(set(received.dropped))
+    dropped = sorted({name[:200] for name in received.dropped})
+    if len(dropped) > MAX_DROPPED:
+        dropped = [*dropped[:MAX_DROPPED], f"… and {len(dropped) - MAX_DROPPED} more"]
     adapter = adapter_record(new_id("adp"), name, received.folder, description, dropped=dropped, origin=Origin())
     wanted = received.fields.get("sha256", "").lower().removeprefix("sha256-")
     if wanted and wanted != adapter.sha256:

@@ -117,6 +117,12 @@ def test_gram_is_recommended_only_where_it_is_offered(methods: list[str], hinted
     assert ("gram" in caught.value.hint) == hinted
 
 
+def test_a_rank_above_both_sides_of_a_layer_is_refused() -> None:
+    with pytest.raises(Incompatible) as caught:
+        check_base(adapter(Q, rank=9), manifest())
+    assert (caught.value.code, caught.value.param) == ("rank_above_layer", Q)
+
+
 def test_an_adapter_that_peft_wrapped_twice_is_told_so() -> None:
     with pytest.raises(Incompatible, match="twice"):
         check_base(adapter(f"base_model.model.{Q}"), manifest())

@@ -40,6 +40,7 @@ def build_reference(
     """
     from peft import PeftModel
 
+    models.check_device(settings.device)
     adapter = describe(aligned)
     model = models.load_model(base, settings.device)
     tokenizer = models.load_tokenizer(base)

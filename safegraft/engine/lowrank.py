@@ -10,10 +10,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safegraft.errors import InvalidTensors
+
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
-    """⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), in r₁·r₂·(d+k) multiplications instead of r·d·k."""
-    return ((b1.T @ b2).double() * (a1 @ a2.T).double()).sum().item()
+    """⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), in r₁·r₂·(d+k) multiplications instead of r·d·k.
+
+    Raises InvalidTensors (`out_of_range`) where the result is not finite, so that no comparison ever meets a NaN.
+    """
+    # By powers of two, which are exact: the products of float32 factors leave float32's range long before ΔW does.
+    factors, scale = [], 0
+    for factor in (b1, b2, a1, a2):
+        exponent = _exponent(factor)
+        factors.append(torch.ldexp(factor, torch.tensor(-exponent)))
+        scale += exponent
+    small_b1, small_b2, small_a1, small_a2 = factors
+    product = ((small_b1.T @ small_b2).double() * (small_a1 @ small_a2.T).double()).sum().item()
+    try:
+        result = math.ldexp(product, scale)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise out_of_range()
+    return result
+
+
+def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same BA with column i of B and row i of A of about the same size; exact, by powers of two.
+
+    A·2ᵏ and B·2⁻ᵏ are the same update. Without this, stacking one such pair beside an ordinary one would lose either.
+    """
+    if not b.numel() or not a.numel():
+        return b, a
+    of_b, of_a = b.abs().amax(dim=0), a.abs().amax(dim=1)
+    used = (of_b > 0) & (of_a > 0)
+    # Half of the difference of the logarithms; in two steps, because one alone may leave float32's range.
+    shift = torch.where(used, ((of_a.log2() - of_b.log2()) / 2).round(), 0.0).nan_to_num(0.0).int()
+    half = torch.div(shift, 2, rounding_mode="trunc")
+    rest = shift - half
+    b = torch.ldexp(torch.ldexp(b, half), rest)
+    a = torch.ldexp(torch.ldexp(a, -half[:, None]), -rest[:, None])
+    return b, a
+
+
+def out_of_range() -> InvalidTensors:
+    return InvalidTensors(
+        "The adapter's values leave the range in which they can be computed with.",
+        code="out_of_range",
+        hint="No training ends with such values; check how the adapter was saved.",
+    )
+
+
+def _exponent(factor: Tensor) -> int:
+    """The power of two of the largest entry; 0 for zeros and for what is not finite (the result then tells)."""
+    largest = factor.abs().max().item() if factor.numel() else 0.0
+    return math.frexp(largest)[1] if 0.0 < largest < math.inf else 0
 
 
 def norm(b: Tensor, a: Tensor) -> float:
@@ -36,11 +87,18 @@ def recompress(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The best approximation of BA of at most `rank`, balanced, and its relative error.
 
     B = Q₁R₁, Aᵀ = Q₂R₂, SVD(R₁R₂ᵀ) = UΣWᵀ; returns Q₁U√Σ (d, rank), √ΣWᵀQ₂ᵀ (rank, k) and
-    √(Σ_{i>rank} σᵢ²) / ‖BA‖_F (Eckart-Young). Zero rows and columns fill up where BA has a lower rank.
+    √(Σ_{i>rank} σᵢ²) / ‖BA‖_F (Eckart-Young). Zero rows and columns fill up where BA has a lower rank. Raises
+    InvalidTensors (`out_of_range`).
     """
+    b, a = balanced(b, a)
+    if not bool(torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise out_of_range()
     q1, r1 = torch.linalg.qr(b)
     q2, r2 = torch.linalg.qr(a.T)
-    u, sigma, wt = torch.linalg.svd((r1 @ r2.T).double(), full_matrices=False)
+    try:
+        u, sigma, wt = torch.linalg.svd(r1.double() @ r2.T.double(), full_matrices=False)
+    except RuntimeError as error:  # torch's LinAlgError
+        raise out_of_range() from error
     kept = min(rank, len(sigma))
     root = sigma[:kept].sqrt()
     out_b = b.new_zeros(b.shape[0], rank)

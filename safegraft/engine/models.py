@@ -87,6 +87,18 @@ def _convert_gguf(source: Path, name: str) -> Path:
     return target
 
 
+def check_device(device: str) -> None:
+    """Raises InvalidParameter (`device_unavailable`) where torch cannot compute there."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidParameter(
+            f"The device {device!r} is not available ({str(error).splitlines()[0]}).",
+            code="device_unavailable",
+            param="device",
+        ) from error
+
+
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Any:
     """A causal language model in evaluation mode, without gradients."""
     from transformers import AutoModelForCausalLM

@@ -5,6 +5,7 @@ kinship, scores (selection needs all of them first), repair, and a last look at 
 name in one step, or not at all.
 """
 
+import math
 import platform
 import shutil
 import statistics
@@ -80,14 +81,21 @@ def detect_kinship(
         module = adapter.module(item)
         updates.append(lowrank.cosine(*module.update, *aligned))
         if module.a.shape == aligned[1].shape:
-            scale = float(module.a.norm() * aligned[1].norm())
-            factors.append(float((module.a * aligned[1]).sum()) / scale if scale > 0 else 0.0)
+            factors.append(_same_entries(module.a, aligned[1]))
     cosine = statistics.median(updates) if updates else 0.0
     return Kinship(
         lineage="continued" if cosine >= CONTINUED_COSINE else "fresh",
         cosine=cosine,
         same_basis=len(factors) == len(updates) > 0 and statistics.median(factors) >= SAME_BASIS_COSINE,
     )
+
+
+def _same_entries(a: torch.Tensor, other: torch.Tensor) -> float:
+    """The cosine of two A entry by entry; 0 where their sizes differ so much that entries cannot be exchanged."""
+    own, size = float(a.double().norm()), float(other.double().norm())
+    if not 0.25 * size < own < 4.0 * size:
+        return 0.0
+    return float((a.double() * other.double()).sum()) / (own * size)
 
 
 def realign(
@@ -158,7 +166,7 @@ def realign(
         layers=_layers([item.line for item in measured]),
         modules=[item.line for item in measured],
         dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
-        warnings=_warnings(measured, selection, description, reference),
+        warnings=_warnings(measured, selection, description, reference, method, patched=out is not None),
         environment=Environment(
             versions={
                 "safegraft": safegraft.__version__,
@@ -242,8 +250,8 @@ def _replace(
         **_common(item, similarities, selection),
         similarity_after=method.similarity(after) if differs else similarities[item.name],
         repaired=differs,
-        kept=overlap / energy if energy > 0 else 1.0,
-        edit=(difference / energy) ** 0.5 if energy > 0 else 0.0,
+        kept=_kept(overlap, energy, difference),
+        edit=_edit(difference, energy),
         truncation_error=patched.truncation_error,
     )
     return Measured(line, energy, overlap, difference), differs
@@ -286,10 +294,24 @@ def _summary(measured: list[Measured]) -> Summary:
         similarity=_spread([line.similarity_after for line in lines]),
         similarity_before=_spread([line.similarity_before for line in lines]),
         similarity_after=_spread([line.similarity_after for line in lines]),
-        kept=sum(item.overlap for item in measured) / energy if energy > 0 else 1.0,
-        edit=(sum(item.difference for item in measured) / energy) ** 0.5 if energy > 0 else 0.0,
+        kept=_kept(sum(item.overlap for item in measured), energy, sum(item.difference for item in measured)),
+        edit=_edit(sum(item.difference for item in measured), energy),
         truncation_error=max(line.truncation_error for line in lines),
     )
+
+
+def _kept(overlap: float, energy: float, difference: float) -> float:
+    """⟨ΔW_out, ΔW_in⟩/‖ΔW_in‖². Of an update that is zero all is kept, unless something was put in its place."""
+    if energy > 0:
+        return overlap / energy
+    return 0.0 if difference > 0 else 1.0
+
+
+def _edit(difference: float, energy: float) -> float:
+    """‖ΔW_out − ΔW_in‖/‖ΔW_in‖; 1 where a zero update was replaced, for which no ratio exists."""
+    if energy > 0:
+        return math.sqrt(difference / energy)
+    return 1.0 if difference > 0 else 0.0
 
 
 def _spread(values: list[float]) -> Spread:
@@ -320,7 +342,13 @@ def _base_label(description: AdapterDescription, reference: LoadedReference) -> 
 
 
 def _warnings(
-    measured: list[Measured], selection: Selection, description: AdapterDescription, reference: LoadedReference
+    measured: list[Measured],
+    selection: Selection,
+    description: AdapterDescription,
+    reference: LoadedReference,
+    method: Method,
+    *,
+    patched: bool,
 ) -> list[Warning]:
     found = []
     own, labels = description.config.base_model_name_or_path, reference.manifest.base_model.labels
@@ -333,9 +361,17 @@ def _warnings(
                 "the same ones: make sure that it is the same model.",
             )
         )
+    if method.type == "nlsr" and method.lineage == "fresh" and "gram" in reference.manifest.methods:
+        found.append(
+            Warning(
+                code="method_may_not_help",
+                message="Transplanting neurons did not lower the harm score of adapters that are unrelated to the "
+                "aligned one wherever this project measured it, however similar they became; the method gram did.",
+            )
+        )
     lines = [item.line for item in measured]
     unchanged = [line.name for line in lines if line.name in selection.names and not line.repaired]
-    if unchanged:
+    if unchanged and patched:
         found.append(
             Warning(
                 code="repair_without_effect",

@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
@@ -111,11 +110,12 @@ def download(adapter_id: AdapterId, request: Request, here: Here, tenant: Tenant
     adapter = here.adapters.get(tenant, adapter_id)
     prefix = here.adapters.prefix(tenant, adapter_id)
     paths = [here.objects.path(prefix, item.name) for item in adapter.files]
+    tar = downloads.Tar(paths, adapter.id, adapter.created_at)
     headers = {
         "content-disposition": f'attachment; filename="{adapter.id}.tar"',
-        "content-length": str(downloads.tar_size(paths, adapter.id, adapter.created_at)),
+        "content-length": str(tar.size),
     }
     if request.method == "HEAD":
+        tar.close()
         return Response(media_type="application/x-tar", headers=headers)
-    body: Iterator[bytes] = downloads.tar_stream(paths, adapter.id, adapter.created_at)
-    return StreamingResponse(body, media_type="application/x-tar", headers=headers)
+    return StreamingResponse(tar.stream(), media_type="application/x-tar", headers=headers)

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
-from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, parse_config
+from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, read_config
 from safegraft.compatibility import check_compatible
 from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate
@@ -52,7 +52,7 @@ def create(
         # Before anything is judged: what was true of the first request may have changed since.
         return _accepted(first, response, replayed=True)
     prefix = here.adapters.prefix(tenant, request.adapter_id)
-    config = parse_config(here.objects.path(prefix, CONFIG).read_bytes())
+    config = read_config(here.objects.path(prefix, CONFIG))
     description = pair_modules(config, read_header(here.objects.path(prefix, WEIGHTS)))
     if request.reference_id is None:
         reference = here.references.choose(description)

@@ -1,5 +1,6 @@
 """Score → select → patch → write, on folders."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -243,3 +244,89 @@ def test_the_engine_knows_neither_web_nor_queue() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def rescaled(source: Path, folder: Path, power: int, *, modules: str = "") -> Path:
+    """The same update to the last bit: A·2^power and B·2^-power, in float32, in every rank its own sign."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    (folder / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, tensor in tensors.items():
+            rank = tensor.shape[0] if "lora_A" in name else tensor.shape[1]
+            powers = torch.tensor([power if i % 2 else -power for i in range(rank)], dtype=torch.float64)
+            factor = (2.0**powers)[:, None] if "lora_A" in name else 2.0**-powers
+            found[name] = (tensor.double() * factor).float() if modules in name else tensor.float()
+        return found
+
+    tiny.change_tensors(folder, change)
+    return folder
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: f"{p.type}-{getattr(p, 'form', '')}")
+@pytest.mark.parametrize("lineage", ["fresh", "continued"])
+def test_how_the_factors_share_the_size_of_the_update_changes_nothing(
+    reference: LoadedReference,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    lineage: str,
+    parameters: NlsrParameters | GramParameters,
+) -> None:
+    """Whoever could hide an update from the measurements by rescaling its factors could keep it from being repaired."""
+    source: Path = request.getfixturevalue(lineage)
+    if lineage == "continued" and isinstance(parameters, NlsrParameters):
+        parameters = parameters.model_copy(update={"form": "neuron"})  # a rescaled one is in another basis
+    plain = rescaled(source, tmp_path / "plain", 0)
+    hidden = rescaled(source, tmp_path / "hidden", 70, modules="layers.0")
+    wanted = realign(plain, reference, parameters, tmp_path / "out-plain")
+    found = realign(hidden, reference, parameters, tmp_path / "out-hidden")
+    assert found.lineage == wanted.lineage == lineage
+    for one, other in zip(found.modules, wanted.modules, strict=True):
+        assert one.repaired == other.repaired
+        assert one.similarity_before == pytest.approx(other.similarity_before, abs=1e-5)
+        assert one.similarity_after == pytest.approx(other.similarity_after, abs=1e-4)
+        assert one.kept == pytest.approx(other.kept, abs=1e-3)
+        assert one.edit == pytest.approx(other.edit, abs=1e-3)
+        repaired = delta(tmp_path / "out-plain", one.name)
+        assert float((delta(tmp_path / "out-hidden", one.name) - repaired).norm()) <= 1e-3 * float(repaired.norm())
+
+
+@pytest.mark.parametrize("value", [1e30, 3e38])
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: f"{p.type}-{getattr(p, 'form', '')}")
+def test_values_beyond_all_reason_are_the_customers_fault(
+    reference: LoadedReference, fresh: Path, tmp_path: Path, parameters: NlsrParameters | GramParameters, value: float
+) -> None:
+    folder = rescaled(fresh, tmp_path / "in", 0)
+    tiny.change_tensors(folder, lambda tensors: {k: torch.full_like(t, value) for k, t in tensors.items()})
+    try:
+        report = realign(folder, reference, parameters, tmp_path / "out")
+    except InvalidTensors as error:
+        assert error.code == "out_of_range"  # noqa: PT017 - either outcome is right
+    else:
+        assert all(math.isfinite(line.similarity_before + line.edit + line.kept) for line in report.modules)
+
+
+def test_a_zero_update_that_is_replaced_is_not_reported_as_kept(
+    reference: LoadedReference, base: Path, tmp_path: Path
+) -> None:
+    folder = tiny.save_adapter(base, tmp_path / "zero", seed=5, scale=0.0)
+    report = realign(folder, reference, NlsrParameters(form="neuron", skip_share=0.0), tmp_path / "out")
+    assert report.summary.repaired > 0
+    assert (report.summary.kept, report.summary.edit) == (0.0, 1.0)
+
+
+def test_an_unknown_label_and_a_doubtful_method_are_said(
+    reference: LoadedReference, fresh: Path, continued: Path, tmp_path: Path
+) -> None:
+    def codes(folder: Path, parameters: NlsrParameters | GramParameters) -> set[str]:
+        return {warning.code for warning in realign(folder, reference, parameters, None).warnings}
+
+    assert "method_may_not_help" in codes(fresh, NlsrParameters())
+    assert "method_may_not_help" not in codes(continued, NlsrParameters())
+    assert "method_may_not_help" not in codes(fresh, GramParameters())
+    assert codes(fresh, GramParameters()) == set()
+    other = rescaled(fresh, tmp_path / "other", 0)
+    tiny.change_config(other, base_model_name_or_path="somebody/elses-model")
+    assert codes(other, GramParameters()) == {"base_label_unknown"}

@@ -1,6 +1,7 @@
 """The application as a whole: what it loads, what it documents, whom it lets in."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.service.answers import refused
 from tests.service.conftest import free_port, realign, upload
 
 ROOT = Path(__file__).parents[2]
-UNDOCUMENTED = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+UNDOCUMENTED = {"/docs/assets", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
 OPEN = {"/livez", "/readyz"}
 
 
@@ -157,3 +158,19 @@ def test_our_own_failures_are_named_by_the_request_id(
         assert "secret" not in answer.text
         assert answer.headers["x-request-id"] in caplog.text
         assert "a secret of ours" in caplog.text
+
+
+def test_the_page_of_the_description_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    used = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(used) >= 3
+    for path in used:
+        assert path.startswith("/docs/assets/")
+        assert client.get(path).status_code == 200
+
+
+def test_the_description_names_the_key(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert document["paths"]["/v1/adapters"]["post"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in document["paths"]["/livez"]["get"]

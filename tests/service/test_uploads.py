@@ -377,7 +377,7 @@ def test_a_checksum_is_compared(client: httpx.Client, fresh: Path) -> None:
 
 def connect(service: Running, headers: str) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2])), timeout=10)
-    connection.sendall(f"POST /v1/adapters HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode())
+    connection.sendall(f"POST /v1/adapters HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode())
     return connection
 
 

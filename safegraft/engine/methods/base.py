@@ -36,8 +36,9 @@ class Module:
 
     @property
     def update(self) -> tuple[Tensor, Tensor]:
-        """(B, A) with the scaling folded into B."""
-        return self.b * self.scaling, self.a
+        """(B, A) with the scaling folded into B, balanced: however the customer's factors share ΔW's size."""
+        b, a = lowrank.balanced(self.b, self.a)
+        return b * self.scaling, a
 
     def with_factors(self, a: Tensor, b: Tensor) -> "Module":
         return replace(self, a=a, b=b)

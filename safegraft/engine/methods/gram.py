@@ -13,6 +13,7 @@ Not here yet: an amplified reference (β > 0).
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from safegraft.contracts.methods import GramParameters
@@ -67,4 +68,6 @@ class Gram(Method):
     def _through_k(self, a: Tensor, pairs: EigenPairs) -> Tensor:
         """A·K (r, k)."""
         gain = pairs.mu / (pairs.mu + self.general_weight)
-        return ((a @ pairs.w) * gain) @ pairs.v.T
+        # Row by row in units of its largest entry: the products in between have a wider range than A has.
+        unit = a.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
+        return (((a / unit) @ pairs.w) * gain) @ pairs.v.T * unit
