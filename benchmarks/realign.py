@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -96,7 +97,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     torch.manual_seed(0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         print("building a reference of SmolLM2-135M's shapes …")
@@ -110,7 +111,8 @@ def main() -> None:
                 for turn in range(PAIRS + 1):
                     out = work / "out"
                     run = seconds(lambda out=out, p=parameters, r=rank: realign(work / f"rank{r}", reference, p, out))  # type: ignore[misc]
-                    beside = seconds(lambda w=weights: copy(w, work / "copy"))  # type: ignore[misc]
+                    # A copy of a few megabytes takes milliseconds; one alone would be noise.
+                    beside = statistics.median(seconds(lambda w=weights: copy(w, work / "copy")) for _ in range(5))  # type: ignore[misc]
                     shutil.rmtree(out)
                     if turn:  # the first warms both up
                         ratios.append(run / beside)
@@ -123,7 +125,11 @@ def main() -> None:
                         "spread": [round(min(ratios), 1), round(max(ratios), 1)],
                     }
                 )
-                print(rows[-1])
+                low, high = rows[-1]["spread"]
+                print(
+                    f"{parameters.type:5} rank {rank:<4} {rows[-1]['megabytes']:6} MB: "
+                    f"{rows[-1]['ratio_to_copy']} x copying and syncing the file (from {low} to {high})"
+                )
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine, "pairs": PAIRS, "rows": rows}, indent=1) + "\n")
