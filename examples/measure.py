@@ -1,7 +1,7 @@
 """The figures of docs/decisions, from the example adapters.
 
     python examples/measure.py lineage [FOLDER ...]   cosines of A and of the update with examples/aligned
-    python examples/measure.py ridge                  gram under three regularisations of C_g
+    python examples/measure.py ridge                  gram under two regularisations of C_g
 
 The same-seed adapter of 0002 is made by `python examples/train.py fresh --seed 7 --out same-seed`.
 """
@@ -52,7 +52,7 @@ def spread(values: list[float]) -> str:
 def ridge(prompts: int) -> None:
     base = resolve_base(judge.BASE)
     judges = {name: judge.Judge(name == "fresh", prompts, 2 * prompts) for name in ("fresh", "continued")}
-    for value in (1e-3, 1e-2, 1e-1):
+    for value in (1e-3, 1e-2):
         with tempfile.TemporaryDirectory() as work:
             build_reference(
                 Path(work) / "reference",

@@ -66,6 +66,8 @@ class MaskScope(StrEnum):
 
 def main() -> None:
     """Entry point: turns every error into one line and a status."""
+    # Read by tqdm when it is imported, so before anything of the engine is: the only bars here are ours.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     as_json = _json_asked()
     try:
         sys.exit(app(standalone_mode=not as_json))

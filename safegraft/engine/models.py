@@ -147,8 +147,6 @@ def quiet_libraries() -> None:
     """Keeps transformers' bars and its notices about its own future out of a program's output."""
     import warnings
 
-    # Read by tqdm when it is imported: the bars of the GGUF conversion ask nobody else.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
