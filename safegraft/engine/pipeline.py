@@ -52,8 +52,8 @@ from safegraft.errors import SystemFault
 from safegraft.files import atomic_folder, sha256_file
 
 Progress = Callable[[str, int, int], None]
-# Measured: an adapter continued from the aligned one has a median cosine of .84 with its update, independent ones between
-# -.02 and .00; more training takes the former down (docs/decisions/0002-lineage.md).
+# Measured: an adapter continued from the aligned one has a median cosine of .84 with its update, independent ones have
+# between -.02 and .00; more training takes the former down (docs/decisions/0002-lineage.md).
 CONTINUED_COSINE = 0.2
 SAME_BASIS_COSINE = 0.5
 
