@@ -18,11 +18,12 @@ from safegraft.adapter import describe
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine import lowrank
 from safegraft.engine.adapter import AdapterReader
-from safegraft.engine.build import build_reference
+from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+from safegraft.engine.bundle import BuildSettings
 from safegraft.engine.conversations import read_conversations
 from safegraft.engine.models import resolve_base
 from safegraft.engine.pipeline import realign
-from safegraft.engine.reference import BuildSettings, LoadedReference
+from safegraft.engine.reference import LoadedReference
 
 HERE = Path(__file__).parent
 
@@ -56,11 +57,11 @@ def ridge(prompts: int) -> None:
         with tempfile.TemporaryDirectory() as work:
             build_reference(
                 Path(work) / "reference",
-                base=base,
-                labels=[judge.BASE],
-                aligned=HERE / "aligned",
-                safety=read_conversations(judge.DATA / "safety.jsonl"),
-                general=read_conversations(judge.DATA / "general.jsonl"),
+                sources=BuildSources(aligned=HERE / "aligned", base=base, labels=[judge.BASE]),
+                prompts=BuildPrompts(
+                    safety=read_conversations(judge.DATA / "safety.jsonl"),
+                    general=read_conversations(judge.DATA / "general.jsonl"),
+                ),
                 settings=BuildSettings(ridge=value),
             )
             reference = LoadedReference(Path(work) / "reference")

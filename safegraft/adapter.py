@@ -120,8 +120,11 @@ def is_companion(name: str) -> bool:
     return bool(FILE_NAME.fullmatch(name)) and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
 
 
-def describe(folder: Path) -> AdapterDescription:
-    """Reads config and header of a PEFT folder. Raises InvalidAdapter or UnsupportedAdapter."""
+def describe(folder: Path, *, own: bool = False) -> AdapterDescription:
+    """Reads config and header of a PEFT folder. Raises InvalidAdapter or UnsupportedAdapter.
+
+    own: a result of this product, which may carry the biases that a customer's adapter may not.
+    """
     if not (folder / CONFIG).is_file():
         raise InvalidAdapter(
             f"{CONFIG} is missing.", code="missing_config", param=CONFIG, hint="Send the whole folder that PEFT saved."
@@ -133,17 +136,17 @@ def describe(folder: Path) -> AdapterDescription:
             param=WEIGHTS,
             hint="Save with `safe_serialization=True`; pickles (.bin, .pt) are never opened.",
         )
-    config = read_config(folder / CONFIG)
-    return pair_modules(config, read_header(folder / WEIGHTS))
+    config = read_config(folder / CONFIG, own=own)
+    return pair_modules(config, read_header(folder / WEIGHTS), own=own)
 
 
-def read_config(path: Path) -> PeftConfig:
+def read_config(path: Path, *, own: bool = False) -> PeftConfig:
     """Reads adapter_config.json, but not more of it than is accepted. Raises like `parse_config`."""
     with path.open("rb") as file:
-        return parse_config(file.read(MAX_CONFIG_BYTES + 1))
+        return parse_config(file.read(MAX_CONFIG_BYTES + 1), own=own)
 
 
-def parse_config(raw: bytes) -> PeftConfig:
+def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
     """Checks adapter_config.json. Raises InvalidAdapter (not readable) or UnsupportedAdapter (not treatable)."""
     if len(raw) > MAX_CONFIG_BYTES:
         raise InvalidAdapter(f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes.", code="config_too_large", param=CONFIG)
@@ -163,7 +166,7 @@ def parse_config(raw: bytes) -> PeftConfig:
         first = error.errors()[0]
         where = shown(".".join(str(part) for part in first["loc"]))
         raise InvalidAdapter(f"{CONFIG}: {where}: {first['msg']}.", code="config_invalid", param=where) from error
-    _refuse_unsound(config, data)
+    _refuse_unsound(config.model_copy(update={"lora_bias": False}) if own else config, data)
     _refuse_numbers(config)
     return config
 
@@ -214,12 +217,14 @@ def _refuse_numbers(config: PeftConfig) -> None:
             )
 
 
-def pair_modules(config: PeftConfig, header: Header) -> AdapterDescription:
+def pair_modules(config: PeftConfig, header: Header, *, own: bool = False) -> AdapterDescription:
     """Pairs lora_A with lora_B and gives each pair its rank and scaling. Raises InvalidAdapter."""
     sides: dict[str, dict[str, TensorEntry]] = {}
     adapter_names: dict[str, str | None] = {}
     for name, entry in header.tensors.items():
         match = KEY.fullmatch(name)
+        if own and config.lora_bias and name.endswith(".lora_B.bias"):
+            continue
         if match is None:
             _refuse_key(name)
         pair = sides.setdefault(match["module"], {})

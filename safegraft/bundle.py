@@ -3,15 +3,17 @@ built. No torch: the gateway lists references with it; `engine/reference.py` bui
 """
 
 import hashlib
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from safegraft.contracts.reference import ReferenceManifest
+from safegraft.contracts.reference import SCHEMA_VERSION, ReferenceManifest
 from safegraft.errors import CorruptReference
 from safegraft.files import sha256_file
 
-MANIFEST, NLSR, GRAM = "manifest.json", "nlsr.safetensors", "gram.safetensors"
+MANIFEST = "manifest.json"
+NLSR, GRAM, SAFETYLOCK = "nlsr.safetensors", "gram.safetensors", "safetylock.safetensors"
 
 
 def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
@@ -19,9 +21,25 @@ def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
+        version = _version(raw)
+        if version != SCHEMA_VERSION:
+            raise CorruptReference(
+                f"{path} was written by another version of safegraft (form {version}; known is {SCHEMA_VERSION}).",
+                code="reference_version",
+                param=str(path),
+                hint="Build the reference again.",
+            )
         return ReferenceManifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
     except (OSError, ValidationError) as error:
         raise CorruptReference(f"{path}: not a readable manifest ({type(error).__name__}).", param=str(path)) from error
+
+
+def _version(raw: bytes) -> object:
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return SCHEMA_VERSION  # the validation after this says what is wrong
+    return found.get("schema_version") if isinstance(found, dict) else SCHEMA_VERSION
 
 
 def verify_bundle(folder: Path) -> ReferenceManifest:

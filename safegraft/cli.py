@@ -6,6 +6,7 @@ Exit status: 0 done, 2 bad usage or bad input, 1 our failure. SAFEGRAFT_TRACEBAC
 
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -19,14 +20,15 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from safegraft import __version__
-from safegraft.adapter import WEIGHTS, describe
+from safegraft.adapter import CONFIG, WEIGHTS, describe
 from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
-from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS
+from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.finite import check_finite
+from safegraft.prompts import GENERAL, SAFETY
 from safegraft.records import compatibility
 from safegraft.stores.references import ReferenceRegistry
 
@@ -57,11 +59,24 @@ def _device(name: str) -> str:
 
 DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_device, help="cpu, cuda, cuda:1, …")]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
+ReferenceFolder = Annotated[
+    Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE", help="A reference's folder.")
+]
 
 
 class MaskScope(StrEnum):
     row = "row"
     factor = "factor"
+
+
+class ModelDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class OutputRank(StrEnum):
+    customer = "customer"
+    exact = "exact"
 
 
 def main() -> None:
@@ -193,28 +208,69 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
 @app.command()
 def realign(
     adapter: Folder,
-    reference: Annotated[
-        Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE", help="A reference's folder.")
-    ],
+    reference: ReferenceFolder,
     to: Annotated[Path, typer.Option("--out", envvar="SAFEGRAFT_OUT", help="A folder that does not exist yet.")],
-    method: Annotated[str, typer.Option(envvar="SAFEGRAFT_METHOD", help=" or ".join(MODELS))] = DEFAULT_METHOD,
+    method: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_METHOD",
+            help=f"{', '.join(MODELS)}, or auto: the one that is recommended for the adapter.",
+        ),
+    ] = DEFAULT_METHOD,
     settings: Annotated[
         list[str],
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
             envvar="SAFEGRAFT_SET",
-            help=f"A parameter of the method; repeatable. {KNOWN_PARAMETERS}",
+            help=f"A parameter of the method (of nlsr where none is named); repeatable. {KNOWN_PARAMETERS}",
         ),
     ] = [],  # noqa: B006
+    strengths: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_STRENGTHS",
+            metavar="V,V,…",
+            help="Several values of the method's strength at once; OUT then holds one adapter a value. "
+            + "; ".join(f"{name}: {parameter}" for name, parameter in STRENGTH.items()),
+        ),
+    ] = "",
+    output_rank: Annotated[
+        OutputRank,
+        typer.Option(
+            envvar="SAFEGRAFT_OUTPUT_RANK", help="Keep the adapter's rank, or take the one that loses nothing."
+        ),
+    ] = OutputRank.customer,
     analyze: Annotated[
         bool, typer.Option("--analyze", envvar="SAFEGRAFT_ANALYZE", help="Only measure; write the report alone.")
     ] = False,
+    probe: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            envvar="SAFEGRAFT_PROBE",
+            help="Prompts on which to compare the model's next tokens before and after; needs --base or --aligned.",
+        ),
+    ] = None,
+    base: Annotated[
+        str, typer.Option(envvar="SAFEGRAFT_BASE", help="For --probe: the model, as in `reference build`.")
+    ] = "",
+    aligned: Annotated[
+        str, typer.Option(envvar="SAFEGRAFT_ALIGNED", help="For --probe: the alignment, as in `reference build`.")
+    ] = "",
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
     """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png."""
     parameters = parse_parameters(method, settings)
+    values = _numbers(strengths)
+    if probe is not None and (analyze or values or not (base or aligned)):
+        raise InvalidParameter(
+            "--probe compares one patched adapter with the one that came, on a model.",
+            param="--probe",
+            hint="Name the model by --base or --aligned, and leave out --analyze and --strengths.",
+        )
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     _bundle(reference)
@@ -226,8 +282,16 @@ def realign(
     check_device(device)
     with _progress(as_json) as progress:
         report = run(
-            adapter, LoadedReference(reference, device), parameters, None if analyze else to, progress=progress
+            adapter,
+            LoadedReference(reference, device),
+            parameters,
+            None if analyze else to,
+            strengths=values,
+            output_rank=output_rank.value,
+            progress=progress,
         )
+        if probe is not None:
+            report = _probed(report, probe, base, aligned, adapter, to, device)
     files = render(report, to.with_name(f"{to.name}.report"))
     if as_json:
         _print_json(report.model_dump(mode="json"))
@@ -238,13 +302,103 @@ def realign(
     # Soft: paths that are broken at column 80 cannot be copied, and programs that read them find half.
     written = f"Adapter: {to}" if not analyze else "Only measured; nothing was patched."
     out.print(written, markup=False, highlight=False, soft_wrap=True)
+    from safegraft.engine.pipeline import side_car_folder
+
+    for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
+        out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)
     out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(text: str) -> list[float]:
+    """`0.1,0.3` → [0.1, 0.3]. Raises InvalidParameter."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise InvalidParameter(
+            f"--strengths {text!r}: expected numbers, like 0.1,0.3,1.", param="--strengths"
+        ) from error
+    if not all(map(math.isfinite, found)):
+        raise InvalidParameter(f"--strengths {text!r}: expected finite numbers.", param="--strengths")
+    return found
+
+
+def _probed(report: Any, probe: Path, base: str, aligned: str, before: Path, after: Path, device: str) -> Any:
+    from safegraft.engine.build import BuildSources
+    from safegraft.engine.conversations import read_conversations
+    from safegraft.engine.models import quiet_libraries
+    from safegraft.engine.probe import compare
+
+    quiet_libraries()
+    asked = [item.prompt for item in read_conversations(probe)]
+    sources = BuildSources(aligned=_model(aligned or base), base=_model(base) if base and aligned else None)
+    return report.model_copy(
+        update={"probe": compare(sources, asked, before, after, report.lineage != "continued", device)}
+    )
+
+
+def _model(name: str) -> Path:
+    """A folder, adapter or model, or the folder of a model that an installed package carries."""
+    from safegraft.engine.models import resolve_base
+
+    return Path(name) if _is_adapter(name) else resolve_base(name)
+
+
+def _is_adapter(name: str) -> bool:
+    return (Path(name) / CONFIG).is_file()
+
+
+@app.command("verify")
+def verify_report(
+    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A report.json.")],
+    adapter: Annotated[
+        Path,
+        typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_ADAPTER", help="The adapter that was sent."),
+    ],
+    reference: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_REFERENCE",
+            help="A folder or an id. Left out: the report's, if it is installed in --data.",
+        ),
+    ] = "",
+    data: Data = Path("var"),
+    device: DeviceName = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Runs a report's realignment again and compares the bytes. Exit status 1 where they differ."""
+    from safegraft.contracts.report import Report
+
+    try:
+        claimed = Report.model_validate_json(report.read_bytes())
+    except ValidationError as error:
+        raise InvalidParameter(f"{report} is no report.", code="not_a_report", param="REPORT") from error
+    folder = _find(reference or claimed.reference.id, data)
+    from safegraft.engine.models import check_device
+    from safegraft.engine.rerun import rerun
+
+    check_device(device)
+    with _progress(as_json) as progress:
+        found = rerun(claimed, adapter, folder, device, progress)
+    if as_json:
+        _print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
+    else:
+        for line in found.differences:
+            out.print(f"Note: {line}", markup=False, style="yellow", soft_wrap=True)
+        for line in found.problems:
+            out.print(f"Differs: {line}", markup=False, style="red", soft_wrap=True)
+        if not found.problems:
+            out.print("The report is reproduced: same input, same reference, same bytes out.", markup=False)
+    sys.exit(1 if found.problems else 0)
 
 
 def parse_parameters(method: str, settings: list[str]) -> Any:
     """Parameters from `--method` and `--set name=value`. Raises InvalidParameter with the name at fault."""
-    if method not in MODELS:
-        raise InvalidParameter(f"Unknown method {method!r}; known: {', '.join(MODELS)}.", param="--method")
+    if method not in (*MODELS, DEFAULT_METHOD):
+        known = ", ".join([*MODELS, DEFAULT_METHOD])
+        raise InvalidParameter(f"Unknown method {method!r}; known: {known}.", param="--method")
+    if method == DEFAULT_METHOD and settings:
+        # Which method would be recommended is only known when the adapter has been read.
+        method = "nlsr"
     values: dict[str, Any] = {"type": method}
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -264,31 +418,44 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
 
 @reference_app.command("build")
 def build(
-    base: Annotated[
+    aligned: Annotated[
         str,
         typer.Option(
-            envvar="SAFEGRAFT_BASE", help="The unaligned model: a folder, or an installed package with a GGUF."
-        ),
-    ],
-    aligned: Annotated[
-        Path,
-        typer.Option(
-            exists=True, file_okay=False, envvar="SAFEGRAFT_ALIGNED", help="The provider's safety adapter on it."
+            envvar="SAFEGRAFT_ALIGNED",
+            help="The alignment: the provider's adapter on --base, or a full model (folder, or package with a GGUF).",
         ),
     ],
     to: Annotated[
         Path, typer.Option("--out", envvar="SAFEGRAFT_OUT", help="The bundle's folder; it must not exist yet.")
     ],
+    base: Annotated[
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_BASE",
+            help="The unaligned model: a folder, or an installed package with a GGUF. Left out: --aligned is a full "
+            "model that stands alone.",
+        ),
+    ] = "",
+    weak: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, envvar="SAFEGRAFT_WEAK", help="A weaker adapter, from which to extrapolate."
+        ),
+    ] = None,
     prompts: Annotated[
         Path,
         typer.Option(
-            envvar="SAFEGRAFT_PROMPTS", help="Harmful prompts: CSV (`prompt`) or JSONL (`prompt`, `response`)."
+            envvar="SAFEGRAFT_PROMPTS",
+            help="Harmful prompts: CSV (`prompt`) or JSONL (`prompt`, `response`). Left out: those of this package.",
         ),
-    ],
+    ] = SAFETY,
     general: Annotated[
-        Path | None,
-        typer.Option(envvar="SAFEGRAFT_GENERAL", help="Ordinary prompts, likewise; needed for the method gram."),
-    ] = None,
+        str,
+        typer.Option(
+            envvar="SAFEGRAFT_GENERAL",
+            help="Ordinary prompts, likewise; `none` leaves out what gram and antidote need.",
+        ),
+    ] = str(GENERAL),
     beta: Annotated[
         float, typer.Option(min=0.0, max=10.0, envvar="SAFEGRAFT_BETA", help="Amplification of the aligned adapter.")
     ] = 0.9,
@@ -302,49 +469,92 @@ def build(
         MaskScope,
         typer.Option(envvar="SAFEGRAFT_MASK_SCOPE", help="Take the safety-critical share per row, or per factor."),
     ] = MaskScope.row,
+    snip: Annotated[
+        bool, typer.Option("--snip", envvar="SAFEGRAFT_SNIP", help="Also score neurons by gradients (a pass back).")
+    ] = False,
+    preference_snip: Annotated[
+        bool,
+        typer.Option(
+            "--preference-snip", envvar="SAFEGRAFT_PREFERENCE_SNIP", help="Also by gradients of a preference loss."
+        ),
+    ] = False,
+    safelock: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, envvar="SAFEGRAFT_SAFELOCK", help="Published SafetyLock directions to use."
+        ),
+    ] = None,
     label: Annotated[
         list[str],
         typer.Option(envvar="SAFEGRAFT_LABEL", help="A name by which adapters know this base; repeatable."),
     ] = [],  # noqa: B006
+    rank: Annotated[
+        int,
+        typer.Option(min=1, max=4096, envvar="SAFEGRAFT_RANK", help="Of the difference between two full models."),
+    ] = 64,
+    max_pairs: Annotated[
+        int | None,
+        typer.Option(min=1, envvar="SAFEGRAFT_MAX_PAIRS", help="Keep no more eigenpairs a layer input than this."),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=8, envvar="SAFEGRAFT_MAX_TOKENS", help="Longer conversations are cut.")
     ] = 1024,
     batch_size: Annotated[int, typer.Option(min=1, max=1024, envvar="SAFEGRAFT_BATCH_SIZE")] = 8,
+    dtype: Annotated[ModelDtype, typer.Option(envvar="SAFEGRAFT_DTYPE", help="Of the model's weights.")] = (
+        ModelDtype.bfloat16
+    ),
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Builds a reference: amplifies the aligned adapter, finds its safety neurons, measures the model's inputs."""
+    """Builds a reference: one pass over each prompt set gathers what every method needs.
+
+    A build that is killed goes on where it was when it is started again; until then it keeps OUT.partial.
+    """
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
-    from safegraft.engine.build import build_reference
+    if Path(aligned).is_dir() and not any((Path(aligned) / name).is_file() for name in (CONFIG, "config.json")):
+        raise InvalidParameter(
+            f"{aligned} holds neither {CONFIG} nor config.json; it is no adapter and no model.",
+            code="missing_config",
+            param="--aligned",
+        )
+    from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+    from safegraft.engine.bundle import BuildSettings
     from safegraft.engine.conversations import read_conversations
     from safegraft.engine.models import quiet_libraries, resolve_base
-    from safegraft.engine.reference import BuildSettings
 
     quiet_libraries()
-    safety = read_conversations(prompts)
-    ordinary = read_conversations(general) if general is not None else None
+    sources = BuildSources(
+        aligned=_model(aligned),
+        base=resolve_base(base) if base else None,
+        weak=weak,
+        safelock=safelock,
+        # Customers may name the model on which they trained: the aligned one, or the one below it.
+        labels=[*label, *(Path(name).name for name in (base, aligned) if name and not _is_adapter(name))],
+    )
+    asked = BuildPrompts(
+        safety=read_conversations(prompts),
+        general=None if general == "none" else read_conversations(Path(general)),
+    )
     settings = BuildSettings(
         amplification=beta,
         sparsity=sparsity,
         mask_scope=mask_scope.value,
+        snip=snip,
+        preference_snip=preference_snip,
+        rank=rank,
+        max_pairs=max_pairs,
         max_tokens=max_tokens,
         batch_size=batch_size,
+        dtype=dtype.value,
         device=device,
     )
     with _progress(as_json, log=True) as progress:
-        manifest = build_reference(
-            to,
-            base=resolve_base(base),
-            labels=[*label, Path(base).name],
-            aligned=aligned,
-            safety=safety,
-            general=ordinary,
-            settings=settings,
-            progress=progress,
-        )
+        manifest = build_reference(to, sources=sources, prompts=asked, settings=settings, progress=progress)
     if as_json:
-        _print_json(manifest.model_dump(mode="json", exclude={"base_model": {"modules"}, "gram": True}))
+        # Without what has a line for every layer.
+        large: Any = {"base_model": {"modules"}, "aligned": True, "gram": True, "safetylock": {"layers"}}
+        _print_json(manifest.model_dump(mode="json", exclude=large))
     else:
         size = sum(file.bytes for file in manifest.files.values()) / 2**20
         out.print(
@@ -376,7 +586,7 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     if as_json:
         _print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
-    table = Table("id", "name", "base model", "methods", box=None)
+    table = Table(Column("id", no_wrap=True), "name", "base model", "methods", box=None)
     for item in found:
         table.add_row(item.id, item.manifest.name, item.manifest.base_model.labels[0], ", ".join(item.manifest.methods))
     out.print(table)

@@ -63,6 +63,9 @@ def compatibility(description: AdapterDescription) -> Compatibility:
         vllm = Servable(ok=True, reason=f"needs --max-lora-rank {needed}")
     else:
         vllm = Servable(ok=True)
+    if description.config.lora_bias:
+        biased = Servable(ok=False, reason="carries biases (lora_bias), which only PEFT loads")
+        return Compatibility(peft=Servable(ok=True), vllm=biased, lorax=biased, tgi=biased)
     # The servers look for lora_A.weight; so does PEFT before 0.21, which drops other keys without a word.
     if not all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in description.header.tensors):
         unnamed = Servable(ok=False, reason="keys carry an adapter name (lora_A.default.weight)")

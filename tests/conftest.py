@@ -45,19 +45,16 @@ def continued(aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle(base: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reference bundle of the tiny model, for both methods."""
-    from safegraft.engine.build import build_reference
-    from safegraft.engine.reference import BuildSettings
+    """A reference bundle of the tiny model, for every method."""
+    from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+    from safegraft.engine.bundle import BuildSettings
     from tests import tiny
 
     out = tmp_path_factory.mktemp("references") / "tiny"
     build_reference(
         out,
-        base=base,
-        labels=["tiny-llama"],
-        aligned=aligned,
-        safety=tiny.HARMFUL,
-        general=tiny.GENERAL,
+        sources=BuildSources(base=base, aligned=aligned, labels=["tiny-llama", str(base)]),
+        prompts=BuildPrompts(safety=tiny.HARMFUL, general=tiny.GENERAL),
         settings=BuildSettings(sparsity=0.5),
     )
     return out

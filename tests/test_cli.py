@@ -15,12 +15,14 @@ import typer
 
 from safegraft import __version__
 from safegraft.cli import app
+from safegraft.contracts.methods import MODELS, GramParameters
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report
 from safegraft.stores.references import ReferenceRegistry
 from tests import tiny
 
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
+METHODS = list(MODELS)
 FORMS = ("csv", "html", "json", "png")
 
 
@@ -140,7 +142,7 @@ def built(base: Path, aligned: Path, tmp_path_factory: pytest.TempPathFactory) -
         SAFEGRAFT_SPARSITY="0.5", SAFEGRAFT_BETA="0.7", SAFEGRAFT_BATCH_SIZE="4",
     )  # fmt: skip
     shown = json.loads(done.stdout)
-    assert shown["methods"] == ["nlsr", "gram"]
+    assert shown["methods"] == METHODS
     return folder / "reference"
 
 
@@ -170,7 +172,7 @@ def test_references_are_verified_installed_listed_and_shown(built: Path, tmp_pat
     added = json.loads(safegraft("reference", "add", built, "--json", SAFEGRAFT_DATA=str(data)).stdout)
     assert safegraft("reference", "add", built, "--data", data).stdout == f"{added['id']}\n"
     listed = json.loads(safegraft("reference", "list", "--data", data, "--json").stdout)
-    assert listed == [{"id": added["id"], "name": "reference", "methods": ["nlsr", "gram"]}]
+    assert listed == [{"id": added["id"], "name": "reference", "methods": METHODS}]
     assert added["id"] in safegraft("reference", "list", "--data", data).stdout
     shown = safegraft("reference", "show", added["id"], "--data", data).stdout
     assert shown == (built / "manifest.json").read_text()
@@ -235,7 +237,7 @@ def test_analyze_writes_the_reports_alone_and_environment_variables_work(
     report = Report.model_validate_json(safegraft("realign", fresh, status=0, **environment).stdout)
     assert report.mode == "analyze"
     assert report.output is None
-    assert report.method.parameters.model_dump() == {"type": "gram", "general_weight": 2.5}
+    assert report.method.parameters == GramParameters(general_weight=2.5)
     assert not out.exists()
     assert reports(out) == [f"out.report.{form}" for form in FORMS]
 
@@ -274,6 +276,65 @@ def test_nothing_is_overwritten_and_no_half_result_is_left(fresh: Path, built: P
     assert "neuron" in message
     refused("realign", fresh, "--reference", tmp_path, "--out", out, code="not_a_reference")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_strengths_make_a_folder_each(fresh: Path, built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common: list[str | Path] = ["realign", fresh, "--reference", built, "--out", out]
+    done = safegraft(*common, "--method", "gram", "--strengths", "0.1,1", "--json")
+    assert sorted(path.name for path in out.iterdir()) == ["0.1", "1"]
+    assert [variant["strength"] for variant in json.loads(done.stdout)["variants"]] == [0.1, 1.0]
+    for wrong in ("much", "0.1,nan", "0.1,0.1", "0"):
+        elsewhere: list[str | Path] = ["realign", fresh, "--reference", built, "--out", tmp_path / "other"]
+        refused(*elsewhere, "--method", "gram", "--strengths", wrong, code="(invalid_parameter|bad_strengths)")
+    refused(*elsewhere, "--strengths", "0.1", "--method", "none", code="bad_strengths")
+
+
+def test_a_report_is_verified_by_running_it_again(fresh: Path, continued: Path, built: Path, tmp_path: Path) -> None:
+    out, report = tmp_path / "out", tmp_path / "out.report.json"
+    safegraft("realign", fresh, "--reference", built, "--out", out, "--method", "gram", "--strengths", "0.1,1")
+    given: list[str | Path] = ["--reference", built, "--adapter"]
+    assert "reproduced" in safegraft("verify", report, *given, fresh).stdout
+    other = json.loads(safegraft("verify", report, *given, continued, "--json", status=1).stdout)
+    assert not other["ok"]
+    assert "adapter's SHA-256" in other["problems"][0]
+    claimed = json.loads(report.read_text())
+    claimed["variants"][1]["output"]["sha256"] = "0" * 64
+    claimed["environment"]["versions"]["torch"] = "0.1"
+    report.write_text(json.dumps(claimed))
+    told = safegraft("verify", report, *given, fresh, status=1).stdout
+    assert "`variants` is not what the report says" in told
+    assert "torch 0.1 ran then" in told
+    report.write_text("{}")
+    refused("verify", report, *given, fresh, code="not_a_report")
+
+
+def test_next_tokens_are_compared_where_a_model_is_given(
+    fresh: Path, built: Path, base: Path, aligned: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt\nhow do i bake a cake\nplease help\n")
+    common: list[str | Path] = ["realign", fresh, "--reference", built, "--method", "gram", "--probe", prompts]
+    refused(*common, "--out", tmp_path / "no", code="invalid_parameter")
+    models: list[str | Path] = ["--base", base, "--aligned", aligned]
+    done = safegraft(*common, "--out", tmp_path / "out", *models, "--json")
+    probe = json.loads(done.stdout)["probe"]
+    assert probe["prompts"] == 2
+    assert probe["before_from_base"]["divergence"] > 0
+    assert probe["after_from_before"]["divergence"] > 0
+    nothing: list[str | Path] = [
+        *common[:4],
+        "--method",
+        "none",
+        "--probe",
+        prompts,
+        "--out",
+        tmp_path / "none",
+        *models,
+        "--json",
+    ]
+    probe = json.loads(safegraft(*nothing).stdout)["probe"]
+    assert probe["after_from_before"] == {"divergence": 0.0, "same_token": 1.0}
 
 
 def test_serve_asks_for_keys_unless_it_is_for_development(tmp_path: Path) -> None:

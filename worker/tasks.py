@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +19,11 @@ from celery.signals import task_failure, worker_init, worker_process_init
 
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
+from safegraft.contracts.methods import strength_name
 from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
-from safegraft.engine.pipeline import realign
+from safegraft.contracts.report import Report
+from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import LostLease, NotFound, SafegraftError, SystemFault, UserError
 from safegraft.ids import new_id
@@ -228,35 +231,56 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
             reference,
             claim.request.method,
             desk.result if patching else None,
+            strengths=claim.request.strengths,
+            output_rank=claim.request.output_rank,
             dropped_files=customer.dropped_files,
             progress=beat.report,
         )
         beat.report("publish")
         render(report, desk.report / "report")
-        _publish(bench, claim, desk, customer, patching, report.summary.modules)
+        _publish(bench, claim, desk, customer, report)
 
 
-def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, patching: bool, modules: int) -> None:
+def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report) -> None:
     prefix = result_prefix(claim)
-    published = None
+    published: list[tuple[Adapter, str, str]] = []
+    strengths = [variant.strength for variant in report.variants]
     try:
-        if patching:
-            adapter = adapter_record(
-                new_id("adp"),
-                f"{customer.name[:180]} ({claim.request.method.type})",
-                desk.result,
-                describe(desk.result),
-                dropped=[],
-                origin=Origin(realignment_id=claim.id),
-            )
-            bench.objects.publish(desk.result, f"{prefix}/adapter")
-            published = (adapter, claim.tenant, f"{prefix}/adapter")
+        if report.mode == "patch":
+            for name in map(strength_name, strengths) if strengths else [""]:
+                published.append(_published(bench, claim, desk.result / name, customer, f"{report.method.type} {name}"))
+        side_cars = side_car_folder(desk.result)
+        names = sorted(path.name for path in side_cars.glob("*.safetensors"))
+        if names:
+            bench.objects.publish(side_cars, f"{prefix}/side_car")
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
         bench.objects.remove(prefix)
         raise
     # The commit point: files without this row are never shown, and this row is only written once.
-    if not bench.jobs.succeed(claim.id, claim.attempt, published, modules=modules):
+    if not bench.jobs.succeed(
+        claim.id,
+        claim.attempt,
+        published,
+        strengths=strengths,
+        side_cars=names,
+        modules=report.summary.modules,
+    ):
         bench.objects.remove(prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
+
+
+def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:
+    """Puts one patched adapter among the objects; returns its record, tenant and prefix."""
+    adapter = adapter_record(
+        new_id("adp"),
+        f"{customer.name[:180]} ({how.strip()})",
+        folder,
+        describe(folder, own=True),
+        dropped=[],
+        origin=Origin(realignment_id=claim.id),
+    )
+    prefix = f"{result_prefix(claim)}/adapter/{adapter.id}"
+    bench.objects.publish(folder, prefix)
+    return adapter, claim.tenant, prefix

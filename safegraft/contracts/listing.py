@@ -2,7 +2,7 @@
 
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from safegraft.contracts.reference import Lineage
 
@@ -45,5 +45,6 @@ class Method(BaseModel):
     id: str
     object: Literal["method"] = "method"
     description: str
-    default: bool
+    default: bool = Field(description="Whether it is the first that is recommended, where a reference offers it.")
+    strength_parameter: str | None = Field(description="The parameter that `strengths` of a realignment varies.")
     parameters: dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegraft.contracts.listing import PRINTABLE
-from safegraft.contracts.methods import MethodParameters, NlsrParameters
+from safegraft.contracts.methods import AutoParameters, MethodParameters
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 
@@ -22,8 +22,20 @@ class RealignmentCreate(Shown):
         pattern=PRINTABLE,
         description="Left out: the installed reference that fits the adapter; an error if several do.",
     )
-    method: MethodParameters = NlsrParameters()
+    method: MethodParameters = Field(
+        default=AutoParameters(), description="Left out: the method that is recommended for this adapter and reference."
+    )
     mode: Literal["patch", "analyze"] = "patch"
+    strengths: list[Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default=[],
+        max_length=16,
+        description="Several values of the method's strength parameter (see `GET /v1/methods`) at once: one patched "
+        "adapter each, and one report with the curve.",
+    )
+    output_rank: Literal["customer", "exact"] = Field(
+        default="customer",
+        description="`customer`: the adapter's own rank and configuration; `exact`: the rank that the repair needs.",
+    )
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
         default={}, max_length=16
     )
@@ -37,10 +49,18 @@ class Progress(Shown):
     total: int
 
 
+class StrengthResult(Shown):
+    strength: float
+    adapter_id: str
+
+
 class Result(Shown):
-    """`adapter_id` is null for `analyze`."""
+    """`adapter_id` is null for `analyze`; with several strengths it is that of the first. side_car_urls: files that a
+    method delivers beside the adapter."""
 
     adapter_id: str | None
+    variants: list[StrengthResult] = []
+    side_car_urls: list[str] = []
     report_url: str
 
 
@@ -62,6 +82,8 @@ class Realignment(Shown):
     attempt: int
     mode: Literal["patch", "analyze"]
     method: MethodParameters
+    strengths: list[float]
+    output_rank: Literal["customer", "exact"]
     reference_id: str
     adapter_id: str
     metadata: dict[str, str]

@@ -4,7 +4,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Lineage = Literal["continued", "fresh"]
+Lineage = Literal["continued", "fresh", "foreign"]
+Source = Literal["adapter", "two_adapters", "checkpoints", "none"]
+Scorer = Literal["low_rank", "wanda", "snip", "preference_snip"]
+SCHEMA_VERSION = 2
 
 
 class Strict(BaseModel):
@@ -34,26 +37,42 @@ class BaseModelIdentity(Strict):
 
 
 class AlignedModule(Strict):
-    """One module of the aligned adapter; `norm` is ‖ΔW_e‖_F of the amplified update."""
+    """One module of the aligned update Δ_a = scaling·B·A; `norm` is ‖Δ_e‖_F of the amplified one.
+
+    weak_rank: of the weak adapter there (two adapters only); off_basis: the share of the weak update's norm that does
+    not lie in A's rows, which the forms on factors cannot extrapolate; truncation_error: what was cut off when the
+    difference of two checkpoints was brought to this rank, relative to its norm.
+    """
 
     rank: int
+    scaling: float
     norm: float
+    weak_rank: int | None = None
+    off_basis: float = 0.0
+    truncation_error: float = 0.0
 
 
-class AlignedAdapter(Strict):
-    """sha256 of the weights, config_sha256 of adapter_config.json, which holds their scaling."""
+class Origin(Strict):
+    """Where the aligned update comes from. adapter: a LoRA on the unaligned base; two_adapters: a weak one beside it,
+    to be extrapolated from; checkpoints: the difference of two full models; none: the base model is the aligned model
+    itself, and there is no update.
 
-    sha256: str
-    config_sha256: str
-    modules: dict[str, AlignedModule]
+    files: the SHA-256 of every file that was read for it.
+    """
+
+    source: Source
+    files: dict[str, str]
 
 
 class PromptSet(Strict):
+    """forward_passes: how often the model read the whole set for its statistics (answering is counted apart)."""
+
     sha256: str
     conversations: int
     tokens: int
     response_tokens: int
     answered_by_model: bool
+    forward_passes: int
 
 
 class BuildParameters(Strict):
@@ -68,10 +87,12 @@ class BuildParameters(Strict):
     mask_scope: Literal["row", "factor"]
     ridge: float
     smallest_pair: float
+    max_pairs: int | None
     max_tokens: int
     answer_tokens: int
     batch_size: int
     skipped_prefix: int
+    rank: int | None
     dtype: str
     device: str
 
@@ -83,17 +104,37 @@ class GramStatistics(Strict):
     energy: dict[str, float]
 
 
+class HeadLayer(Strict):
+    """The attention heads that one output projection reads. accuracy: of a linear probe for each head, on answers that
+    it did not see averaged with those it did; unexplained: the error of a rank-one update in place of a bias there."""
+
+    heads: int
+    accuracy: list[float]
+    unexplained: float
+
+
+class SafetyLockStatistics(Strict):
+    """By output projection. source: `measured`, or the SHA-256 of the .safelock file that directions came from."""
+
+    source: str
+    layers: dict[str, HeadLayer]
+
+
 class ReferenceManifest(Strict):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     name: str
     created_at: int
     safegraft_version: str
     base_model: BaseModelIdentity
-    aligned: AlignedAdapter | None
+    origin: Origin
+    aligned: dict[str, AlignedModule]
+    scorers: list[Scorer]
     safety_prompts: PromptSet
     general_prompts: PromptSet | None
+    unsafe_prompts: PromptSet | None
     parameters: BuildParameters
     gram: GramStatistics | None
+    safetylock: SafetyLockStatistics | None
     methods: list[str]
     lineages: list[Lineage]
     files: dict[str, BundleFile]

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from safegraft.contracts.methods import MethodParameters
+from safegraft.contracts.reference import Lineage
 
 
 class Part(BaseModel):
@@ -12,7 +13,7 @@ class Part(BaseModel):
 
 
 class MethodRun(Part):
-    """`parameters` as asked for; `resolved` is what `auto` values became."""
+    """`parameters` as they ran (with `auto` replaced by the recommended method); `resolved`: what else was `auto`."""
 
     type: str
     parameters: MethodParameters
@@ -20,6 +21,13 @@ class MethodRun(Part):
     seed: int | None
     similarity: str = Field(description="In words: what `similarity_before` and `similarity_after` measure here.")
     explanation: str = Field(description="In words: what was done to a repaired module.")
+
+
+class Recommendation(Part):
+    """What runs where no method is named, for this adapter and reference, and why."""
+
+    method: str
+    reason: str
 
 
 class ReferenceUsed(Part):
@@ -63,6 +71,8 @@ class LayerLine(Part):
 
 
 class ModuleLine(Part):
+    """`rank` is the customer's."""
+
     name: str
     layer: int | None
     kind: str
@@ -74,6 +84,32 @@ class ModuleLine(Part):
     kept: float
     edit: float
     truncation_error: float
+
+
+class Variant(Part):
+    """One of several strengths that were asked for at once."""
+
+    strength: float
+    output: Digest | None
+    summary: Summary
+
+
+class Distance(Part):
+    """Next-token distributions at the answers' first tokens, over all probe prompts: mean Kullback-Leibler divergence
+    in nats, and the share of prompts on which the likeliest token is the same."""
+
+    divergence: float
+    same_token: float
+
+
+class Probe(Part):
+    """base: the model that the adapter sits on; before, after: with the customer's and with the patched adapter."""
+
+    prompts: int
+    prompts_sha256: str
+    before_from_base: Distance
+    after_from_base: Distance
+    after_from_before: Distance
 
 
 class Warning(Part):
@@ -88,18 +124,26 @@ class Environment(Part):
 
 
 class Report(Part):
-    schema_version: Literal[1] = 1
+    """With several strengths, `output`, `summary`, `layers` and `modules` are those of the first, which is the one in
+    `method.parameters`; `variants` hold the curve."""
+
+    schema_version: Literal[2] = 2
     mode: Literal["patch", "analyze"]
     method: MethodRun
+    recommendation: Recommendation
     reference: ReferenceUsed
     base_model: str
-    lineage: Literal["continued", "fresh"]
+    lineage: Lineage
     lineage_similarity: float = Field(description="Median cosine of the adapter's update with the aligned adapter's.")
+    output_rank: Literal["customer", "exact"]
     input: Digest
     output: Digest | None
     summary: Summary
     layers: list[LayerLine]
     modules: list[ModuleLine]
+    strength_parameter: str | None = None
+    variants: list[Variant] = []
+    probe: Probe | None = None
     dropped_files: list[str]
     warnings: list[Warning]
     environment: Environment

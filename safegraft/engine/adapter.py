@@ -1,15 +1,20 @@
 """The weights of a PEFT adapter, one module at a time, in and out.
 
-Knows how `safegraft.adapter`'s description maps onto tensors; does not know what is done to them.
+Knows how `safegraft.adapter`'s description maps onto tensors, and how the configuration and keys of an adapter change
+where a repair is asked for in its exact rank or brings biases; does not know what is done to the weights.
 """
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from safegraft.adapter import WEIGHTS, AdapterDescription, LoraModule
+from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, LoraModule
 from safegraft.engine.methods.base import Module
 from safegraft.engine.tensors import TORCH_DTYPES, TensorReader, TensorWriter, to_bytes
 from safegraft.errors import InvalidTensors
@@ -17,7 +22,7 @@ from safegraft.files import atomic_file
 
 
 class AdapterReader:
-    """Modules of an adapter folder in float32. Use as a context manager."""
+    """Modules of an adapter folder in float32. Use as a context manager; safe to read from several threads."""
 
     def __init__(self, folder: Path, description: AdapterDescription, device: str = "cpu") -> None:
         self.description = description
@@ -46,44 +51,135 @@ class AdapterReader:
         return self._tensors.bytes(name)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What an output file holds: the ranks of its modules, and whether they have biases. None of either: as it came."""
+
+    description: AdapterDescription
+    ranks: Mapping[str, int] | None = None
+    biases: bool = False
+
+    def entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Key → (safetensors dtype, shape), in the order of the customer's file."""
+        modules = {entry.name: module for module in self.description.modules for entry in (module.a, module.b)}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for entry in sorted(self.description.header.tensors.values(), key=lambda entry: entry.start):
+            module = modules[entry.name]
+            rank = self.rank(module)
+            shape = (rank, module.inputs) if entry is module.a else (module.outputs, rank)
+            found[entry.name] = (entry.dtype, shape)
+            if self.biases and entry is module.b:
+                found[bias_key(module)] = (entry.dtype, (module.outputs,))
+        return found
+
+    def rank(self, module: LoraModule) -> int:
+        return module.rank if self.ranks is None else self.ranks[module.name]
+
+    def config(self, raw: bytes) -> bytes:
+        """adapter_config.json for this layout; the customer's own bytes where nothing in it changes."""
+        changed = {module.name: self.rank(module) for module in self.description.modules}
+        grown = any(changed[module.name] != module.rank for module in self.description.modules)
+        if not grown and not self.biases:
+            return raw
+        config = json.loads(raw.decode("utf-8-sig"))
+        if self.biases:
+            config["lora_bias"] = True
+        if grown:
+            config |= self._patterns(changed)
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _patterns(self, ranks: Mapping[str, int]) -> dict[str, object]:
+        """r, lora_alpha and, where they differ between modules, their patterns, so that every scaling stays."""
+        root = self.description.config.use_rslora
+        alphas = {
+            module.name: module.scaling * (math.sqrt(ranks[module.name]) if root else ranks[module.name])
+            for module in self.description.modules
+        }
+        first = self.description.modules[0].name
+        own: dict[str, object] = {"r": ranks[first], "lora_alpha": _number(alphas[first])}
+        if len(set(ranks.values())) == 1 and len({round(alpha, 9) for alpha in alphas.values()}) == 1:
+            return own | {"rank_pattern": {}, "alpha_pattern": {}}
+        named = {name.replace(".", r"\."): name for name in ranks}
+        return own | {
+            "rank_pattern": {pattern: ranks[name] for pattern, name in named.items()},
+            "alpha_pattern": {pattern: _number(alphas[name]) for pattern, name in named.items()},
+        }
+
+
+def _number(alpha: float) -> float | int:
+    rounded = round(alpha)
+    return rounded if abs(alpha - rounded) < 1e-9 * max(1.0, abs(alpha)) else alpha
+
+
+def bias_key(module: LoraModule) -> str:
+    """The key under which PEFT saves the bias of lora_B."""
+    return module.b.name.removesuffix("weight") + "bias"
+
+
 class AdapterWriter:
-    """Writes an adapter with the same keys, shapes, dtypes and order as the one that was described."""
+    """Writes an adapter of a given layout. Safe to use from several threads, each module once."""
 
-    def __init__(self, writer: TensorWriter) -> None:
+    def __init__(self, writer: TensorWriter, layout: Layout) -> None:
         self._writer = writer
+        self._layout = layout
 
-    def keep(self, module: LoraModule, reader: AdapterReader) -> None:
-        """Copies both factors' bytes unchanged."""
+    def keep(self, module: LoraModule, before: Module, reader: AdapterReader) -> None:
+        """Copies both factors' bytes unchanged, or filled up with zeros where the layout has a higher rank."""
+        if self._layout.rank(module) != module.rank:
+            self.replace(module, before, reader)
+            return
         for entry in (module.a, module.b):
             self._writer.write(entry.name, reader.bytes(entry.name))
+        self._write_bias(module, None)
 
-    def replace(self, module: LoraModule, patched: Module, reader: AdapterReader) -> tuple[Module, bool]:
-        """Writes new factors in the customer's dtype.
+    def replace(
+        self, module: LoraModule, patched: Module, reader: AdapterReader, bias: Tensor | None = None
+    ) -> tuple[Module, bool]:
+        """Writes new factors in the customer's dtype, filled up with zeros to the layout's rank.
 
-        Returns the module as it was rounded, and whether any byte differs from the customer's.
+        bias (d,): added to the layer's output, without the scaling. Returns the module as it was rounded, and whether
+        any byte differs from the customer's.
         """
-        rounded, changed = [], False
-        for entry, tensor in ((module.a, patched.a), (module.b, patched.b)):
-            stored = tensor.to(TORCH_DTYPES[entry.dtype])
-            if not bool(torch.isfinite(stored).all()):
-                raise InvalidTensors(
-                    f"{entry.name}: the repaired values do not fit into {entry.dtype}.",
-                    code="out_of_range",
-                    param=entry.name,
-                    hint="Save the adapter as bfloat16 or float32.",
-                )
+        rank = self._layout.rank(module)
+        grown = torch.nn.functional.pad
+        parts = {
+            module.a.name: grown(patched.a, (0, 0, 0, rank - patched.rank)),
+            module.b.name: grown(patched.b, (0, rank - patched.rank)),
+        }
+        rounded, changed = [], rank != module.rank
+        for (name, tensor), entry in zip(parts.items(), (module.a, module.b), strict=True):
+            stored = self._fitting(name, tensor, entry.dtype)
             raw = to_bytes(stored)
-            changed = changed or raw != reader.bytes(entry.name)
-            self._writer.write(entry.name, raw)
+            changed = changed or raw != reader.bytes(name)
+            self._writer.write(name, raw)
             rounded.append(stored.float())
-        return patched.with_factors(rounded[0], rounded[1]), changed
+        changed = self._write_bias(module, bias) or changed
+        return patched.with_factors(rounded[1], rounded[0]), changed
+
+    def _write_bias(self, module: LoraModule, bias: Tensor | None) -> bool:
+        if not self._layout.biases:
+            return False
+        value = torch.zeros(module.outputs) if bias is None else bias / module.scaling
+        self._writer.write(bias_key(module), self._fitting(bias_key(module), value, module.b.dtype))
+        return bool(value.any())
+
+    def _fitting(self, name: str, tensor: Tensor, dtype: str) -> Tensor:
+        stored = tensor.to(TORCH_DTYPES[dtype])
+        if not bool(torch.isfinite(stored).all()):
+            raise InvalidTensors(
+                f"{name}: the repaired values do not fit into {dtype}.",
+                code="out_of_range",
+                param=name,
+                hint="Save the adapter as bfloat16 or float32.",
+            )
+        return stored
 
 
 @contextmanager
-def adapter_writer(path: Path, description: AdapterDescription) -> Iterator[AdapterWriter]:
-    """A writer whose file appears as `path` only when every tensor was written."""
-    entries = sorted(description.header.tensors.values(), key=lambda entry: entry.start)
-    with atomic_file(path) as file:
-        writer = TensorWriter(file, {entry.name: (entry.dtype, entry.shape) for entry in entries})
-        yield AdapterWriter(writer)
+def adapter_writer(folder: Path, layout: Layout, source: Path) -> Iterator[AdapterWriter]:
+    """A writer of `folder`'s weights and configuration. They appear only when every tensor was written."""
+    with atomic_file(folder / WEIGHTS) as file:
+        writer = TensorWriter(file, layout.entries())
+        yield AdapterWriter(writer, layout)
         writer.close()
+    (folder / CONFIG).write_bytes(layout.config((source / CONFIG).read_bytes()))

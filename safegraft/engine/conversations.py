@@ -20,14 +20,18 @@ from safegraft.errors import InvalidPrompts
 
 @dataclass(frozen=True)
 class Conversation:
-    """One prompt with its answer; `response` is None where a model still has to give one."""
+    """One prompt with its answer; `response` is None where a model still has to give one.
+
+    unsafe: the answer that must not be given, where a method compares the two and a placeholder will not do.
+    """
 
     prompt: str
     response: str | None = None
+    unsafe: str | None = None
 
 
 def read_conversations(path: Path) -> list[Conversation]:
-    """Reads CSV with a `prompt` (and optional `response`) column, or JSONL with the same keys.
+    """Reads CSV with a `prompt` (and optional `response` and `unsafe`) column, or JSONL with the same keys.
 
     Raises InvalidPrompts with the file and line of the first fault.
     """
@@ -70,10 +74,10 @@ def _conversation(path: Path, number: int, row: Any) -> Conversation:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidPrompts(f"{path}:{number}: `prompt` is missing or empty.", param=str(path))
-    response = row.get("response")
-    if response is not None and not isinstance(response, str):
-        raise InvalidPrompts(f"{path}:{number}: `response` is not text.", param=str(path))
-    return Conversation(prompt.strip(), response or None)
+    for key in ("response", "unsafe"):
+        if not isinstance(row.get(key), str | None):
+            raise InvalidPrompts(f"{path}:{number}: `{key}` is not text.", param=str(path))
+    return Conversation(prompt.strip(), row.get("response") or None, row.get("unsafe") or None)
 
 
 @dataclass(frozen=True)

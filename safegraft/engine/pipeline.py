@@ -1,96 +1,186 @@
-"""One realignment: score every module → select once → patch → write, with a report of what was measured.
+"""One realignment: compare → score → select → patch → check, with a report of what was measured.
 
-Paths and tensors only. Reads the adapter module by module and never holds more than one, so it reads it more than once:
-kinship, scores (selection needs all of them first), repair, and a last look at both files. The result appears under its
-name in one step, or not at all.
+Paths and tensors only. Reads the adapter module by module and never holds more than a few, so it reads it more than
+once: for its lineage, for its scores (selection needs all of them first), for the repair, and a last time, together
+with what was written. Several strengths share every reading. Results appear under their names in one step, or not at
+all.
 """
 
-import math
 import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 import safegraft
-from safegraft.adapter import (
-    CONFIG,
-    WEIGHTS,
-    AdapterDescription,
-    LoraModule,
-    describe,
-    is_companion,
-    kind_of,
-    layer_of,
-    natural_order,
+from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, LoraModule, describe, is_companion
+from safegraft.compatibility import check_compatible, recommend
+from safegraft.contracts.methods import (
+    METHOD_PARAMETERS,
+    STRENGTH,
+    AutoParameters,
+    parameters_by_strength,
+    strength_name,
 )
-from safegraft.compatibility import check_compatible
-from safegraft.contracts.methods import GramParameters, NlsrParameters
+from safegraft.contracts.methods import Method as Parameters
 from safegraft.contracts.report import (
     Digest,
     Environment,
-    LayerLine,
     MethodRun,
-    ModuleLine,
+    Recommendation,
     ReferenceUsed,
     Report,
-    Spread,
-    Summary,
+    Variant,
     Warning,
 )
-from safegraft.engine import lowrank
-from safegraft.engine.adapter import AdapterReader, AdapterWriter, adapter_writer
+from safegraft.engine import lowrank, measure
+from safegraft.engine.adapter import AdapterReader, AdapterWriter, Layout, adapter_writer
+from safegraft.engine.measure import Measured
 from safegraft.engine.methods import METHODS
-from safegraft.engine.methods.base import Kinship, Method, Module, Selection
+from safegraft.engine.methods.base import Kinship, Method, Module, Proposal, Selection
+from safegraft.engine.parallel import each, one_thread_each
 from safegraft.engine.reference import LoadedReference
-from safegraft.engine.tensors import TensorReader
-from safegraft.errors import SystemFault
+from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
+from safegraft.errors import Incompatible, SystemFault
 from safegraft.files import atomic_folder, sha256_file
 
 Progress = Callable[[str, int, int], None]
-# Measured: an adapter continued from the aligned one has a median cosine of .84 with its update, independent ones have
-# between -.02 and .00; more training takes the former down (docs/decisions/0002-lineage.md).
+OutputRank = Literal["customer", "exact"]
+# Measured: an adapter continued from the aligned one has a median cosine of .57 to .84 with its update, independent
+# ones have between -.02 and .00; more training takes the former down (docs/decisions/0002-lineage.md).
 CONTINUED_COSINE = 0.2
 SAME_BASIS_COSINE = 0.5
+SIDE_CAR = "side_car.safetensors"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What one module's repair did; energies are squared Frobenius norms relative to the aligned model."""
+@dataclass(eq=False)
+class Run:
+    """One strength of one method on one adapter. folder: where it writes; None where it only measures."""
 
-    line: ModuleLine
-    energy: float
-    overlap: float
-    difference: float
+    strength: float | None
+    method: Method
+    selection: Selection
+    layout: Layout
+    folder: Path | None = None
+    writer: AdapterWriter | None = None
+    measured: list[Measured] = field(default_factory=list)
+    output: Digest | None = None
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset(item.line.name for item in self.measured if item.line.repaired)
+
+
+def realign(
+    folder: Path,
+    reference: LoadedReference,
+    parameters: AutoParameters | Parameters,
+    out: Path | None,
+    *,
+    strengths: Sequence[float] = (),
+    output_rank: OutputRank = "customer",
+    dropped_files: Iterable[str] = (),
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Repairs the adapter in `folder` into the new folder `out`; with `out=None` only measures (mode `analyze`).
+
+    strengths: several values of the method's strength parameter (`STRENGTH`) at once; `out` then holds one folder a
+    value, named by `strength_name`. output_rank: `customer` keeps the adapter's ranks and thereby its configuration;
+    `exact` takes the rank that the repair needs. progress(stage, done, total) is called after every module and may
+    raise to stop the work. Raises UserError kinds for adapters that cannot be treated, FileExistsError where `out`
+    exists.
+    """
+    clock = _Clock()
+    description = describe(folder)
+    check_compatible(description, reference.manifest, parameters)
+    with (
+        AdapterReader(folder, description, reference.device) as adapter,
+        one_thread_each(reference.device) as workers,
+        torch.inference_mode(),
+    ):
+        kinship = detect_kinship(adapter, reference, progress, workers)
+        recommendation = recommend_method(description, reference, kinship)
+        if isinstance(parameters, AutoParameters):
+            parameters = METHOD_PARAMETERS.validate_python({"type": recommendation.method})
+            assert not isinstance(parameters, AutoParameters), "a recommendation names a method"
+        check_compatible(description, reference.manifest, parameters, kinship.lineage)
+        variants = parameters_by_strength(parameters, strengths)
+        methods = [METHODS[own.type](own, reference, kinship) for own in variants.values()]
+        clock.lap("open")
+        similarities, unreached = _score(adapter, methods[0], workers, progress)
+        runs = [
+            _planned(strength, method, similarities, unreached, description, output_rank)
+            for strength, method in zip(variants, methods, strict=True)
+        ]
+        clock.lap("score")
+        beside_out = side_car_folder(out) if out is not None else None
+        if beside_out is not None and beside_out.exists() and any(run.method.side_car() for run in runs):
+            raise FileExistsError(f"{beside_out} exists already.")
+        if out is None:
+            _analyze(adapter, runs, similarities, workers)
+        else:
+            with atomic_folder(out) as beside:
+                for run in runs:
+                    run.folder = beside if run.strength is None else beside / strength_name(run.strength)
+                    run.folder.mkdir(exist_ok=True)
+                _patch(adapter, runs, similarities, folder, workers, progress)
+                clock.lap("patch")
+                for run in runs:
+                    _check(run, folder, description)
+                # Before the adapter appears: whoever finds it finds what belongs to it.
+                _write_side_cars(runs, side_car_folder(out))
+            clock.lap("check")
+    clock.total()
+    return _report(
+        folder, description, reference, list(variants.values()), kinship, recommendation, runs, unreached,
+        patched=out is not None, output_rank=output_rank, dropped_files=dropped_files, timings=clock.laps,
+    )  # fmt: skip
+
+
+def side_car_folder(out: Path) -> Path:
+    """Where a method's side-car lies: beside the adapter, because servers want one .safetensors in an adapter's."""
+    return out.with_name(f"{out.name}.side_car")
 
 
 def detect_kinship(
-    adapter: AdapterReader, reference: LoadedReference, progress: Progress = lambda stage, done, total: None
+    adapter: AdapterReader,
+    reference: LoadedReference,
+    progress: Progress = lambda stage, done, total: None,
+    workers: int = 1,
 ) -> Kinship:
     """Compares updates, not factors: two adapters that were started from the same seed share A without being kin."""
-    updates, factors = [], []
-    for done, item in enumerate(adapter.description.modules, start=1):
-        progress("compare", done, len(adapter.description.modules))
+    description = adapter.description
+
+    def compare(item: LoraModule) -> tuple[float, float | None] | None:
         aligned = reference.aligned(item.name)
         if aligned is None:
-            continue
+            return None
         module = adapter.module(item)
-        updates.append(lowrank.cosine(*module.update, *aligned))
-        if module.a.shape == aligned[1].shape:
-            factors.append(_same_entries(module.a, aligned[1]))
-    cosine = statistics.median(updates) if updates else 0.0
-    return Kinship(
-        lineage="continued" if cosine >= CONTINUED_COSINE else "fresh",
-        cosine=cosine,
-        same_basis=len(factors) == len(updates) > 0 and statistics.median(factors) >= SAME_BASIS_COSINE,
-    )
+        same = _same_entries(module.a, aligned[1]) if module.a.shape == aligned[1].shape else None
+        return lowrank.cosine(*module.update, *aligned), same
+
+    found = []
+    for done, (_, compared) in enumerate(each(description.modules, compare, workers), start=1):
+        progress("compare", done, len(description.modules))
+        if compared is not None:
+            found.append(compared)
+    cosine = statistics.median(update for update, _ in found) if found else 0.0
+    factors = [same for _, same in found if same is not None]
+    if cosine >= CONTINUED_COSINE:
+        same_basis = len(factors) == len(found) and statistics.median(factors) >= SAME_BASIS_COSINE
+        return Kinship("continued", cosine, same_basis)
+    known = description.config.base_model_name_or_path in reference.manifest.base_model.labels
+    return Kinship("fresh" if known else "foreign", cosine, False)
 
 
-def _same_entries(a: torch.Tensor, other: torch.Tensor) -> float:
+def _same_entries(a: Tensor, other: Tensor) -> float:
     """The cosine of two A entry by entry; 0 where their sizes differ so much that entries cannot be exchanged."""
     own, size = float(a.double().norm()), float(other.double().norm())
     if not 0.25 * size < own < 4.0 * size:
@@ -98,75 +188,253 @@ def _same_entries(a: torch.Tensor, other: torch.Tensor) -> float:
     return float((a.double() * other.double()).sum()) / (own * size)
 
 
-def realign(
+def recommend_method(description: AdapterDescription, reference: LoadedReference, kinship: Kinship) -> Recommendation:
+    """What runs where no method is named. A reference that recommends none still serves those that are named."""
+    try:
+        method, reason = recommend(description, reference.manifest, kinship.lineage)
+    except Incompatible as error:
+        return Recommendation(method="none", reason=str(error))
+    return Recommendation(method=method, reason=reason)
+
+
+def _score(
+    adapter: AdapterReader, method: Method, workers: int, progress: Progress
+) -> tuple[dict[str, float], list[str]]:
+    """(similarity by module, modules that the method does not reach). No strength changes either."""
+    modules = adapter.description.modules
+    similarities, unreached = {}, []
+
+    def score(item: LoraModule) -> float:
+        return method.similarity(adapter.module(item)) if method.reaches(item.name) else 1.0
+
+    for done, (item, found) in enumerate(each(modules, score, workers), start=1):
+        similarities[item.name] = found
+        if not method.reaches(item.name):
+            unreached.append(item.name)
+        progress("score", done, len(modules))
+    return similarities, unreached
+
+
+def _planned(
+    strength: float | None,
+    method: Method,
+    similarities: dict[str, float],
+    unreached: Sequence[str],
+    description: AdapterDescription,
+    output_rank: OutputRank,
+) -> Run:
+    """What one strength will do: which modules, and in which ranks."""
+    left_alone = frozenset(unreached)
+    selection = method.select({name: found for name, found in similarities.items() if name not in left_alone})
+    biases = bool(selection.names) and method.adds_biases
+    ranks = _exact_ranks(description, method, selection) if output_rank == "exact" else None
+    return Run(strength, method, selection, Layout(description, ranks, biases))
+
+
+def _exact_ranks(description: AdapterDescription, method: Method, selection: Selection) -> dict[str, int]:
+    """The ranks that lose nothing; one for all modules where the customer had one, since some servers demand it."""
+    ranks = {}
+    for module in description.modules:
+        wanted = method.rank(module.name, module.rank) if module.name in selection.names else module.rank
+        # No update has a higher rank than its layer.
+        ranks[module.name] = max(module.rank, min(wanted, module.inputs, module.outputs))
+    if len({module.rank for module in description.modules}) == 1:
+        return dict.fromkeys(ranks, max(ranks.values()))
+    return ranks
+
+
+def fitted(module: Module, proposal: Proposal, rank: int) -> tuple[Module, float]:
+    """A proposal in at most `rank`, and the truncation error relative to it."""
+    if proposal.a.shape[0] <= rank:
+        return module.with_factors(proposal.b, proposal.a), 0.0
+    b, a, error = lowrank.recompress(proposal.b, proposal.a, rank)
+    return module.with_factors(b, a), error
+
+
+def _analyze(adapter: AdapterReader, runs: list[Run], similarities: dict[str, float], workers: int) -> None:
+    for run in runs:
+
+        def measured(item: LoraModule, run: Run = run) -> Measured:
+            before = adapter.module(item)
+            return measure.of_untouched(item, run.method, before, similarities[item.name], run.selection)
+
+        run.measured = [found for _, found in each(adapter.description.modules, measured, workers)]
+
+
+def _patch(
+    adapter: AdapterReader,
+    runs: list[Run],
+    similarities: dict[str, float],
     folder: Path,
-    reference: LoadedReference,
-    parameters: NlsrParameters | GramParameters,
-    out: Path | None,
-    *,
-    dropped_files: Iterable[str] = (),
-    progress: Progress = lambda stage, done, total: None,
-) -> Report:
-    """Repairs the adapter in `folder` into the new folder `out`; with `out=None` only measures (mode `analyze`).
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Reads each module once and writes it for every strength."""
+    modules = adapter.description.modules
 
-    progress(stage, done, total) is called after every module and may raise to stop the work. Raises UserError kinds for
-    adapters that cannot be treated, FileExistsError where `out` exists.
-    """
-    started = time.perf_counter()
-    timings: dict[str, float] = {}
-    description = describe(folder)
-    check_compatible(description, reference.manifest, parameters)
-    with AdapterReader(folder, description, reference.device) as adapter, torch.inference_mode():
-        kinship = detect_kinship(adapter, reference, progress)
-        method = METHODS[parameters.type](parameters, reference, kinship)
-        timings["open"] = _lap(started)
+    def patch(item: LoraModule) -> list[Measured]:
+        before = adapter.module(item)
+        return [_patch_module(item, before, run, similarities[item.name], adapter) for run in runs]
 
-        began = time.perf_counter()
-        similarities = {}
-        for done, item in enumerate(description.modules, start=1):
-            similarities[item.name] = method.similarity(adapter.module(item))
-            progress("score", done, len(description.modules))
-        timings["score"] = _lap(began)
+    with _writers(runs, folder):
+        for done, (_, found) in enumerate(each(modules, patch, workers), start=1):
+            for run, measured in zip(runs, found, strict=True):
+                run.measured.append(measured)
+            progress("patch", done, len(modules))
+    for run in runs:
+        _finish(run, folder, adapter.description)
 
-        selection = method.select(similarities)
-        began = time.perf_counter()
-        output = None
-        if out is None:
-            measured = _analyze(description, adapter, method, selection, similarities)
-        else:
-            with atomic_folder(out) as beside:
-                measured, changed = _patch(
-                    description, adapter, method, selection, similarities, folder, beside, progress
+
+@contextmanager
+def _writers(runs: list[Run], folder: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        for run in runs:
+            assert run.folder is not None, "a run that patches has a folder"
+            run.writer = stack.enter_context(adapter_writer(run.folder, run.layout, folder))
+        yield
+
+
+def _patch_module(item: LoraModule, before: Module, run: Run, similarity: float, adapter: AdapterReader) -> Measured:
+    assert run.writer is not None, "a run that patches has a writer"
+    if item.name not in run.selection.names:
+        run.writer.keep(item, before, adapter)
+        return measure.of_untouched(item, run.method, before, similarity, run.selection)
+    proposal = run.method.propose(before)
+    patched, error = fitted(before, proposal, run.layout.rank(item))
+    after, differs = run.writer.replace(item, patched, adapter, proposal.bias)
+    return measure.of_repaired(
+        item, run.method, before, after, similarity=similarity, selection=run.selection, differs=differs,
+        truncation_error=error, biased=proposal.bias is not None,
+    )  # fmt: skip
+
+
+def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
+    """Companions, and the customer's very bytes where nothing changed. Raises Incompatible."""
+    assert run.folder is not None, "a run that patches has a folder"
+    cause = measure.no_effect(run.measured, run.selection, description.dtype)
+    if cause is not None:
+        raise Incompatible(
+            f"The repair would change nothing: {cause}.",
+            code="repair_without_effect",
+            hint="Use the mode analyze to see its measurements.",
+        )
+    if not run.changed:
+        # Header and configuration included, so that hashes agree.
+        for name in (WEIGHTS, CONFIG):
+            shutil.copyfile(folder / name, run.folder / name)
+    for path in folder.iterdir():
+        if is_companion(path.name):
+            shutil.copyfile(path, run.folder / path.name)
+
+
+def _write_side_cars(runs: list[Run], folder: Path) -> None:
+    """One file a strength, named like the strength's folder, or `side_car.safetensors`."""
+    found = {run: tensors for run in runs if (tensors := run.method.side_car())}
+    if not found:
+        return
+    with atomic_folder(folder) as beside:
+        for run, tensors in found.items():
+            name = SIDE_CAR if run.strength is None else f"{strength_name(run.strength)}.safetensors"
+            with (beside / name).open("wb") as file:
+                writer = TensorWriter(file, {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()})
+                for key, tensor in tensors.items():
+                    writer.write(key, tensor)
+                writer.close()
+
+
+def _check(run: Run, folder: Path, description: AdapterDescription) -> None:
+    """Compares the files on disk: they differ in the changed modules and nowhere else. Raises SystemFault."""
+    assert run.folder is not None, "a run that patches has a folder"
+    with TensorReader(folder / WEIGHTS, description.header) as before, TensorReader(run.folder / WEIGHTS) as after:
+        expected = run.layout.entries() if run.changed else Layout(description).entries()
+        if {key: (entry.dtype, entry.shape) for key, entry in after.header.tensors.items()} != expected:
+            raise SystemFault("The patched adapter has other tensors than planned.", code="effect_check_failed")
+        for item in description.modules:
+            # A module that was only filled up with zeros has other bytes and the same update: it is compared by value.
+            differs = any(not _same(before, after, entry.name) for entry in (item.a, item.b))
+            if differs and item.name not in run.changed:
+                raise SystemFault(
+                    f"{item.name} changed, against the report.", code="effect_check_failed", param=item.name
                 )
-                timings["patch"] = _lap(began)
-                began = time.perf_counter()
-                _check_effect(folder, beside, description, changed)
-                output = Digest(sha256=sha256_file(beside / WEIGHTS), bytes=(beside / WEIGHTS).stat().st_size)
-            timings["check"] = _lap(began)
+            if item.name in run.changed and not differs and not run.layout.biases:
+                raise SystemFault(
+                    f"{item.name} did not change, against the report.", code="effect_check_failed", param=item.name
+                )
+    run.output = Digest(sha256=sha256_file(run.folder / WEIGHTS), bytes=(run.folder / WEIGHTS).stat().st_size)
 
-    timings["total"] = _lap(started)
+
+def _same(before: TensorReader, after: TensorReader, name: str) -> bool:
+    if before.header.tensors[name].shape == after.header.tensors[name].shape:
+        return before.bytes(name) == after.bytes(name)
+    old, new = before.tensor(name), after.tensor(name)
+    filled = torch.zeros_like(new)
+    filled[tuple(slice(0, size) for size in old.shape)] = old
+    return torch.equal(filled, new)
+
+
+class _Clock:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 4)
+        self._last = now
+
+    def total(self) -> None:
+        self.laps["total"] = round(time.perf_counter() - self._started, 4)
+
+
+def _report(
+    folder: Path,
+    description: AdapterDescription,
+    reference: LoadedReference,
+    parameters: list[Parameters],
+    kinship: Kinship,
+    recommendation: Recommendation,
+    runs: list[Run],
+    unreached: Sequence[str],
+    *,
+    patched: bool,
+    output_rank: OutputRank,
+    dropped_files: Iterable[str],
+    timings: dict[str, float],
+) -> Report:
+    first = runs[0]
+    method: Any = first.method
     others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS))
     return Report(
-        mode="patch" if out is not None else "analyze",
+        mode="patch" if patched else "analyze",
         method=MethodRun(
             type=method.type,
-            parameters=parameters,
+            parameters=parameters[0],
             resolved=method.resolved,
             seed=method.seed,
             similarity=method.similarity_meaning,
             explanation=method.explanation,
         ),
+        recommendation=recommendation,
         reference=ReferenceUsed(id=reference.id, name=reference.manifest.name, sha256=reference.sha256),
         base_model=_base_label(description, reference),
         lineage=kinship.lineage,
         lineage_similarity=kinship.cosine,
+        output_rank=output_rank,
         input=Digest(sha256=sha256_file(folder / WEIGHTS), bytes=description.header.file_bytes),
-        output=output,
-        summary=_summary(measured),
-        layers=_layers([item.line for item in measured]),
-        modules=[item.line for item in measured],
+        output=first.output,
+        summary=measure.summary(first.measured),
+        layers=measure.layers(item.line for item in first.measured),
+        modules=[item.line for item in first.measured],
+        strength_parameter=STRENGTH[method.type] if first.strength is not None else None,
+        variants=[
+            Variant(strength=run.strength, output=run.output, summary=measure.summary(run.measured))
+            for run in runs
+            if run.strength is not None
+        ],
         dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
-        warnings=_warnings(measured, selection, description, reference, method, patched=out is not None),
+        warnings=_warnings(runs, unreached, description, reference, patched=patched),
         environment=Environment(
             versions={
                 "safegraft": safegraft.__version__,
@@ -180,158 +448,22 @@ def realign(
     )
 
 
-def _lap(since: float) -> float:
-    return round(time.perf_counter() - since, 4)
-
-
-def _patch(
+def _warnings(
+    runs: list[Run],
+    unreached: Sequence[str],
     description: AdapterDescription,
-    adapter: AdapterReader,
-    method: Method,
-    selection: Selection,
-    similarities: dict[str, float],
-    folder: Path,
-    out: Path,
-    progress: Progress,
-) -> tuple[list[Measured], set[str]]:
-    """Writes into the folder `out`; returns the measurements and the names of the modules whose bytes changed."""
-    measured: list[Measured] = []
-    changed: set[str] = set()
-    with adapter_writer(out / WEIGHTS, description) as writer:
-        for done, item in enumerate(description.modules, start=1):
-            before = adapter.module(item)
-            if item.name in selection.names:
-                result, differs = _replace(item, before, method, similarities, selection, adapter, writer)
-                measured.append(result)
-                if differs:
-                    changed.add(item.name)
-            else:
-                writer.keep(item, adapter)
-                measured.append(_untouched(item, before, method, similarities, selection))
-            progress("patch", done, len(description.modules))
-    if not changed:
-        # Nothing was repaired: the customer's very bytes, header included, so that hashes agree.
-        shutil.copyfile(folder / WEIGHTS, out / WEIGHTS)
-    for path in folder.iterdir():
-        if path.name == CONFIG or is_companion(path.name):
-            shutil.copyfile(path, out / path.name)
-    return measured, changed
-
-
-def _analyze(
-    description: AdapterDescription,
-    adapter: AdapterReader,
-    method: Method,
-    selection: Selection,
-    similarities: dict[str, float],
-) -> list[Measured]:
-    return [_untouched(item, adapter.module(item), method, similarities, selection) for item in description.modules]
-
-
-def _replace(
-    item: LoraModule,
-    before: Module,
-    method: Method,
-    similarities: dict[str, float],
-    selection: Selection,
-    adapter: AdapterReader,
-    writer: AdapterWriter,
-) -> tuple[Measured, bool]:
-    patched = method.patch(before)
-    after, differs = writer.replace(item, patched.module, adapter)
-    b, a = method.relative(before)
-    energy = max(lowrank.inner(b, a, b, a), 0.0)
-    # The difference of the two updates as one pair of factors: relative(after) − relative(before) without Δ_a.
-    own_b, own_a = before.update
-    new_b, new_a = after.update
-    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if differs else 0.0
-    overlap = lowrank.inner(*method.relative(after), b, a) if differs else energy
-    line = ModuleLine(
-        **_common(item, similarities, selection),
-        similarity_after=method.similarity(after) if differs else similarities[item.name],
-        repaired=differs,
-        kept=_kept(overlap, energy, difference),
-        edit=_edit(difference, energy),
-        truncation_error=patched.truncation_error,
-    )
-    return Measured(line, energy, overlap, difference), differs
-
-
-def _untouched(
-    item: LoraModule, before: Module, method: Method, similarities: dict[str, float], selection: Selection
-) -> Measured:
-    b, a = method.relative(before)
-    energy = max(lowrank.inner(b, a, b, a), 0.0)
-    line = ModuleLine(
-        **_common(item, similarities, selection),
-        similarity_after=similarities[item.name],
-        repaired=False,
-        kept=1.0,
-        edit=0.0,
-        truncation_error=0.0,
-    )
-    return Measured(line, energy, energy, 0.0)
-
-
-def _common(item: LoraModule, similarities: dict[str, float], selection: Selection) -> dict[str, object]:
-    probability = selection.probability
-    return {
-        "name": item.name,
-        "layer": layer_of(item.name),
-        "kind": kind_of(item.name),
-        "rank": item.rank,
-        "similarity_before": similarities[item.name],
-        "selection_probability": probability[item.name] if probability is not None else None,
-    }
-
-
-def _summary(measured: list[Measured]) -> Summary:
-    energy = sum(item.energy for item in measured)
-    lines = [item.line for item in measured]
-    return Summary(
-        modules=len(lines),
-        repaired=sum(line.repaired for line in lines),
-        similarity=_spread([line.similarity_after for line in lines]),
-        similarity_before=_spread([line.similarity_before for line in lines]),
-        similarity_after=_spread([line.similarity_after for line in lines]),
-        kept=_kept(sum(item.overlap for item in measured), energy, sum(item.difference for item in measured)),
-        edit=_edit(sum(item.difference for item in measured), energy),
-        truncation_error=max(line.truncation_error for line in lines),
-    )
-
-
-def _kept(overlap: float, energy: float, difference: float) -> float:
-    """⟨ΔW_out, ΔW_in⟩/‖ΔW_in‖². Of an update that is zero all is kept, unless something was put in its place."""
-    if energy > 0:
-        return overlap / energy
-    return 0.0 if difference > 0 else 1.0
-
-
-def _edit(difference: float, energy: float) -> float:
-    """‖ΔW_out − ΔW_in‖/‖ΔW_in‖; 1 where a zero update was replaced, for which no ratio exists."""
-    if energy > 0:
-        return math.sqrt(difference / energy)
-    return 1.0 if difference > 0 else 0.0
-
-
-def _spread(values: list[float]) -> Spread:
-    return Spread(min=min(values), median=statistics.median(values), max=max(values))
-
-
-def _layers(lines: list[ModuleLine]) -> list[LayerLine]:
-    grouped: dict[int | None, list[ModuleLine]] = {}
-    for line in sorted(lines, key=lambda line: natural_order(line.name)):
-        grouped.setdefault(line.layer, []).append(line)
-    return [
-        LayerLine(
-            layer=layer,
-            similarity_before=statistics.fmean(line.similarity_before for line in group),
-            similarity_after=statistics.fmean(line.similarity_after for line in group),
-            modules=len(group),
-            repaired=sum(line.repaired for line in group),
-        )
-        for layer, group in sorted(grouped.items(), key=lambda item: (item[0] is None, item[0] or 0))
-    ]
+    reference: LoadedReference,
+    *,
+    patched: bool,
+) -> list[Warning]:
+    """Of every strength; what several have in common is said once."""
+    found: dict[str, Warning] = {}
+    for run in runs:
+        for warning in measure.warnings(
+            run.measured, run.selection, unreached, description, reference.manifest, run.method, patched=patched
+        ):
+            found.setdefault(warning.code, warning)
+    return list(found.values())
 
 
 def _base_label(description: AdapterDescription, reference: LoadedReference) -> str:
@@ -339,69 +471,3 @@ def _base_label(description: AdapterDescription, reference: LoadedReference) -> 
     labels = reference.manifest.base_model.labels
     own = description.config.base_model_name_or_path
     return own if own in labels else labels[0]
-
-
-def _warnings(
-    measured: list[Measured],
-    selection: Selection,
-    description: AdapterDescription,
-    reference: LoadedReference,
-    method: Method,
-    *,
-    patched: bool,
-) -> list[Warning]:
-    found = []
-    own, labels = description.config.base_model_name_or_path, reference.manifest.base_model.labels
-    if own not in labels:
-        found.append(
-            Warning(
-                code="base_label_unknown",
-                message=f"The adapter calls its base model {(own or 'nothing')[:200]!r}; the reference was built for "
-                f"{' or '.join(labels)}. Names and shapes of all layers fit, but another model of the same family has "
-                "the same ones: make sure that it is the same model.",
-            )
-        )
-    if method.type == "nlsr" and method.lineage == "fresh" and "gram" in reference.manifest.methods:
-        found.append(
-            Warning(
-                code="method_may_not_help",
-                message="Transplanting neurons did not lower the harm score of adapters that are unrelated to the "
-                "aligned one wherever this project measured it, however similar they became; the method gram did.",
-            )
-        )
-    lines = [item.line for item in measured]
-    unchanged = [line.name for line in lines if line.name in selection.names and not line.repaired]
-    if unchanged and patched:
-        found.append(
-            Warning(
-                code="repair_without_effect",
-                message=f"{len(unchanged)} selected modules did not change (the first is {unchanged[0]}): their update "
-                "is zero, or already the reference's.",
-            )
-        )
-    rough = [line for line in lines if line.truncation_error > 0.1]
-    if rough:
-        worst = max(rough, key=lambda line: line.truncation_error)
-        found.append(
-            Warning(
-                code="truncated",
-                message=f"Bringing the result back to the adapter's rank lost more than 10 % of the update's norm in "
-                f"{len(rough)} modules (most in {worst.name}: {worst.truncation_error:.0%}).",
-            )
-        )
-    return found
-
-
-def _check_effect(folder: Path, out: Path, description: AdapterDescription, changed: set[str]) -> None:
-    """Compares the files on disk: they differ in the changed modules and nowhere else. Raises SystemFault."""
-    with TensorReader(folder / WEIGHTS, description.header) as before, TensorReader(out / WEIGHTS) as after:
-        if list(before.header.tensors) != list(after.header.tensors):
-            raise SystemFault("The patched adapter has other keys than the customer's.", code="effect_check_failed")
-        for item in description.modules:
-            differs = any(before.bytes(entry.name) != after.bytes(entry.name) for entry in (item.a, item.b))
-            if differs != (item.name in changed):
-                raise SystemFault(
-                    f"{item.name} {'changed' if differs else 'did not change'}, against the report.",
-                    code="effect_check_failed",
-                    param=item.name,
-                )

@@ -1,240 +1,29 @@
-"""The reference bundle: built once by the operator, held in memory by workers, used for every adapter.
+"""A reference bundle as the methods see it: updates, masks, eigenpairs and heads by module.
 
-A folder with `manifest.json`, `nlsr.safetensors` (where an aligned adapter was given) and `gram.safetensors` (where
-general prompts were given):
-
-    nlsr:  <module>.A (r, k), <module>.B (d, r)   the amplified update Δ_e = B·A, scaling and 1+β folded into B; float32
-           <module>.G (r, r)                      ZᵀZ over the safe answers' tokens; float64
-           <module>.mask_A, .mask_B, .rows        bit-packed: entries of A, entries of B, output rows; uint8
-    gram:  <site>.V, <site>.W (k, m), <site>.mu   generalised eigenpairs C_s·v = μ·C_g·v, W = C_g·V; bfloat16, float32
-
-With these K = C_s(C_s + λC_g)⁻¹ = Σ μ/(μ+λ)·w·vᵀ for any λ ≥ .01, and no k×k matrix is needed again.
+On the CPU tensors are read when they are asked for and dropped afterwards, so a worker's memory stays flat however
+large the reference is; the operating system's page cache keeps what is used. On a GPU they stay on the device.
 """
 
-import time
-from collections.abc import Callable
+import hashlib
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-import safegraft
-from safegraft.bundle import GRAM, MANIFEST, NLSR, read_manifest, reference_id, verify_bundle
-from safegraft.contracts.reference import (
-    AlignedAdapter,
-    AlignedModule,
-    BaseModelIdentity,
-    BaseModule,
-    BuildParameters,
-    BundleFile,
-    GramStatistics,
-    PromptSet,
-    ReferenceManifest,
-)
+from safegraft.bundle import read_manifest, reference_id, verify_bundle
+from safegraft.contracts.reference import Scorer
 from safegraft.engine import lowrank
-from safegraft.engine.statistics import Statistics
-from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
-from safegraft.files import atomic_file, atomic_folder, sha256_file, write_atomic
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class BuildSettings:
-    """amplification β and sparsity P_SR as in NLSR § 3; mask_scope: share per row (the paper) or over the whole factor.
-
-    ridge: ε in C_g + ε·tr(C_g)/k·I, without which directions that no general prompt uses would have no scale.
-    smallest_pair: eigenpairs with μ below it are dropped; they would contribute less than 5 % of themselves at the
-    smallest λ that is accepted (.01), and .2 % at the default (.3).
-    """
-
-    amplification: float = 0.9
-    sparsity: float = 0.8
-    mask_scope: Literal["row", "factor"] = "row"
-    ridge: float = 1e-2
-    smallest_pair: float = 5e-4
-    max_tokens: int = 1024
-    answer_tokens: int = 32
-    batch_size: int = 8
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Ingredients:
-    """What was measured on the models, from which a bundle follows without them.
-
-    shapes: linear layer → (outputs, inputs); factors: module → (B with the scaling folded in, A) of the aligned
-    adapter, float32; general is None where the method gram is not wanted.
-    """
-
-    labels: list[str]
-    config_sha256: str
-    architecture: str
-    dtype: str
-    shapes: dict[str, tuple[int, int]]
-    aligned_sha256: str
-    aligned_config_sha256: str
-    skipped_prefix: int
-    factors: dict[str, tuple[Tensor, Tensor]]
-    safety: Statistics
-    safety_prompts: PromptSet
-    general: Statistics | None = None
-    general_prompts: PromptSet | None = None
-
-
-def write_bundle(
-    out: Path,
-    ingredients: Ingredients,
-    settings: BuildSettings,
-    progress: Progress = lambda stage, done, total: None,
-) -> ReferenceManifest:
-    """Writes the bundle `out`, which must not exist yet; it appears whole or not at all."""
-    sites = ingredients.safety.sites
-    with atomic_folder(out) as folder:
-        aligned = _write_nlsr(folder / NLSR, ingredients.factors, ingredients.safety, settings, progress)
-        gram = None
-        if ingredients.general is not None:
-            gram = _write_gram(folder / GRAM, ingredients.safety, ingredients.general, settings, progress)
-        manifest = ReferenceManifest(
-            name=out.name,
-            created_at=int(time.time()),
-            safegraft_version=safegraft.__version__,
-            base_model=BaseModelIdentity(
-                labels=ingredients.labels,
-                config_sha256=ingredients.config_sha256,
-                architecture=ingredients.architecture,
-                modules={
-                    name: BaseModule(outputs=d, inputs=k, site=sites[name])
-                    for name, (d, k) in ingredients.shapes.items()
-                },
-            ),
-            aligned=AlignedAdapter(
-                sha256=ingredients.aligned_sha256, config_sha256=ingredients.aligned_config_sha256, modules=aligned
-            ),
-            safety_prompts=ingredients.safety_prompts,
-            general_prompts=ingredients.general_prompts,
-            parameters=BuildParameters(
-                amplification=settings.amplification,
-                sparsity=settings.sparsity,
-                mask_scope=settings.mask_scope,
-                ridge=settings.ridge,
-                smallest_pair=settings.smallest_pair,
-                max_tokens=settings.max_tokens,
-                answer_tokens=settings.answer_tokens,
-                batch_size=settings.batch_size,
-                skipped_prefix=ingredients.skipped_prefix,
-                dtype=ingredients.dtype,
-                device=settings.device,
-            ),
-            gram=gram,
-            methods=["nlsr", "gram"] if gram else ["nlsr"],
-            lineages=["continued", "fresh"],
-            files={
-                path.name: BundleFile(sha256=sha256_file(path), bytes=path.stat().st_size)
-                for path in sorted(folder.glob("*.safetensors"))
-            },
-        )
-        write_atomic(folder / MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
-    return manifest
-
-
-def _write_nlsr(
-    path: Path,
-    factors: dict[str, tuple[Tensor, Tensor]],
-    statistics: Statistics,
-    settings: BuildSettings,
-    progress: Progress,
-) -> dict[str, AlignedModule]:
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, (b, a) in factors.items():
-        (d, r), k = b.shape, a.shape[1]
-        shapes |= {
-            f"{name}.A": ("F32", (r, k)),
-            f"{name}.B": ("F32", (d, r)),
-            f"{name}.G": ("F64", (r, r)),
-            f"{name}.mask_A": ("U8", (-(-r * k // 8),)),
-            f"{name}.mask_B": ("U8", (-(-d * r // 8),)),
-            f"{name}.rows": ("U8", (-(-d // 8),)),
-        }
-    share = 1.0 - settings.sparsity
-    per_row = settings.mask_scope == "row"
-    modules = {}
-    with atomic_file(path) as file:
-        writer = TensorWriter(file, shapes)
-        for done, (name, (b, a)) in enumerate(factors.items(), start=1):
-            g = statistics.grams[name].cpu()
-            rank = a.shape[0]
-            count = max(1, round(rank * share))
-            # Weak-to-strong extrapolation from a base whose own update is zero: W_e = (1 + β)·W_a, all on B.
-            amplified = b * (1.0 + settings.amplification)
-            masks = {
-                "mask_A": lowrank.top_mask(lowrank.low_rank_a(a, g, count).abs(), share, per_row=per_row),
-                "mask_B": lowrank.top_mask(lowrank.low_rank_b(amplified, g, count).abs(), share, per_row=per_row),
-                "rows": lowrank.top_mask(lowrank.output_energy(amplified, g.float()), share, per_row=False),
-            }
-            writer.write(f"{name}.A", a)
-            writer.write(f"{name}.B", amplified)
-            writer.write(f"{name}.G", g)
-            for kind, mask in masks.items():
-                writer.write(f"{name}.{kind}", lowrank.pack_mask(mask))
-            modules[name] = AlignedModule(rank=rank, norm=lowrank.norm(amplified, a))
-            progress("safety masks", done, len(factors))
-        writer.close()
-    return modules
-
-
-def _write_gram(
-    path: Path, safety: Statistics, general: Statistics, settings: BuildSettings, progress: Progress
-) -> GramStatistics:
-    pairs: dict[str, int] = {}
-    energy: dict[str, float] = {}
-    # Sizes are only known after the decomposition, so each site's pairs wait here as bf16, half the size of one C.
-    waiting: dict[str, Tensor] = {}
-    for done, (site, c_s) in enumerate(safety.second_moments.items(), start=1):
-        mu, v, w = generalized_eigenpairs(c_s, general.second_moments[site], settings.ridge)
-        kept = max(1, int((mu >= settings.smallest_pair).sum()))
-        pairs[site] = kept
-        energy[site] = float(mu[:kept].sum() / mu.sum()) if float(mu.sum()) > 0 else 1.0
-        waiting |= {
-            f"{site}.V": v[:, :kept].to(torch.bfloat16).contiguous(),
-            f"{site}.W": w[:, :kept].to(torch.bfloat16).contiguous(),
-            f"{site}.mu": mu[:kept].float().contiguous(),
-        }
-        progress("eigenpairs", done, len(safety.second_moments))
-    with atomic_file(path) as file:
-        writer = TensorWriter(file, {name: (NAMES[t.dtype], tuple(t.shape)) for name, t in waiting.items()})
-        for name, tensor in waiting.items():
-            writer.write(name, tensor)
-        writer.close()
-    return GramStatistics(pairs=pairs, energy=energy)
-
-
-def generalized_eigenpairs(c_s: Tensor, c_g: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """C_s·v = μ·(C_g + ridge·tr(C_g)/k·I)·v, largest μ first, in float64.
-
-    Returns μ (k,), V (k, k) and W = C_g·V (k, k), so that VᵀW = I, C_s = W·diag(μ)·Wᵀ and C_g = W·Wᵀ.
-    """
-    c_s, c_g = c_s.double(), c_g.double()
-    k = c_g.shape[0]
-    scale = float(c_g.diagonal().mean()) or 1.0
-    regular = c_g + ridge * scale * torch.eye(k, dtype=c_g.dtype, device=c_g.device)
-    lower = torch.linalg.cholesky(regular)
-    half = torch.linalg.solve_triangular(lower, c_s, upper=False)
-    whitened = torch.linalg.solve_triangular(lower, half.T.contiguous(), upper=False)
-    mu, u = torch.linalg.eigh((whitened + whitened.T) / 2)
-    mu, u = mu.flip(0).clamp_min(0.0), u.flip(1)
-    v = torch.linalg.solve_triangular(lower.T.contiguous(), u.contiguous(), upper=True)
-    return mu, v, lower @ u
+from safegraft.engine.bundle import extrapolated
+from safegraft.engine.tensors import TensorReader
 
 
 @dataclass(frozen=True)
 class SafetyNeurons:
-    """What NLSR transplants in one module: the amplified update and what of it is safety-critical."""
+    """What of a module is safety-critical: entries of A (r, k) and of B (d, r), and output rows (d,). Boolean."""
 
-    a: Tensor
-    b: Tensor
     mask_a: Tensor
     mask_b: Tensor
     rows: Tensor
@@ -248,20 +37,51 @@ class EigenPairs:
     v: Tensor
     w: Tensor
 
+    def leading(self, count: int | None) -> "EigenPairs":
+        """The `count` largest."""
+        return self if count is None else EigenPairs(self.mu[:count], self.v[:, :count], self.w[:, :count])
+
+
+@dataclass(frozen=True)
+class SafetyHeads:
+    """The heads of one attention output: directions θ (heads, size), σ (heads,), W_o[:, head]·θ (heads, d), the mean
+    input (k,), and u (k,) with uᵀx ≈ 1."""
+
+    directions: Tensor
+    sigma: Tensor
+    shift: Tensor
+    mean: Tensor
+    constant: Tensor
+
 
 class LoadedReference:
-    """A verified bundle with its tensors in memory on `device`, shared by all jobs of a worker."""
+    """A verified bundle, shared by all jobs of a worker."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Raises CorruptReference unless every file is the one that was built."""
         self.manifest = verify_bundle(folder)
         _, self.sha256 = read_manifest(folder)
         self.device = device
-        self._tensors: dict[str, Tensor] = {}
+        # Held open: a reference that is removed while it is in use stays readable.
+        self._files = ExitStack()
+        weakref.finalize(self, self._files.close)
+        self._reader_of: dict[str, TensorReader] = {}
+        self._resident: dict[str, Tensor] = {}
         for name in self.manifest.files:
-            with TensorReader(folder / name) as reader:
-                for key in reader.header.tensors:
-                    self._tensors[key] = reader.tensor(key).to(device)
+            reader = self._files.enter_context(TensorReader(folder / name))
+            for key in reader.header.tensors:
+                self._reader_of[key] = reader
+                if device != "cpu":
+                    self._resident[key] = reader.tensor(key).to(device)
+
+    def close(self) -> None:
+        """Gives files and memory back."""
+        self._files.close()
+        self._resident.clear()
+
+    def _get(self, key: str) -> Tensor:
+        found = self._resident.get(key)
+        return found if found is not None else self._reader_of[key].tensor(key)
 
     @property
     def id(self) -> str:
@@ -269,28 +89,112 @@ class LoadedReference:
 
     @property
     def amplification(self) -> float:
+        """β that the masks were made for."""
         return self.manifest.parameters.amplification
 
-    def aligned(self, module: str) -> tuple[Tensor, Tensor] | None:
-        """(B, A) of the aligned update Δ_a (β = 0), scaling folded into B; None where it does not reach the module."""
-        if f"{module}.B" not in self._tensors:
-            return None
-        return self._tensors[f"{module}.B"] / (1.0 + self.amplification), self._tensors[f"{module}.A"]
+    def reaches(self, module: str) -> bool:
+        """Whether the aligned update changes this module."""
+        return module in self.manifest.aligned
 
-    def neurons(self, module: str) -> SafetyNeurons:
-        """The amplified update of a module with its masks."""
-        a, b = self._tensors[f"{module}.A"], self._tensors[f"{module}.B"]
+    def aligned(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of the aligned update Δ_a, float32, scaling folded into B; None where it does not reach the module."""
+        found = self.manifest.aligned.get(module)
+        if found is None:
+            return None
+        return self._get(f"{module}.B").float() * found.scaling, self._get(f"{module}.A").float()
+
+    def weak(self, module: str) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of the weak adapter's update Δ₀ likewise; None where it is zero."""
+        found = self.manifest.aligned.get(module)
+        if found is None or found.weak_rank is None:
+            return None
+        return self._get(f"{module}.weak_B"), self._get(f"{module}.weak_A")
+
+    def amplified(self, module: str, beta: float) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of Δ_e = Δ_a + β(Δ_a − Δ₀), exactly; its rank is both adapters' together where there are two."""
+        strong, weak = self.aligned(module), self.weak(module)
+        if strong is None:
+            return None
+        return (strong[0] * (1.0 + beta), strong[1]) if weak is None else extrapolated(strong, weak, beta)
+
+    def surplus(self, module: str, beta: float) -> tuple[Tensor, Tensor] | None:
+        """(B, A) of Δ_e − Δ_a = β(Δ_a − Δ₀): what amplification adds to the aligned model. None where it is zero."""
+        strong, weak = self.aligned(module), self.weak(module)
+        if strong is None or beta == 0.0:
+            return None
+        own = (strong[0] * beta, strong[1])
+        return own if weak is None else lowrank.stack(own, (weak[0] * -beta, weak[1]))
+
+    def amplified_rank(self, module: str) -> int:
+        """The rank of `amplified` and of `surplus`; 0 where the aligned update does not reach the module."""
+        found = self.manifest.aligned.get(module)
+        return 0 if found is None else found.rank + (found.weak_rank or 0)
+
+    def amplified_on_a(self, module: str, beta: float) -> Tensor:
+        """B_e (d, r) such that B_e·A_a is what of Δ_e lies in A_a's rows; all of it where there is no weak adapter."""
+        strong = self.aligned(module)
+        assert strong is not None, "asked for modules that the reference reaches"
+        amplified = strong[0] * (1.0 + beta)
+        return amplified if self.weak(module) is None else amplified - beta * self._get(f"{module}.weak_on_A")
+
+    def neurons(self, module: str, scorer: Scorer) -> SafetyNeurons:
+        """The safety-critical entries and rows of a module."""
+        found, base = self.manifest.aligned[module], self.manifest.base_model.modules[module]
+
+        def mask(kind: str, *shape: int) -> Tensor:
+            return lowrank.unpack_mask(self._get(f"{module}.{kind}.{scorer}"), shape).to(self.device)
+
         return SafetyNeurons(
-            a=a,
-            b=b,
-            mask_a=lowrank.unpack_mask(self._tensors[f"{module}.mask_A"], tuple(a.shape)).to(self.device),
-            mask_b=lowrank.unpack_mask(self._tensors[f"{module}.mask_B"], tuple(b.shape)).to(self.device),
-            rows=lowrank.unpack_mask(self._tensors[f"{module}.rows"], (b.shape[0],)).to(self.device),
+            mask_a=mask("mask_A", found.rank, base.inputs),
+            mask_b=mask("mask_B", base.outputs, found.rank),
+            rows=mask("rows", base.outputs),
         )
 
     def pairs(self, module: str) -> EigenPairs:
         """The eigenpairs of the input that a module reads."""
         site = self.manifest.base_model.modules[module].site
         return EigenPairs(
-            mu=self._tensors[f"{site}.mu"], v=self._tensors[f"{site}.V"].float(), w=self._tensors[f"{site}.W"].float()
+            mu=self._get(f"{site}.mu"), v=self._get(f"{site}.V").float(), w=self._get(f"{site}.W").float()
         )
+
+    def heads(self, module: str) -> SafetyHeads:
+        """The heads of an attention output that safetylock knows."""
+        return SafetyHeads(
+            *(self._get(f"{module}.{part}") for part in ("directions", "sigma", "shift", "mean", "constant"))
+        )
+
+
+def random_neurons(reference: LoadedReference, module: str, seed: int) -> SafetyNeurons:
+    """As many entries and rows as the other scorers take, drawn by chance (control)."""
+    found, base = reference.manifest.aligned[module], reference.manifest.base_model.modules[module]
+    # A name's own stream: the draw for one module does not depend on which others an adapter has.
+    generator = torch.Generator().manual_seed(_mixed(seed, module))
+
+    def score(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(reference.device)
+
+    return _top(reference, score(found.rank, base.inputs), score(base.outputs, found.rank), score(base.outputs))
+
+
+def magnitude_neurons(reference: LoadedReference, module: str) -> SafetyNeurons:
+    """The largest entries and the rows with the largest norm of the amplified update (control)."""
+    strong, exact = reference.aligned(module), reference.amplified(module, reference.amplification)
+    if strong is None or exact is None:
+        raise KeyError(module)
+    on_a = reference.amplified_on_a(module, reference.amplification)
+    b, a = exact
+    return _top(reference, strong[1].abs(), on_a.abs(), lowrank.output_energy(b, a @ a.T))
+
+
+def _top(reference: LoadedReference, of_a: Tensor, of_b: Tensor, of_rows: Tensor) -> SafetyNeurons:
+    parameters = reference.manifest.parameters
+    share, per_row = 1.0 - parameters.sparsity, parameters.mask_scope == "row"
+    return SafetyNeurons(
+        mask_a=lowrank.top_mask(of_a, share, per_row=per_row),
+        mask_b=lowrank.top_mask(of_b, share, per_row=per_row),
+        rows=lowrank.top_mask(of_rows, share, per_row=False),
+    )
+
+
+def _mixed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1

@@ -81,6 +81,7 @@ class TensorWriter:
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
         file.write(len(raw).to_bytes(8, "little") + raw)
+        file.flush()
         self._start = file.tell()
         self._left = {name: item["data_offsets"] for name, item in header.items() if name != "__metadata__"}  # type: ignore[index]
         file.truncate(self._start + at)
@@ -91,8 +92,11 @@ class TensorWriter:
         start, end = self._left.pop(name)
         if len(raw) != end - start:
             raise ValueError(f"{name}: {len(raw)} bytes do not fill {end - start}.")
-        self._file.seek(self._start + start)
-        self._file.write(raw)
+        # At its place, not at the file's position: several threads may write different tensors at once.
+        view, at = memoryview(raw), self._start + start
+        while view:
+            written = os.pwrite(self._file.fileno(), view, at)
+            view, at = view[written:], at + written
 
     def close(self) -> None:
         """Raises ValueError where an announced tensor was never written."""

@@ -15,9 +15,11 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from safegraft.contracts.methods import STRENGTH
 from safegraft.contracts.report import ModuleLine, Report
 from safegraft.report import words
 from safegraft.report.chart import chart_of
+from safegraft.report.curve import curve_of
 from safegraft.report.grid import grid_of, has_two_sides, level_colours, short_kinds
 
 # Beyond this the page would weigh megabytes; JSON and CSV hold every module.
@@ -34,6 +36,10 @@ def to_html(report: Report) -> str:
         summary=report.summary,
         words=words,
         headline=words.headline(report),
+        sweep=words.is_sweep(report),
+        side_car=words.has_side_car(report),
+        biased=words.has_biases(report),
+        exact=report.output_rank == "exact",
         patched=report.mode == "patch",
         two_sides=two_sides,
         untouched=words.is_untouched(report),
@@ -46,6 +52,8 @@ def to_html(report: Report) -> str:
             chart_of(report.layers, width=width, height=height, two_sides=two_sides)
             for width, height in ((1040, 280), (360, 220))
         ],
+        curves=[curve_of(report, width=width, height=height) for width, height in ((1040, 360), (360, 320))],
+        variants=sorted(report.variants, key=lambda variant: variant.strength),
         lines=lines[:MAX_ROWS],
         left_out=len(lines) - min(len(lines), MAX_ROWS),
         lowest=min(report.modules, key=lambda line: line.similarity_before, default=None),
@@ -63,12 +71,21 @@ def _most_notable(line: ModuleLine) -> tuple[float, float, float, str]:
 
 
 def _command(report: Report) -> str:
-    parameters = report.method.parameters.model_dump(exclude={"type"})
-    settings = " ".join(f"--set {shlex.quote(f'{name}={value}')}" for name, value in parameters.items())
-    return (
-        f"safegraft realign ADAPTER_DIR --reference REFERENCE_DIR --out OUT_DIR "
-        f"--method {shlex.quote(report.method.type)} {settings}" + (" --analyze" if report.mode == "analyze" else "")
-    )
+    # What is None was left out, and the strength is told by --strengths where there are several.
+    varied = STRENGTH.get(report.method.type) if report.variants else None
+    parameters = report.method.parameters.model_dump(exclude={"type"}, exclude_none=True)
+    parts = [
+        "safegraft realign ADAPTER_DIR --reference REFERENCE_DIR --out OUT_DIR",
+        f"--method {shlex.quote(report.method.type)}",
+        *(f"--set {shlex.quote(f'{name}={value}')}" for name, value in parameters.items() if name != varied),
+    ]
+    if report.variants:
+        parts.append(f"--strengths={','.join(f'{variant.strength!r}' for variant in report.variants)}")
+    if report.output_rank != "customer":
+        parts.append(f"--output-rank {report.output_rank}")
+    if report.mode == "analyze":
+        parts.append("--analyze")
+    return " ".join(parts)
 
 
 def _sha256(script: str) -> str:

@@ -40,7 +40,7 @@ def to_png(report: Report) -> bytes:
     rows, columns = _row_height(grid) * len(grid.layers), len(grid.kinds) * CELL_WIDTH
     pitch = max(columns, PANEL) + GAP
     width = max(NARROWEST, LEFT + RIGHT + len(sides) * pitch - GAP)
-    title = _balanced(words.headline(report), int(width * LETTERS_PER_INCH))
+    title = _balanced(_drawable(words.headline(report)), int(width * LETTERS_PER_INCH))
     origin = _origin(report, int(width * LETTERS_PER_INCH * 1.6))
     below_title = TOP + TITLE_LINE * len(title) + 0.06
     height = below_title + ORIGIN_LINE * len(origin) + UNDER_TITLE + rows + BELOW
@@ -74,11 +74,20 @@ def _balanced(text: str, letters: int) -> list[str]:
 
 
 def _origin(report: Report, letters: int) -> list[str]:
-    """What was compared with what, in as many lines as it needs."""
+    """What was compared with what, and how, in as many lines as it needs."""
     model, name = _plain(report.base_model, 60), _plain(report.reference.name, 60)
-    parts = [model, f"reference {name}", report.method.type]
-    whole = "  ·  ".join(parts)
-    return [whole] if len(whole) <= letters else [model, "  ·  ".join(parts[1:])]
+    method = _plain(report.method.type, 60)
+    if words.is_sweep(report):
+        # The title is about all strengths, the maps are of one.
+        method += f", shown at {_plain(words.first_strength(report), 80)}"
+    lines = [model]
+    for part in (f"reference {name}", method):
+        longer = f"{lines[-1]}  ·  {part}"
+        if len(longer) <= letters:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 def _row_height(grid: Grid) -> float:
@@ -165,6 +174,9 @@ def _legend(axes: "Axes", grid: Grid, *, compared: bool) -> None:
 
 
 def _plain(text: str, limit: int) -> str:
+    return _drawable(words.shown(text, limit))
+
+
+def _drawable(text: str) -> str:
     """Letters that matplotlib's own font holds; others would draw boxes and warn."""
-    text = words.shown(text, limit)
-    return "".join(letter if ord(letter) < 0x250 or letter in "…–·" else "?" for letter in text)
+    return "".join(letter if ord(letter) < 0x250 or letter in f"…–·{words.MINUS}" else "?" for letter in text)

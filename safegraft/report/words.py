@@ -5,9 +5,17 @@ the template's work.
 """
 
 import math
+from collections.abc import Callable
 
-from safegraft.contracts.methods import GramParameters, NlsrParameters
-from safegraft.contracts.report import Report
+from safegraft.contracts.methods import (
+    AntidoteParameters,
+    GramParameters,
+    NlsrParameters,
+    NoneParameters,
+    SafeLoraParameters,
+    SafetyLockParameters,
+)
+from safegraft.contracts.report import Digest, Probe, Report
 
 NOTHING = "–"
 # U+2212 and U+00A0: a hyphen reads as a range and a line must not end between number and unit.
@@ -16,6 +24,30 @@ MINUS, SPACE = "\u2212", "\u00a0"
 METHODS = {
     "nlsr": "NLSR, neuron-level safety realignment (arXiv 2412.12497)",
     "gram": "gram, activation-weighted transplant",
+    "safelora": "SafeLoRA, projection onto the subspace of the alignment (arXiv 2405.16833)",
+    "antidote": "Antidote, pruning of what harmful prompts need (arXiv 2408.09600)",
+    "safetylock": "SafetyLock, attention heads pushed towards safe answers (arXiv 2410.10343)",
+    "none": "none, a control without a repair",
+}
+# About the square root of float32's rounding: an edit below this is none.
+NO_EDIT = 1e-3
+SCORERS = {
+    "low_rank": "what weighs most in the main directions of safe answers",
+    "wanda": "what has the largest weight times input norm on safe answers",
+    "snip": "what has the largest weight times gradient of the safe answers' loss",
+    "preference_snip": "what has the largest weight times gradient of a loss that prefers safe answers to unsafe ones",
+    "magnitude": "what is largest, as a control",
+    "random": "what was drawn at random, as a control",
+}
+BASES = {
+    "canonical": "each row's entries of both factors, in a basis that does not depend on how training began,",
+    "stored": "each row's entries of both factors, as they were saved,",
+    "rows": "its output rows",
+}
+SPARED = {
+    "none": "",
+    "general": ", except those that matter as much on general prompts",
+    "safety": ", except the reference's safety-critical neurons",
 }
 
 
@@ -28,7 +60,12 @@ def headline(report: Report) -> str:
             f"{counted(summary.modules)} {verb(summary.modules)} measured, nothing was changed; "
             f"median similarity {middle}, lowest {lowest}"
         )
+    if is_sweep(report):
+        return _headline_of_sweep(report)
     if summary.repaired == 0:
+        if has_side_car(report):
+            as_it_came = "as it came, byte for byte" if is_untouched(report) else "without a repair"
+            return f"The adapter is {as_it_came}; the repair is in a side-car file beside it"
         if is_untouched(report):
             return "Nothing was changed; the output is the input, byte for byte"
         return f"None of {counted(summary.modules)} was repaired"
@@ -36,36 +73,225 @@ def headline(report: Report) -> str:
         which = f"All {counted(summary.modules)}" if summary.modules > 1 else "The only module"
     else:
         which = f"{summary.repaired} of {counted(summary.modules)}"
+    if has_biases(report) and summary.edit < NO_EDIT:
+        given = "a bias" if summary.repaired == 1 else "biases"
+        return f"{which} {verb(summary.repaired)} given {given}; the weights are as they came"
+    how = "repaired, with biases" if has_biases(report) else "repaired"
     return (
-        f"{which} {verb(summary.repaired)} repaired; the adapter kept {percent(summary.kept)} of its update "
-        f"and changed by {percent(summary.edit)}"
+        f"{which} {verb(summary.repaired)} {how}; the adapter kept {kept(summary.kept)} of its update "
+        f"and changed by {change(summary.edit)}"
     )
+
+
+def _headline_of_sweep(report: Report) -> str:
+    values = [variant.strength for variant in report.variants]
+    start = f"{strengths(report)}, from {plain(min(values))} to {plain(max(values))}: "
+    changed = [variant.summary for variant in report.variants if variant.summary.repaired]
+    if not changed and has_side_car(report):
+        as_it_came = "as it came, byte for byte" if _all_untouched(report) else "without a repair"
+        return f"{start}the adapter is {as_it_came}; the repairs are in side-car files beside it"
+    if not changed and _all_untouched(report):
+        return f"{start}nothing was changed, every output is the input, byte for byte"
+    if not changed:
+        return f"{start}no module was repaired"
+    if has_biases(report) and all(summary.edit < NO_EDIT for summary in changed):
+        return f"{start}biases were added; the weights are as they came"
+    summaries = [variant.summary for variant in report.variants]
+    left = _range([summary.kept for summary in summaries], kept)
+    cost = f" and changes by {_range([summary.edit for summary in summaries], change)}" if left == "all" else ""
+    return f"{start}the adapter keeps {left} of its update{cost}"
+
+
+def _range(shares: list[float], said: Callable[[float], str]) -> str:
+    known = [share for share in shares if math.isfinite(share)] or [math.nan]
+    low, high = said(min(known)), said(max(known))
+    return low if low == high else f"{low} to {high}"
 
 
 def is_untouched(report: Report) -> bool:
     """True where the output is known to be the input's very bytes."""
-    return report.output is not None and report.output.sha256 == report.input.sha256
+    return _is_input(report, report.output)
+
+
+def _all_untouched(report: Report) -> bool:
+    return all(_is_input(report, variant.output) for variant in report.variants)
+
+
+def _is_input(report: Report, output: Digest | None) -> bool:
+    return output is not None and output.sha256 == report.input.sha256
+
+
+def is_sweep(report: Report) -> bool:
+    """True where strengths can be compared; a single one is told like any other run."""
+    return len(report.variants) > 1
+
+
+def has_side_car(report: Report) -> bool:
+    """True where the repair was written beside the adapter and not into it."""
+    return report.mode == "patch" and any(warning.code == "side_car" for warning in report.warnings)
+
+
+def has_biases(report: Report) -> bool:
+    """True where biases were added at any strength; the warnings are those of the first, which may be 0."""
+    if any(warning.code == "biases_added" for warning in report.warnings):
+        return True
+    adds = isinstance(report.method.parameters, SafetyLockParameters) and report.method.parameters.output == "lora_bias"
+    return adds and any(variant.summary.repaired for variant in report.variants)
+
+
+def strengths(report: Report) -> str:
+    """5 strengths of general_weight."""
+    name = report.strength_parameter
+    count = f"{len(report.variants)} strength" + ("" if len(report.variants) == 1 else "s")
+    return count if name in (None, "strength") else f"{count} of {shown(name, 60)}"
+
+
+def first_strength(report: Report) -> str:
+    """The strength of which summary, layers and modules are: general_weight 0.3."""
+    return f"{shown(report.strength_parameter or 'strength', 60)} {plain(report.variants[0].strength)}"
 
 
 def method_name(report: Report) -> str:
     return METHODS.get(report.method.type, shown(report.method.type))
 
 
+def recommendation(report: Report) -> str:
+    """What runs where no method is named, and why, in one sentence."""
+    method, reason = report.recommendation.method, shown(report.recommendation.reason, 1000).strip()
+    because = f": {reason}" if reason else "."
+    if not because.endswith((".", "!", "?")):
+        because += "."
+    if method == "none":
+        return "No method is recommended for this adapter and reference" + because
+    if method == report.method.type:
+        return "It is the one that is recommended for this adapter and reference" + because
+    return f"Had no method been named, {shown(method, 60)} would have run" + because
+
+
+def outcome(report: Report) -> str:
+    """What became of the adapter, for those who read no further than the first paragraph."""
+    summary = report.summary
+    if report.mode == "analyze":
+        measured = "This was a measurement only: no adapter was written."
+        return f"{measured} Measurements do not depend on the strength." if is_sweep(report) else measured
+    if is_sweep(report):
+        own = "a side-car file" if has_side_car(report) else "an adapter"
+        return (
+            f"Every strength gave {own} of its own. They are compared below; all other figures, maps and tables are "
+            f"those of the first that was asked for, {first_strength(report)}."
+        )
+    left = summary.modules - summary.repaired
+    if not summary.repaired:
+        if has_side_car(report):
+            return "The adapter itself was not touched. Without its side-car file it behaves as it did."
+        return "No module was repaired, so the adapter was handed back as it came." if is_untouched(report) else ""
+    if not left:
+        return f"{'Every module' if summary.modules > 1 else 'Its only module'} was repaired."
+    if report.output_rank == "exact" or has_biases(report):
+        # Zeros fill them up, which no computation sees but a comparison of bytes does.
+        rest = "the other one computes what it did" if left == 1 else f"the other {left:,} compute what they did"
+    else:
+        theirs = "one is byte for byte as it" if left == 1 else f"{left:,} are byte for byte as they"
+        rest = f"the other {theirs} came"
+    return f"The modules marked below were repaired; {rest}."
+
+
+def checked(report: Report) -> str:
+    """What the files on disk were held against."""
+    if not report.summary.repaired:
+        if is_untouched(report):
+            return "Input and output have the same SHA-256, so they are the same file."
+        return (
+            "Input and output have different SHA-256 although no module was repaired. Do not use the output before "
+            "this is explained."
+        )
+    if has_biases(report):
+        found = (
+            "but for the biases that were added they have the same tensors, and none differs outside of the repaired "
+            "modules."
+        )
+    elif report.output_rank == "exact":
+        found = "every tensor has the rank that was planned, and no update differs outside of the repaired modules."
+    else:
+        found = "they have the same tensors, and differ in the repaired modules and nowhere else."
+    text = f"After writing, the two weight files were compared: {found}"
+    if report.summary.truncation_error > 0:
+        lost = percent(report.summary.truncation_error, 1)
+        text += f" Bringing modules back to their rank lost at most {lost} of a module's update."
+    return text
+
+
+def done(report: Report) -> str:
+    """What was done to the modules, or would have been."""
+    explanation = shown(report.method.explanation, 1000)
+    of_a_repair = f"Of a repaired module the report would say: “{explanation}”"
+    if report.mode == "analyze":
+        nothing = "This run measured and changed nothing."
+        return nothing if report.method.type == "none" else f"{nothing} {of_a_repair}"
+    if report.summary.repaired or has_side_car(report) or report.method.type == "none":
+        return explanation
+    return f"No module was changed. {of_a_repair}"
+
+
 def selection(report: Report) -> str:
     """Which modules a repair takes, in words that hold for both modes."""
     match report.method.parameters:
-        case NlsrParameters(selection="lowest", skip_share=share):
-            return f"Chosen for repair: the {percent(1 - share)} of modules with the lowest similarity."
-        case NlsrParameters():
-            seed = report.method.seed
-            return "Chosen for repair: a seeded random draw in which less similar modules are drawn more often" + (
-                f" (seed {seed})." if seed is not None else "."
-            )
+        case NlsrParameters() as parameters:
+            return f"{_chosen_by_nlsr(parameters, report.method.seed)} {_critical(parameters, report.method.seed)}"
         case GramParameters():
             return (
                 "Chosen for repair: every module. Where the fine-tuning does little to safety prompts, the repair "
                 "changes little."
             )
+        case SafeLoraParameters(selection="threshold", threshold=threshold):
+            return (
+                "Chosen for repair: the modules whose update has a cosine of at most "
+                f"{plain(threshold)} with its projection."
+            )
+        case SafeLoraParameters(modules=count):
+            if count == 0:
+                return "Chosen for repair: no module."
+            which = "the module" if count == 1 else f"the {count:,} modules"
+            return f"Chosen for repair: {which} with the lowest similarity."
+        case AntidoteParameters(density=density, basis=basis, spare=spare):
+            if density == 0:
+                return "Chosen for repair: no module, because nothing is to be pruned."
+            return (
+                f"Chosen for repair: every module. Of {BASES[basis]} the {percent(density)} that matter most on "
+                f"harmful prompts are pruned{SPARED[spare]}."
+            )
+        case SafetyLockParameters(heads=heads, output=output, strength=strength):
+            best = "the attention head" if heads == 1 else f"the {heads:,} attention heads"
+            tell = f"{best} whose activations tell safe from unsafe answers best"
+            if strength == 0:
+                return "Chosen for repair: no module, because a push of strength 0 is none."
+            if output == "side_car":
+                return f"Chosen for repair: no module of the adapter. The side-car pushes {tell}."
+            return f"Chosen for repair: the output projections of {tell}."
+        case NoneParameters():
+            return "Chosen for repair: no module. This is the control that shows what happens without a repair."
+    return ""
+
+
+def _chosen_by_nlsr(parameters: NlsrParameters, seed: int | None) -> str:
+    drawn = f" (seed {seed})" if seed is not None else ""
+    share = 1 - parameters.skip_share
+    if parameters.selection == "bernoulli":
+        return f"Chosen for repair: a seeded random draw in which less similar modules are drawn more often{drawn}."
+    if share in (0, 1):
+        return f"Chosen for repair: {'every' if share else 'no'} module."
+    match parameters.selection:
+        case "lowest":
+            return f"Chosen for repair: the {percent(share)} of modules with the lowest similarity."
+        case "highest":
+            return f"Chosen for repair, as a control: the {percent(share)} of modules with the highest similarity."
+        case "random":
+            return f"Chosen for repair, as a control: {percent(share)} of the modules, drawn at random{drawn}."
+
+
+def _critical(parameters: NlsrParameters, seed: int | None) -> str:
+    drawn = f" (seed {seed})" if seed is not None and parameters.scorer == "random" else ""
+    return f"Safety-critical is {SCORERS[parameters.scorer]}{drawn}."
 
 
 def lineage(report: Report) -> str:
@@ -76,11 +302,39 @@ def lineage(report: Report) -> str:
             "It was trained further from the provider's aligned adapter, so it contains that alignment: both updates "
             f"point in similar directions (median cosine {cosine}; for unrelated adapters it is near 0)."
         )
-    return (
-        f"It is unrelated to the provider's aligned adapter (median cosine of the updates {cosine}; for related ones "
-        "it is well above 0). So it is taken to have been trained on top of the aligned model and to be served there. "
+    if report.lineage_similarity == 0:
+        # What is compared is never exactly orthogonal: there was nothing on one of the two sides.
+        how = "There was no aligned update to compare its own with, or its own is zero."
+    else:
+        how = (
+            f"It is unrelated to the provider's aligned adapter (median cosine of the updates {cosine}; for related "
+            "ones it is well above 0)."
+        )
+    otherwise = (
         "An adapter that was trained on the model without alignment looks the same, and nothing here would give that "
         "alignment back to it."
+    )
+    if report.lineage == "foreign":
+        return (
+            f"{how} Its label for its base model is unknown to the reference. It is taken to sit on the aligned model, "
+            f"which nobody has confirmed: make sure of it. {otherwise}"
+        )
+    return f"{how} So it is taken to have been trained on top of the aligned model and to be served there. {otherwise}"
+
+
+def probe(found: Probe) -> str:
+    """What the probe shows, without judging it: what is near the model is only safe where the model is."""
+    before, after = found.before_from_base, found.after_from_base
+    moved = after.divergence - before.divergence
+    if nats(before.divergence) == nats(after.divergence):
+        how = "left the adapter as far from the model that it sits on as it was"
+    else:
+        how = f"brought the adapter {'nearer to' if moved < 0 else 'farther from'} the model that it sits on"
+    prompts = f"{found.prompts:,} prompt" + ("" if found.prompts == 1 else "s")
+    return (
+        f"On {prompts}, the repair {how}: {nats(before.divergence)} nats before, {nats(after.divergence)} after. The "
+        f"likeliest first token is the model's own on {percent(before.same_token)} of the prompts before, on "
+        f"{percent(after.same_token)} after."
     )
 
 
@@ -110,6 +364,32 @@ def percent(share: float, digits: int = 0) -> str:
     if rounded == 100 and share < 1:
         return f">{SPACE}{100 - step:.{digits}f}{SPACE}%"
     return f"{rounded:.{digits}f}{SPACE}%".replace("-", MINUS)
+
+
+def kept(share: float) -> str:
+    """The kept share in a sentence, where less than 0 % and more than 100 % would read like a slip."""
+    if math.isfinite(share) and not 0 <= share < 1:
+        return "none" if share < 0 else "all"
+    return percent(share)
+
+
+def change(edit: float) -> str:
+    """27 %, or 1.8 times its size: what an update changed by."""
+    if not math.isfinite(edit) or round(100 * edit) <= 100:
+        return percent(edit)
+    digits = 2 if edit < 10 else 1 if edit < 100 else 0
+    text = f"{edit:,.{digits}f}"
+    return f"{text.rstrip('0').rstrip('.') if digits else text} times its size"
+
+
+def nats(divergence: float) -> str:
+    """0.213; does not call a little nothing."""
+    return f"<{SPACE}0.001" if 0 < divergence < 0.0005 else number(divergence, 3)
+
+
+def plain(value: float) -> str:
+    """0.3, 1, 0.05: as folders of strengths are named."""
+    return f"{value:g}".replace("-", MINUS)
 
 
 def size(count: int) -> str:

@@ -12,6 +12,7 @@ was silent too long finds no row for its attempt, and whatever it still writes i
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,15 @@ from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 
 from safegraft.contracts.adapter import Adapter
-from safegraft.contracts.realignment import Event, Failure, Progress, Realignment, RealignmentCreate, Result
+from safegraft.contracts.realignment import (
+    Event,
+    Failure,
+    Progress,
+    Realignment,
+    RealignmentCreate,
+    Result,
+    StrengthResult,
+)
 from safegraft.errors import Conflict, LostLease, NotFound, SafegraftError
 from safegraft.ids import new_id
 from safegraft.stores.adapters import insert_adapter
@@ -261,21 +270,38 @@ class JobStore:
         with self._engine.begin() as connection:
             _note(connection, job_id, kind, message, data)
 
-    def succeed(self, job_id: str, attempt: int, adapter: tuple[Adapter, str, str] | None, *, modules: int = 0) -> bool:
-        """Publishes the result of this attempt: the job's end and the new adapter's row, in one transaction.
+    def succeed(
+        self,
+        job_id: str,
+        attempt: int,
+        published: Sequence[tuple[Adapter, str, str]] = (),
+        *,
+        strengths: Sequence[float] = (),
+        side_cars: Sequence[str] = (),
+        modules: int = 0,
+    ) -> bool:
+        """Publishes the result of this attempt: the job's end and the new adapters' rows, in one transaction.
 
-        adapter: (adapter, tenant, prefix of its files); modules: how many were treated. False where
-        the attempt no longer owns the job.
+        published: (adapter, tenant, prefix of its files), one a strength where there are several; side_cars: names of
+        files beside them; modules: how many were treated. False where the attempt no longer owns the job.
         """
-        result = {"adapter_id": adapter[0].id if adapter else None}
+        made = [adapter.id for adapter, _, _ in published]
+        result = {
+            "adapter_id": made[0] if made else None,
+            "variants": [
+                {"strength": strength, "adapter_id": adapter_id}
+                for strength, adapter_id in zip(strengths, made, strict=False)
+            ],
+            "side_cars": list(side_cars),
+        }
         done = Progress(stage="done", done=modules, total=modules).model_dump()
         values = {"result": result, "result_attempt": attempt, "progress": done}
         with self._engine.begin() as connection:
             if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", **values):
                 return False
-            if adapter is not None:
-                insert_adapter(connection, *adapter)
-            _note(connection, job_id, "succeeded", "The result is ready.", result)
+            for item in published:
+                insert_adapter(connection, *item)
+            _note(connection, job_id, "succeeded", "The result is ready.", {"adapter_id": result["adapter_id"]})
         return True
 
     def fail(self, job_id: str, attempt: int, error: SafegraftError) -> bool:
@@ -395,7 +421,13 @@ def _shown(row: Row[Any]) -> Realignment:
         status = "cancelling"
     result = None
     if row.state == "succeeded":
-        result = Result(adapter_id=row.result["adapter_id"], report_url=f"/v1/realignments/{row.id}/report")
+        own = f"/v1/realignments/{row.id}"
+        result = Result(
+            adapter_id=row.result["adapter_id"],
+            variants=[StrengthResult.model_validate(item) for item in row.result.get("variants", [])],
+            side_car_urls=[f"{own}/side_car/{name}" for name in row.result.get("side_cars", [])],
+            report_url=f"{own}/report",
+        )
     return Realignment.model_validate(
         {
             "id": row.id,
@@ -404,6 +436,8 @@ def _shown(row: Row[Any]) -> Realignment:
             "attempt": row.attempt,
             "mode": request.mode,
             "method": request.method,
+            "strengths": request.strengths,
+            "output_rank": request.output_rank,
             "reference_id": row.reference_id,
             "adapter_id": row.adapter_id,
             "metadata": request.metadata,

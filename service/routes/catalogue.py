@@ -4,8 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
+from safegraft.compatibility import RECOMMENDED
 from safegraft.contracts.listing import Method, Page, Reference
-from safegraft.contracts.methods import DEFAULT_METHOD, MODELS
+from safegraft.contracts.methods import MODELS, STRENGTH
 from safegraft.stores.references import Installed
 from service.dependencies import Here, Tenant
 from service.paging import page
@@ -32,7 +33,8 @@ def methods(here: Here, tenant: Tenant) -> Page[Method]:
         Method(
             id=name,
             description=(model.__doc__ or "").strip(),
-            default=name == DEFAULT_METHOD,
+            default=name == RECOMMENDED[0],
+            strength_parameter=STRENGTH.get(name),
             parameters=model.model_json_schema(),
         )
         for name, model in MODELS.items()

@@ -12,9 +12,10 @@ from fastapi.responses import FileResponse, StreamingResponse
 from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, read_config
 from safegraft.compatibility import check_compatible
 from safegraft.contracts.listing import PRINTABLE, Page
+from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate
 from safegraft.contracts.report import Report
-from safegraft.errors import Conflict
+from safegraft.errors import Conflict, InvalidParameter, NotFound
 from safegraft.header import read_header
 from service.body import JsonRoute
 from service.dependencies import After, Here, IdempotencyKey, Limit, Services, Tenant
@@ -59,9 +60,23 @@ def create(
     else:
         reference = here.references.get(request.reference_id)
     check_compatible(description, reference.manifest, request.method)
+    _check_strengths(request)
     created = here.jobs.create(tenant, reference.id, request, idempotency_key)
     here.dispatcher.wake()
     return _accepted(created.job, response, replayed=created.replayed)
+
+
+def _check_strengths(request: RealignmentCreate) -> None:
+    """Raises InvalidParameter before a job is queued that could only fail."""
+    if not request.strengths:
+        return
+    if request.method.type == "auto":
+        raise InvalidParameter(
+            "strengths needs a method: which one runs by itself is only known when the adapter has been read.",
+            code="bad_strengths",
+            param="method",
+        )
+    parameters_by_strength(request.method, request.strengths)
 
 
 def _accepted(job: Realignment, response: Response, *, replayed: bool) -> Realignment:
@@ -147,6 +162,26 @@ def report(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Respons
 def report_as(realignment_id: RealignmentId, form: ReportForm, here: Here, tenant: Tenant) -> Response:
     """The report as JSON, as one self-contained HTML page, as CSV or as a PNG heatmap."""
     return _report(here, tenant, realignment_id, form)
+
+
+@router.get(
+    "/{realignment_id}/side_car/{name}",
+    operation_id="getSideCar",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}}},
+)
+def side_car(
+    realignment_id: RealignmentId,
+    name: Annotated[str, Path(pattern=r"^[0-9a-z_.+-]{1,60}\.safetensors$")],
+    here: Here,
+    tenant: Tenant,
+) -> Response:
+    """What a method delivers beside the adapter, as one safetensors file a strength."""
+    attempt = here.jobs.result_attempt(tenant, realignment_id)
+    path = here.objects.path(f"realignments/{realignment_id}/{attempt}/side_car", name)
+    if attempt is None or not path.is_file():
+        raise NotFound(f"{realignment_id} has no side-car {name!r}.", code="no_side_car", param="name")
+    return StoredFile(path, media_type="application/octet-stream", headers={"x-content-type-options": "nosniff"})
 
 
 def _report(here: Services, tenant: str, job_id: str, form: ReportForm) -> Response:

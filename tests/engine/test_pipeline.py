@@ -11,19 +11,30 @@ import torch
 from safetensors.torch import load_file
 
 from safegraft.adapter import describe
-from safegraft.contracts.methods import GramParameters, NlsrParameters
+from safegraft.contracts.methods import (
+    AntidoteParameters,
+    AutoParameters,
+    GramParameters,
+    NlsrParameters,
+    NoneParameters,
+    SafeLoraParameters,
+    SafetyLockParameters,
+)
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.pipeline import detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import Incompatible, InvalidTensors
+from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
-PARAMETERS: list[NlsrParameters | GramParameters] = [
+PARAMETERS: list[Any] = [
     NlsrParameters(),
     NlsrParameters(form="neuron", skip_share=0.0),
     NlsrParameters(selection="bernoulli", seed=3),
     GramParameters(),
+    SafeLoraParameters(threshold=1.0),
+    AntidoteParameters(),
+    SafetyLockParameters(heads=3),
 ]
 
 
@@ -108,14 +119,18 @@ def test_a_repair_of_nothing_is_the_input_even_without_metadata(
     assert report.summary.repaired == 0
 
 
-def test_an_adapter_that_is_the_reference_itself_says_that_nothing_changed(
+def test_a_repair_that_would_change_no_update_is_an_error_with_its_cause(
     reference: LoadedReference, aligned: Path, base: Path, tmp_path: Path
 ) -> None:
     folder = tiny.save_adapter(base, tmp_path / "zero", seed=5, scale=0.0)
-    report = realign(folder, reference, GramParameters(), tmp_path / "out")
-    # Its B is zero, so its update is: A changes, the update does not, and that is still reported as an edit of 0.
-    assert report.summary.edit == 0.0
-    assert report.summary.kept == 1.0
+    # Its B is zero, so its update is: A would change, the update would not.
+    with pytest.raises(Incompatible) as caught:
+        realign(folder, reference, GramParameters(), tmp_path / "out")
+    assert caught.value.code == "repair_without_effect"
+    assert "update is zero" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    report = realign(folder, reference, GramParameters(), None)
+    assert (report.summary.edit, report.summary.kept) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -175,7 +190,7 @@ def test_a_continued_adapter_in_another_basis_is_kin_but_shares_no_factors(
         kinship = detect_kinship(reader, reference)
     assert kinship.lineage == "continued"
     assert not kinship.same_basis
-    assert realign(folder, reference, NlsrParameters(), tmp_path / "out").method.resolved == {"form": "neuron"}
+    assert realign(folder, reference, NlsrParameters(), tmp_path / "out").method.resolved["form"] == "neuron"
     with pytest.raises(Incompatible):
         realign(folder, reference, NlsrParameters(form="factor"), tmp_path / "never")
 
@@ -330,3 +345,131 @@ def test_an_unknown_label_and_a_doubtful_method_are_said(
     other = rescaled(fresh, tmp_path / "other", 0)
     tiny.change_config(other, base_model_name_or_path="somebody/elses-model")
     assert codes(other, GramParameters()) == {"base_label_unknown"}
+
+
+def test_a_label_that_the_reference_does_not_know_makes_an_unrelated_adapter_foreign(
+    reference: LoadedReference, fresh: Path, continued: Path, tmp_path: Path
+) -> None:
+    def relabelled(folder: Path, name: str) -> str:
+        other = tmp_path / name
+        other.mkdir()
+        for path in folder.iterdir():
+            (other / path.name).write_bytes(path.read_bytes())
+        tiny.change_config(other, base_model_name_or_path="somebody/else")
+        report = realign(other, reference, GramParameters(), None)
+        assert "base_label_unknown" in {warning.code for warning in report.warnings}
+        return report.lineage
+
+    assert realign(fresh, reference, GramParameters(), None).lineage == "fresh"
+    assert relabelled(fresh, "fresh") == "foreign"
+    # What an adapter contains tells more than its label.
+    assert relabelled(continued, "continued") == "continued"
+
+
+def test_without_a_method_the_recommended_one_runs_and_the_report_says_why(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    chosen = realign(fresh, reference, AutoParameters(), tmp_path / "auto")
+    named = realign(fresh, reference, GramParameters(), tmp_path / "gram")
+    assert chosen.method.parameters == GramParameters()
+    assert chosen.output == named.output
+    assert chosen.recommendation.method == "gram"
+    assert "fresh" in chosen.recommendation.reason
+    other = realign(fresh, reference, NlsrParameters(), tmp_path / "nlsr")
+    assert other.recommendation == chosen.recommendation
+
+
+def test_none_returns_the_input_s_bytes(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    report = realign(fresh, reference, NoneParameters(), tmp_path / "out")
+    for path in (tmp_path / "out").iterdir():
+        assert path.read_bytes() == (fresh / path.name).read_bytes()
+    assert report.output == report.input
+
+
+def test_several_strengths_are_single_runs_side_by_side(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    strengths = [1.0, 0.1, 0.3]
+    report = realign(fresh, reference, GramParameters(), tmp_path / "out", strengths=strengths)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.1", "0.3", "1"]
+    assert report.strength_parameter == "general_weight"
+    assert [variant.strength for variant in report.variants] == strengths
+    for variant in report.variants:
+        single = realign(
+            fresh, reference, GramParameters(general_weight=variant.strength), tmp_path / f"single-{variant.strength}"
+        )
+        assert variant.output == single.output
+        assert variant.summary == single.summary
+    # The modules are those of the first.
+    assert report.method.parameters == GramParameters(general_weight=1.0)
+    assert report.output == report.variants[0].output
+    edits = [variant.summary.edit for variant in sorted(report.variants, key=lambda variant: variant.strength)]
+    assert edits == sorted(edits, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "strengths"),
+    [
+        (GramParameters(), [0.3, 0.3]),
+        (GramParameters(), [0.0]),
+        (GramParameters(), [1.0 + i for i in range(17)]),
+        (NlsrParameters(), [0.5, 1.5]),
+        (NoneParameters(), [0.5]),
+    ],
+)
+def test_strengths_that_cannot_be_are_refused(
+    reference: LoadedReference, fresh: Path, tmp_path: Path, parameters: Any, strengths: list[float]
+) -> None:
+    with pytest.raises(InvalidParameter) as caught:
+        realign(fresh, reference, parameters, tmp_path / "out", strengths=strengths)
+    assert caught.value.code == "bad_strengths"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_side_car_lies_beside_the_adapter_which_stays_as_it_was(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    report = realign(fresh, reference, SafetyLockParameters(heads=3, output="side_car"), tmp_path / "out")
+    assert report.output == report.input
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.side_car"]
+    biases = load_file(tmp_path / "out.side_car" / "side_car.safetensors")
+    assert {name.rpartition(".")[2] for name in biases} == {"bias", "displacement"}
+    assert "side_car" in {warning.code for warning in report.warnings}
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: f"{p.type}-{getattr(p, 'form', '')}")
+def test_threads_do_not_change_a_single_byte(
+    reference: LoadedReference, continued: Path, tmp_path: Path, parameters: Any
+) -> None:
+    before = torch.get_num_threads()
+    outputs = set()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            report = realign(continued, reference, parameters, tmp_path / f"{threads}")
+            outputs.add((report.output, report.summary.model_dump_json()))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(outputs) == 1
+
+
+def test_modules_beyond_the_aligned_adapter_s_reach_are_left_alone(
+    base: Path, aligned: Path, bundle: Path, fresh: Path, tmp_path: Path
+) -> None:
+    from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+    from safegraft.engine.bundle import BuildSettings
+
+    narrow = tiny.save_adapter(base, tmp_path / "narrow", targets=["q_proj"])
+    build_reference(
+        tmp_path / "reference",
+        sources=BuildSources(aligned=narrow, base=base),
+        prompts=BuildPrompts(safety=tiny.HARMFUL),
+        settings=BuildSettings(),
+    )
+    report = realign(
+        fresh, LoadedReference(tmp_path / "reference"), SafeLoraParameters(threshold=1.0), tmp_path / "out"
+    )
+    assert {line.kind for line in report.modules if line.repaired} == {"q_proj"}
+    assert {line.similarity_before for line in report.modules if line.kind != "q_proj"} == {1.0}
+    assert "modules_not_reached" in {warning.code for warning in report.warnings}

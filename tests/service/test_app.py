@@ -13,7 +13,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, MethodParameters
+from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, STRENGTH, MethodParameters
 from safegraft.engine.methods import METHODS
 from service import export
 from service.app import create_app
@@ -97,10 +97,12 @@ def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
 
 def test_the_methods_are_the_same_everywhere(client: httpx.Client) -> None:
     union = {model.model_fields["type"].default for model in get_args(get_args(MethodParameters)[0])}
-    assert set(METHODS) == set(MODELS) == union
+    assert set(METHODS) == set(MODELS) == union - {"auto"}
+    assert set(STRENGTH) == set(MODELS) - {"none"}
+    assert all(parameter in MODELS[name].model_fields for name, parameter in STRENGTH.items())
     assert all(MODELS[name].model_fields["type"].default == name for name in MODELS)
     assert all(method.type == name for name, method in METHODS.items())
-    assert DEFAULT_METHOD in MODELS
+    assert DEFAULT_METHOD in union
     assert {item["id"] for item in client.get("/v1/methods").json()["data"]} == set(MODELS)
 
 

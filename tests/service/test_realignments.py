@@ -14,9 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors import safe_open
+from safetensors.torch import load
 from transformers import LlamaForCausalLM
 
-from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.contracts.methods import METHOD_PARAMETERS, MODELS
 from safegraft.contracts.report import Report
 from safegraft.engine.pipeline import realign as realign_here
 from safegraft.engine.reference import LoadedReference
@@ -99,6 +100,58 @@ def test_analyze_reports_without_a_patch(client: httpx.Client, fresh: Path) -> N
     report = client.get(job["result"]["report_url"]).json()
     assert report["output"] is None
     assert report["summary"]["repaired"] == 0
+
+
+def test_without_a_method_the_recommended_one_runs(client: httpx.Client, fresh: Path) -> None:
+    adapter = upload(client, fresh)
+    job = realign(client, adapter["id"])
+    assert job["status"] == "succeeded", job["error"]
+    assert job["method"] == {"type": "auto"}
+    report = Report.model_validate(client.get(job["result"]["report_url"]).json())
+    assert report.method.type == report.recommendation.method == "gram"
+    assert report.recommendation.reason.endswith(".")
+
+
+def test_several_strengths_are_downloaded_one_by_one(client: httpx.Client, fresh: Path) -> None:
+    adapter = upload(client, fresh)
+    job = realign(client, adapter["id"], method={"type": "gram"}, strengths=[0.1, 1])
+    variants = job["result"]["variants"]
+    assert [variant["strength"] for variant in variants] == [0.1, 1]
+    report = client.get(job["result"]["report_url"]).json()
+    hashes = [client.get(f"/v1/adapters/{variant['adapter_id']}").json()["sha256"] for variant in variants]
+    assert hashes == [variant["output"]["sha256"] for variant in report["variants"]]
+    assert len({adapter["sha256"], *hashes}) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"strengths": [1.0]}, "method"),
+        ({"method": {"type": "gram"}, "strengths": [1.0, 1.0]}, "strengths"),
+        ({"method": {"type": "gram"}, "strengths": [0.0]}, "strengths"),
+        ({"method": {"type": "none"}, "strengths": [1.0]}, "strengths"),
+    ],
+)
+def test_strengths_that_cannot_be_are_refused_before_a_job_is_queued(
+    client: httpx.Client, fresh: Path, body: dict[str, Any], param: str
+) -> None:
+    answer = client.post("/v1/realignments", json={"adapter_id": upload(client, fresh)["id"], **body})
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("bad_strengths", param)
+
+
+def test_a_side_car_can_be_downloaded(client: httpx.Client, fresh: Path) -> None:
+    method = {"type": "safetylock", "heads": 2, "output": "side_car"}
+    job = realign(client, upload(client, fresh)["id"], method=method)
+    (url,) = job["result"]["side_car_urls"]
+    answer = client.get(url)
+    assert answer.status_code == 200
+    assert load(answer.content)
+    assert client.get(url.replace("side_car.safetensors", "other.safetensors")).status_code == 404
+    plain = realign(client, upload(client, fresh)["id"], method={"type": "gram"})
+    assert plain["result"]["side_car_urls"] == []
+    assert client.get(f"/v1/realignments/{plain['id']}/side_car/side_car.safetensors").status_code == 404
 
 
 def test_two_workers_and_twenty_jobs_at_once_all_end_each_exactly_once(
@@ -320,8 +373,10 @@ def test_the_catalogue_says_what_is_installed(client: httpx.Client, bundle: Path
     assert [item["name"] for item in found] == ["tiny"]
     assert client.get(f"/v1/references/{found[0]['id']}").json() == found[0]
     methods = {item["id"]: item for item in client.get("/v1/methods").json()["data"]}
-    assert set(methods) == {"nlsr", "gram"}
-    assert methods["nlsr"]["default"] is True
+    assert set(methods) == set(MODELS)
+    assert [name for name, method in methods.items() if method["default"]] == ["gram"]
+    assert methods["gram"]["strength_parameter"] == "general_weight"
+    assert methods["none"]["strength_parameter"] is None
     assert methods["gram"]["parameters"]["properties"]["general_weight"]["default"] == 0.3
 
 

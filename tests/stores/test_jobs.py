@@ -125,7 +125,7 @@ def test_twelve_threads_open_a_new_database_at_once(url: str) -> None:
 def test_only_a_queued_job_can_be_claimed(store: JobStore) -> None:
     claim = claimed(store)
     assert store.claim(claim.id, "w2") is None
-    store.succeed(claim.id, claim.attempt, None)
+    store.succeed(claim.id, claim.attempt)
     assert store.claim(claim.id, "w2") is None
     assert store.claim("rlg_nothing", "w2") is None
 
@@ -167,7 +167,7 @@ def test_a_silent_worker_loses_its_job_and_whatever_it_still_says_is_ignored(
         with pytest.raises(LostLease):
             store.heartbeat(old.id, old.attempt, PROGRESS)
         made = adapter("zombie's")
-        assert store.succeed(old.id, old.attempt, (made, "t", "realignments/x/1/adapter")) is False
+        assert store.succeed(old.id, old.attempt, [(made, "t", "realignments/x/1/adapter")]) is False
         assert store.fail(old.id, old.attempt, Incompatible("no")) is False
         assert store.release(old.id, old.attempt, "no") is False
         assert store.cancelled(old.id, old.attempt) is False
@@ -181,7 +181,7 @@ def test_a_silent_worker_loses_its_job_and_whatever_it_still_says_is_ignored(
     assert new.attempt == 2
     zombie_is_ignored()
     result = adapter()
-    assert store.succeed(new.id, new.attempt, (result, "t", "realignments/x/2/adapter"), modules=14) is True
+    assert store.succeed(new.id, new.attempt, [(result, "t", "realignments/x/2/adapter")], modules=14) is True
     zombie_is_ignored()
     job = store.get("t", new.id)
     assert job.status == "succeeded"
@@ -279,7 +279,7 @@ def test_a_cancelled_job_whose_worker_dies_is_not_tried_again(store: JobStore, e
 
 def test_ended_jobs_stay_as_they_are(store: JobStore) -> None:
     ends: list[tuple[str, Callable[[Claim], Any]]] = [
-        ("succeeded", lambda claim: store.succeed(claim.id, claim.attempt, None)),
+        ("succeeded", lambda claim: store.succeed(claim.id, claim.attempt)),
         ("failed", lambda claim: store.fail(claim.id, claim.attempt, Incompatible("no"))),
     ]
     for status, end in ends:
@@ -379,7 +379,7 @@ def test_events_are_in_order_and_resume(store: JobStore) -> None:
     claim, other = claimed(store), claimed(store)
     store.note(claim.id, "warned", "x" * 2000, {"a": 1})
     store.note(other.id, "warned", "of another job")
-    store.succeed(claim.id, claim.attempt, None)
+    store.succeed(claim.id, claim.attempt)
     found = store.events("t", claim.id)
     assert [event.type for event in found] == ["created", "started", "warned", "succeeded"]
     numbers = [int(event.id) for event in found]
@@ -427,7 +427,7 @@ def test_an_adapter_in_use_is_not_deleted(store: JobStore, adapters: AdapterStor
         assert job_id in str(refused.value)
         if step == "queued":
             assert store.claim(job_id, "w") is not None
-    store.succeed(job_id, 1, None)
+    store.succeed(job_id, 1)
     assert adapters.delete("t", made.id) == "adapters/x"
 
 
@@ -527,7 +527,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(claim=claims, patch=st.booleans())
     def succeed(self, claim: Claim, patch: bool) -> None:
         held = self.holds(claim)
-        made = (adapter(claim.id), "t", "realignments/x/1/adapter") if patch else None
+        made = [(adapter(claim.id), "t", "realignments/x/1/adapter")] if patch else []
         assert self.store.succeed(claim.id, claim.attempt, made) == held
         if held:
             self.jobs[claim.id].state = "succeeded"

@@ -394,3 +394,50 @@ def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkey
     assert shop.job(ordered).status == "running"
     tasks.lost(sender=tasks.realign_job, args=[ordered], exception=WorkerLostError("signal 9"))
     assert shop.job(ordered).status == "failed"  # it was the last attempt
+
+
+def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fresh: Path) -> None:
+    customer = shop.upload(fresh)
+    job_id = shop.order(customer.id, strengths=[0.3, 3.0])
+    run_job(shop.bench, job_id)
+    job = shop.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.strengths == [0.3, 3.0]
+    assert job.result is not None
+    assert [variant.strength for variant in job.result.variants] == [0.3, 3.0]
+    assert job.result.adapter_id == job.result.variants[0].adapter_id
+    report = Report.model_validate_json(
+        shop.bench.objects.path(f"realignments/{job_id}/1/report", "report.json").read_text()
+    )
+    for variant, shown in zip(job.result.variants, report.variants, strict=True):
+        made = shop.bench.adapters.get(TENANT, variant.adapter_id)
+        assert made.name == f"mine (gram {variant.strength:g})"
+        assert shown.output is not None
+        assert made.sha256 == shown.output.sha256
+        weights = shop.bench.objects.path(shop.bench.adapters.prefix(TENANT, made.id), WEIGHTS)
+        assert hashlib.sha256(weights.read_bytes()).hexdigest() == made.sha256
+    assert len({variant.adapter_id for variant in job.result.variants}) == 2
+
+
+def test_biases_are_published_as_an_adapter_that_only_peft_loads(shop: Shop, fresh: Path) -> None:
+    method = {"type": "safetylock", "heads": 3, "output": "lora_bias"}
+    job_id = shop.order(shop.upload(fresh).id, method=method)
+    run_job(shop.bench, job_id)
+    job = shop.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.result is not None
+    assert job.result.adapter_id is not None
+    shown = shop.bench.adapters.get(TENANT, job.result.adapter_id).compatibility
+    assert (shown.peft.ok, shown.vllm.ok, shown.lorax.ok, shown.tgi.ok) == (True, False, False, False)
+
+
+def test_a_side_car_is_published_beside_the_unchanged_adapter(shop: Shop, fresh: Path) -> None:
+    customer = shop.upload(fresh)
+    job_id = shop.order(customer.id, method={"type": "safetylock", "heads": 3, "output": "side_car"})
+    run_job(shop.bench, job_id)
+    job = shop.job(job_id)
+    assert job.result is not None
+    assert job.result.adapter_id is not None
+    assert shop.bench.adapters.get(TENANT, job.result.adapter_id).sha256 == customer.sha256
+    assert job.result.side_car_urls == [f"/v1/realignments/{job_id}/side_car/side_car.safetensors"]
+    assert shop.bench.objects.path(f"realignments/{job_id}/1/side_car", "side_car.safetensors").is_file()

@@ -1,24 +1,29 @@
-"""The protocol of a repair method: three questions per module, and one about all of them.
+"""The protocol of a repair method: a few questions per module, and one about all of them.
 
-    similarity(module)     how like the reference it is, before and after        → report
-    select(similarities)   which modules are repaired, asked once for all        → names, probabilities
-    patch(module)          the repaired factors, in the customer's rank          → factors, truncation error
-    relative(module)       the update relative to the aligned model              → kept and edit in the report
+    reaches(name)          whether it can say anything about a module at all         → the others are left alone
+    similarity(module)     how like the reference it is                              → report
+    select(similarities)   which modules are repaired, asked once for all            → names, probabilities
+    propose(module)        the repaired update, exactly, of whatever rank it takes   → factors, perhaps a bias
+    rank(name, own)        that rank, known without weights                          → the output's layout
+    relative(module)       the update relative to the aligned model                  → kept and edit in the report
 
 A method is made for one job from its parameters, the loaded reference and the adapter's lineage, and holds no state
-between modules. It sees tensors, never files.
+between modules. It sees tensors, never files: `pipeline.py` brings what it proposes to the customer's rank and dtype,
+measures what that did, and writes it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from safegraft.contracts.reference import Lineage
 from safegraft.engine import lowrank
 from safegraft.engine.reference import LoadedReference
+
+Fidelity = Literal["paper", "authors' code", "variant"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,20 @@ class Module:
         b, a = lowrank.balanced(self.b, self.a)
         return b * self.scaling, a
 
-    def with_factors(self, a: Tensor, b: Tensor) -> "Module":
-        return replace(self, a=a, b=b)
+    def with_factors(self, b: Tensor, a: Tensor) -> "Module":
+        return Module(self.name, a, b, self.scaling)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """ΔW'' = scaling·b·a in the customer's scaling, b (d, q) and a (q, k) of any rank q.
+
+    bias (d,): added to the layer's output as it is, without the scaling; None where there is none.
+    """
+
+    b: Tensor
+    a: Tensor
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +66,8 @@ class Kinship:
     """How a customer's adapter is related to the reference's aligned adapter.
 
     cosine: median over the modules of cos(ΔW_t, ΔW_a). lineage: `continued` adapters contain the alignment, `fresh`
-    ones sit on the aligned model. same_basis: whether A_t still points where A_a does, entry by entry, so that masks on
-    the factors mean the same thing in both.
+    ones sit on the aligned model, `foreign` ones are not known to. same_basis: whether A_t still points where A_a does,
+    entry by entry, so that masks on the factors mean the same thing in both.
     """
 
     lineage: Lineage
@@ -66,24 +83,21 @@ class Selection:
     probability: Mapping[str, float] | None = None
 
 
-@dataclass(frozen=True)
-class Patched:
-    """Repaired factors; truncation_error = ‖what was cut off‖_F / ‖exact update‖_F."""
-
-    module: Module
-    truncation_error: float = 0.0
-
-
 class Method(ABC):
-    """See the module's text."""
+    """See the module's text. fidelity: by form, how near it is to what was published; tied to a test."""
 
     type: ClassVar[str]
+    fidelity: ClassVar[Mapping[str, Fidelity]]
+    parameters: Any
     similarity_meaning: str
     explanation: str
 
     def __init__(self, parameters: Any, reference: LoadedReference, kinship: Kinship) -> None:
+        self.parameters = parameters
         self.reference = reference
         self.lineage = kinship.lineage
+        # What is unrelated to the aligned adapter is served on the aligned model, as far as anyone can tell.
+        self.on_aligned = kinship.lineage != "continued"
 
     @property
     def resolved(self) -> dict[str, str]:
@@ -95,24 +109,74 @@ class Method(ABC):
         """The seed of what was drawn, None where nothing is."""
         return None
 
+    def reaches(self, name: str) -> bool:
+        """Whether the reference holds what this method needs for a module."""
+        return True
+
+    @property
+    def adds_biases(self) -> bool:
+        """Whether proposals carry biases, for which the output file needs keys."""
+        return False
+
+    def rank(self, name: str, own: int) -> int:
+        """The rank of what `propose` gives for a module of rank `own`."""
+        return own
+
     @abstractmethod
     def similarity(self, module: Module) -> float: ...
+
+    def similarity_after(self, before: Module, after: Module) -> float:
+        """`similarity` of a repaired module; another question where the repair left the basis in which it is asked."""
+        return self.similarity(after)
 
     @abstractmethod
     def select(self, similarities: Mapping[str, float]) -> Selection: ...
 
     @abstractmethod
-    def patch(self, module: Module) -> Patched: ...
+    def propose(self, module: Module) -> Proposal: ...
+
+    def side_car(self) -> dict[str, Tensor]:
+        """Tensors to be delivered beside the adapter."""
+        return {}
 
     def relative(self, module: Module) -> tuple[Tensor, Tensor]:
         """(B, A) of the customer's update relative to the aligned model: Δ_t − Δ_a, or Δ_t where it sits on it."""
-        aligned = self.reference.aligned(module.name) if self.lineage == "continued" else None
+        aligned = None if self.on_aligned else self.reference.aligned(module.name)
         if aligned is None:
             return module.update
         b, a = aligned
         return lowrank.stack(module.update, (-b, a))
 
     def total(self, module: Module) -> tuple[Tensor, Tensor]:
-        """(B, A) of the update relative to the *unaligned* base: Δ_t, or Δ_a + Δ_t for fresh adapters."""
-        aligned = self.reference.aligned(module.name) if self.lineage == "fresh" else None
+        """(B, A) of the update relative to the *unaligned* base: Δ_t, or Δ_a + Δ_t for what sits on the aligned."""
+        aligned = self.reference.aligned(module.name) if self.on_aligned else None
         return module.update if aligned is None else lowrank.stack(aligned, module.update)
+
+    def general_share(self, module: Module) -> float:
+        """√(E_g / (E_g + E_s)), E the mean squared output of the update relative to the aligned model.
+
+        With P = A·W: E_s = ‖B·P·√μ‖², E_g = ‖B·P‖², over the eigenpairs that the reference keeps. 1 for no update.
+        """
+        b, a = self.relative(module)
+        pairs = self.reference.pairs(module.name)
+        p = a @ pairs.w
+        general = lowrank.inner(b, p, b, p)
+        safety = lowrank.inner(b, p * pairs.mu, b, p)
+        total = general + safety
+        return (max(general, 0.0) / total) ** 0.5 if total > 0 else 1.0
+
+
+GENERAL_SHARE = (
+    "how much of the fine-tuning's effect falls on general inputs rather than on safety prompts (square root of the "
+    "share): 1 means that it does nothing to safety prompts, 0.71 that it acts on both alike"
+)
+
+
+def everything(similarities: Mapping[str, float]) -> Selection:
+    """All modules, whatever their similarity."""
+    return Selection(frozenset(similarities))
+
+
+def lowest(similarities: Mapping[str, float]) -> list[str]:
+    """Names from the lowest similarity up; equal ones in the order of their names, so that a run can be repeated."""
+    return sorted(similarities, key=lambda name: (similarities[name], name))

@@ -1,0 +1,251 @@
+"""What a repair did, in numbers and warnings: from measurements of single modules to the parts of a report."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from safegraft.adapter import AdapterDescription, LoraModule, kind_of, layer_of, natural_order
+from safegraft.contracts.reference import ReferenceManifest
+from safegraft.contracts.report import LayerLine, ModuleLine, Spread, Summary, Warning
+from safegraft.engine import lowrank
+from safegraft.engine.methods.base import Method, Module, Selection
+
+# Part of the update's norm: what brings a module into the warning about truncation.
+ROUGH = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One module's line, and its energies: squared Frobenius norms relative to the aligned model."""
+
+    line: ModuleLine
+    energy: float
+    overlap: float
+    difference: float
+    biased: bool = False
+
+
+def of_repaired(
+    item: LoraModule,
+    method: Method,
+    before: Module,
+    after: Module,
+    *,
+    similarity: float,
+    selection: Selection,
+    differs: bool,
+    truncation_error: float,
+    biased: bool,
+) -> Measured:
+    """What was done to one module; `after` as it was rounded to the customer's dtype."""
+    b, a = method.relative(before)
+    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    # The difference of the two updates as one pair of factors: relative(after) − relative(before) without Δ_a.
+    own_b, own_a = before.update
+    new_b, new_a = after.update
+    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if differs else 0.0
+    overlap = lowrank.inner(*method.relative(after), b, a) if differs else energy
+    line = ModuleLine(
+        **_common(item, similarity, selection),
+        similarity_after=method.similarity_after(before, after) if differs else similarity,
+        repaired=differs,
+        kept=kept(overlap, energy, difference),
+        edit=edit(difference, energy),
+        truncation_error=truncation_error,
+    )
+    return Measured(line, energy, overlap, difference, biased)
+
+
+def of_untouched(item: LoraModule, method: Method, before: Module, similarity: float, selection: Selection) -> Measured:
+    b, a = method.relative(before)
+    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    line = ModuleLine(
+        **_common(item, similarity, selection),
+        similarity_after=similarity,
+        repaired=False,
+        kept=1.0,
+        edit=0.0,
+        truncation_error=0.0,
+    )
+    return Measured(line, energy, energy, 0.0)
+
+
+def _common(item: LoraModule, similarity: float, selection: Selection) -> dict[str, object]:
+    probability = selection.probability
+    return {
+        "name": item.name,
+        "layer": layer_of(item.name),
+        "kind": kind_of(item.name),
+        "rank": item.rank,
+        "similarity_before": similarity,
+        "selection_probability": probability.get(item.name) if probability is not None else None,
+    }
+
+
+def kept(overlap: float, energy: float, difference: float) -> float:
+    """⟨ΔW_out, ΔW_in⟩/‖ΔW_in‖². Of an update that is zero all is kept, unless something was put in its place."""
+    if energy > 0:
+        return overlap / energy
+    return 0.0 if difference > 0 else 1.0
+
+
+def edit(difference: float, energy: float) -> float:
+    """‖ΔW_out − ΔW_in‖/‖ΔW_in‖; 1 where a zero update was replaced, for which no ratio exists."""
+    if energy > 0:
+        return math.sqrt(difference / energy)
+    return 1.0 if difference > 0 else 0.0
+
+
+def summary(measured: Sequence[Measured]) -> Summary:
+    energy = sum(item.energy for item in measured)
+    lines = [item.line for item in measured]
+    difference = sum(item.difference for item in measured)
+    return Summary(
+        modules=len(lines),
+        repaired=sum(line.repaired for line in lines),
+        similarity=_spread([line.similarity_after for line in lines]),
+        similarity_before=_spread([line.similarity_before for line in lines]),
+        similarity_after=_spread([line.similarity_after for line in lines]),
+        kept=kept(sum(item.overlap for item in measured), energy, difference),
+        edit=edit(difference, energy),
+        truncation_error=max(line.truncation_error for line in lines),
+    )
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(min=min(values), median=statistics.median(values), max=max(values))
+
+
+def layers(lines: Iterable[ModuleLine]) -> list[LayerLine]:
+    """The mean of each layer's modules; modules of no layer come last."""
+    grouped: dict[int | None, list[ModuleLine]] = {}
+    for line in sorted(lines, key=lambda line: natural_order(line.name)):
+        grouped.setdefault(line.layer, []).append(line)
+    return [
+        LayerLine(
+            layer=layer,
+            similarity_before=statistics.fmean(line.similarity_before for line in group),
+            similarity_after=statistics.fmean(line.similarity_after for line in group),
+            modules=len(group),
+            repaired=sum(line.repaired for line in group),
+        )
+        for layer, group in sorted(grouped.items(), key=lambda item: (item[0] is None, item[0] or 0))
+    ]
+
+
+def warnings(
+    measured: Sequence[Measured],
+    selection: Selection,
+    unreached: Sequence[str],
+    description: AdapterDescription,
+    manifest: ReferenceManifest,
+    method: Method,
+    *,
+    patched: bool,
+) -> list[Warning]:
+    """What a reader has to know besides the numbers."""
+    lines = [item.line for item in measured]
+    found = [
+        _label(description, manifest),
+        _method(method, manifest),
+        _unreached(unreached, len(lines)) if method.type not in ("safetylock", "none") else None,
+        _without_effect(measured, selection) if patched else None,
+        _biases(measured, method) if patched else None,
+        _truncated(lines),
+    ]
+    return [item for item in found if item is not None]
+
+
+def _label(description: AdapterDescription, manifest: ReferenceManifest) -> Warning | None:
+    own, labels = description.config.base_model_name_or_path, manifest.base_model.labels
+    if own in labels:
+        return None
+    return Warning(
+        code="base_label_unknown",
+        message=f"The adapter calls its base model {(own or 'nothing')[:200]!r}; the reference was built for "
+        f"{' or '.join(labels)}. Names and shapes of all layers fit, but another model of the same family has the same "
+        "ones: make sure that it is the same model.",
+    )
+
+
+def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
+    if method.type != "nlsr" or not method.on_aligned or "gram" not in manifest.methods:
+        return None
+    return Warning(
+        code="method_may_not_help",
+        message="Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one "
+        "wherever this project measured it, however similar they became; the method gram did.",
+    )
+
+
+def _unreached(names: Sequence[str], total: int) -> Warning | None:
+    if not names:
+        return None
+    return Warning(
+        code="modules_not_reached",
+        message=f"{len(names)} of {_modules(total)} {'was' if len(names) == 1 else 'were'} left alone, because the "
+        f"reference holds nothing for them that this method needs (the first is {names[0]}). They show "
+        "a similarity of 1.",
+    )
+
+
+def _without_effect(measured: Sequence[Measured], selection: Selection) -> Warning | None:
+    unchanged = [item.line.name for item in measured if item.line.name in selection.names and not item.line.repaired]
+    if not unchanged:
+        return None
+    return Warning(
+        code="repair_without_effect",
+        message=f"{_modules(len(unchanged), 'selected ')} did not change (the first is {unchanged[0]}): the update is "
+        "zero, or already the reference's.",
+    )
+
+
+def _biases(measured: Sequence[Measured], method: Method) -> Warning | None:
+    biased = sum(item.biased for item in measured)
+    if biased:
+        return Warning(
+            code="biases_added",
+            message=f"{_modules(biased)} got a bias, which kept and edit do not see: both compare updates of weights. "
+            "Servers other than PEFT do not load it.",
+        )
+    if method.side_car():
+        return Warning(
+            code="side_car",
+            message="The adapter is as it was; the repair is in the side-car file and has no effect until a server "
+            "adds its biases to the attention outputs.",
+        )
+    return None
+
+
+def _truncated(lines: Sequence[ModuleLine]) -> Warning | None:
+    rough = [line for line in lines if line.truncation_error > ROUGH]
+    if not rough:
+        return None
+    worst = max(rough, key=lambda line: line.truncation_error)
+    return Warning(
+        code="truncated",
+        message=f"Bringing the result back to the adapter's rank lost more than 10 % of the update's norm in "
+        f"{_modules(len(rough))} (most in {worst.name}: {worst.truncation_error:.0%}). The output rank `exact` loses "
+        "nothing.",
+    )
+
+
+def _modules(count: int, which: str = "") -> str:
+    return f"{count} {which}module" + ("" if count == 1 else "s")
+
+
+def no_effect(measured: Sequence[Measured], selection: Selection, dtype: str) -> str | None:
+    """Why a repair that selected modules changed no update at all; None where it did, or had nothing selected.
+
+    selection: the modules that were promised to change.
+    """
+    chosen = [item for item in measured if item.line.name in selection.names]
+    if not chosen or any(item.difference > 0 or item.biased for item in chosen):
+        return None
+    if all(item.energy == 0 for item in chosen):
+        return "the adapter's update is zero in every selected module, as before any training"
+    return (
+        f"the repair of every selected module is smaller than what {dtype} can hold, or the adapter already is what "
+        "the repair would make of it"
+    )

@@ -1,0 +1,90 @@
+"""What a repair does to a model's next tokens: base, with the customer's adapter, and with the patched one.
+
+Needs the model, so it is no part of a job: whoever has it asks for it. The distributions compared are those of the
+first token of an answer, after the chat template's own beginning of it.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safegraft.contracts.report import Distance, Probe
+from safegraft.engine import models
+from safegraft.engine.build import BuildSources
+from safegraft.engine.conversations import Conversation, batches, encode
+from safegraft.engine.sources import is_adapter
+from safegraft.errors import InvalidParameter
+
+BATCH = 16
+
+
+def compare(
+    sources: BuildSources, prompts: Sequence[str], before: Path, after: Path, on_aligned: bool, device: str = "cpu"
+) -> Probe:
+    """before, after: adapter folders; on_aligned: they sit on the aligned model, as fresh ones do."""
+    from peft import PeftModel
+
+    beside = sources.aligned if is_adapter(sources.aligned) else None
+    if beside is not None and sources.base is None:
+        raise InvalidParameter(
+            "The aligned adapter needs the model on which it sits.", code="base_missing", param="base"
+        )
+    if beside is None and not on_aligned and sources.base is None:
+        raise InvalidParameter(
+            "A continued adapter sits on the unaligned model, which was not given.", code="base_missing", param="base"
+        )
+    folder = sources.base if sources.base is not None and (beside is not None or not on_aligned) else sources.aligned
+    tokenizer = models.load_tokenizer(folder)
+    model: Any = PeftModel.from_pretrained(models.load_model(folder, device), str(before), adapter_name="before")
+    model.load_adapter(str(after), "after")
+    under = []
+    if beside is not None and on_aligned:
+        # Active beside the others, not merged: merging into bf16 would add noise of the adapters' own size.
+        model.load_adapter(str(beside), "aligned")
+        under = ["aligned"]
+    model.eval()
+    found = {}
+    for name in ("before", "after"):
+        model.base_model.set_adapter([*under, name])
+        found[name] = _next_tokens(model, tokenizer, prompts)
+    if under:
+        model.base_model.set_adapter(under)
+        found["base"] = _next_tokens(model, tokenizer, prompts)
+    else:
+        with model.disable_adapter():
+            found["base"] = _next_tokens(model, tokenizer, prompts)
+    return Probe(
+        prompts=len(prompts),
+        prompts_sha256=hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
+        before_from_base=_distance(found["before"], found["base"]),
+        after_from_base=_distance(found["after"], found["base"]),
+        after_from_before=_distance(found["after"], found["before"]),
+    )
+
+
+@torch.inference_mode()
+def _next_tokens(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Log-probabilities (prompt, vocabulary), float32."""
+    encoded = [encode(tokenizer, Conversation(prompt)) for prompt in prompts]
+    rows: list[Tensor] = [torch.empty(0)] * len(prompts)
+    for batch in batches(encoded, BATCH, tokenizer.pad_token_id, left=True):
+        logits = model(
+            input_ids=batch.ids.to(model.device), attention_mask=batch.attention.to(model.device), use_cache=False
+        ).logits[:, -1]
+        for row, values in zip(batch.rows, logits.float().log_softmax(dim=-1).cpu(), strict=True):
+            rows[row] = values
+    return torch.stack(rows)
+
+
+def _distance(of: Tensor, other: Tensor) -> Distance:
+    """KL(of ‖ other), and agreement of the likeliest tokens."""
+    divergence = (of.exp() * (of - other)).sum(dim=1).mean()
+    return Distance(
+        divergence=max(0.0, float(divergence)),
+        same_token=float((of.argmax(dim=1) == other.argmax(dim=1)).float().mean()),
+    )
