@@ -47,6 +47,7 @@ check: .venv/.check
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign
+	@$(BIN)/python -m benchmarks.memory
 
 openapi: .venv/.ready
 	@$(BIN)/python -m service.export openapi/openapi.json
@@ -57,3 +58,8 @@ format: .venv/.check
 
 clean:
 	rm -rf .venv .cache .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The table in docs/methods.md: every method tried on tiny models of every architecture, and every parameter.
+.PHONY: methods
+methods: .venv/.ready
+	@$(BIN)/python -m tests.engine.method_table

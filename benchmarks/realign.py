@@ -17,70 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from benchmarks.shapes import SMOLLM2_135M, write_adapter, write_reference
 from safegraft.contracts.methods import GramParameters, NlsrParameters
-from safegraft.contracts.reference import PromptSet
 from safegraft.engine.pipeline import realign
-from safegraft.engine.reference import BuildSettings, Ingredients, LoadedReference, write_bundle
-from safegraft.engine.statistics import Statistics
+from safegraft.engine.reference import LoadedReference
 
-LAYERS, HIDDEN, INNER, KEYS = 30, 576, 1536, 192
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (INNER, HIDDEN),
-    "mlp.up_proj": (INNER, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INNER),
-}
-SITE = {"k_proj": "self_attn.q_proj", "v_proj": "self_attn.q_proj", "up_proj": "mlp.gate_proj"}
 RANKS = (8, 32, 128)
 PAIRS = 5
+# Of the eigenpairs of each layer input; a real reference for this model keeps about as many.
+PAIRS_KEPT = 500
 RESULTS = Path(__file__).parent / "results" / "realign.json"
-
-
-def write_adapter(folder: Path, rank: int) -> None:
-    folder.mkdir()
-    config = {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": [n.split(".")[1] for n in SHAPES],
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {}
-    for layer in range(LAYERS):
-        for name, (d, k) in SHAPES.items():
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, k, dtype=torch.bfloat16)
-            tensors[f"{key}.lora_B.weight"] = torch.randn(d, rank, dtype=torch.bfloat16) * 0.01
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def write_reference(folder: Path, rank: int = 32) -> None:
-    safety, general = Statistics(), Statistics()
-    shapes, factors = {}, {}
-    for layer in range(LAYERS):
-        for name, (d, k) in SHAPES.items():
-            full = f"model.layers.{layer}.{name}"
-            shapes[full] = (d, k)
-            factors[full] = (torch.randn(d, rank), torch.randn(rank, k))
-            safety.grams[full] = torch.eye(rank, dtype=torch.float64)
-            safety.sites[full] = f"model.layers.{layer}.{SITE.get(name.split('.')[1], name)}"
-            if safety.sites[full] == full:
-                for gathered in (safety, general):
-                    x = torch.randn(2 * k, k)
-                    gathered.second_moments[full] = x.T @ x / len(x)
-    prompts = PromptSet(sha256="0" * 64, conversations=0, tokens=0, response_tokens=0, answered_by_model=False)
-    ingredients = Ingredients(
-        labels=["random"], config_sha256="0" * 64, architecture="random", dtype="float32", shapes=shapes,
-        aligned_sha256="0" * 64, aligned_config_sha256="0" * 64,
-            skipped_prefix=0, factors=factors, safety=safety, safety_prompts=prompts, general=general,
-        general_prompts=prompts,
-    )  # fmt: skip
-    write_bundle(folder, ingredients, BuildSettings())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -101,10 +48,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         print("building a reference of SmolLM2-135M's shapes …")
-        write_reference(work / "reference")
+        write_reference(work / "reference", SMOLLM2_135M, rank=32, pairs=PAIRS_KEPT)
         reference = LoadedReference(work / "reference")
         for rank in RANKS:
-            write_adapter(work / f"rank{rank}", rank)
+            write_adapter(work / f"rank{rank}", SMOLLM2_135M, rank)
             weights = work / f"rank{rank}" / "adapter_model.safetensors"
             for parameters in (NlsrParameters(form="neuron"), GramParameters()):
                 ratios = []

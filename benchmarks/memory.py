@@ -1,0 +1,80 @@
+"""Peak resident memory of a realignment, above the interpreter's own: `make bench`.
+
+A Llama-3-8B-shaped adapter of rank 128 (335.5 million parameters, 671 MB in bf16) is realigned by every method, each in
+a process of its own that first imports the engine and notes its peak so far. Adds to benchmarks/results/memory.json.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import LLAMA_3_8B, write_adapter, write_reference
+from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.engine.pipeline import realign
+from safegraft.engine.reference import LoadedReference
+
+RANK, PAIRS = 128, 128
+ROWS: dict[str, dict[str, Any]] = {
+    "nlsr": {"type": "nlsr", "skip_share": 0.0},
+    "gram": {"type": "gram"},
+    "gram, four strengths": {"type": "gram"},
+    "safelora": {"type": "safelora", "threshold": 1.0},
+    "antidote": {"type": "antidote"},
+    "safetylock": {"type": "safetylock"},
+}
+STRENGTHS = {"gram, four strengths": [0.1, 0.3, 1.0, 3.0]}
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+
+
+def peak() -> float:
+    """Megabytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def one(work: Path, name: str) -> None:
+    """In a process of its own: prints the peak before and after."""
+    torch.linalg.svd(torch.randn(64, 64) @ torch.randn(64, 64))  # loads the linear algebra
+    before = peak()
+    reference = LoadedReference(work / "reference")
+    parameters = METHOD_PARAMETERS.validate_python(ROWS[name])
+    report = realign(work / "adapter", reference, parameters, work / "out", strengths=STRENGTHS.get(name, []))
+    print(json.dumps({"before": before, "after": peak(), "repaired": report.summary.repaired}))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        print("writing an adapter and a reference in Llama-3-8B's shapes …")
+        write_adapter(work / "adapter", LLAMA_3_8B, RANK)
+        write_reference(work / "reference", LLAMA_3_8B, rank=RANK, pairs=PAIRS)
+        size = (work / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6
+        for row in ROWS:
+            command = [sys.executable, "-m", "benchmarks.memory", str(work), row]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            subprocess.run(["rm", "-rf", str(work / "out")], check=True)
+            found = json.loads(done.stdout)
+            above = round(found["after"] - found["before"])
+            rows.append({"method": row, "megabytes_above_interpreter": above, "repaired": found["repaired"]})
+            print(f"{row:22} {above:5} MB above the interpreter's {found['before']:.0f} MB ({size:.0f} MB adapter)")
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        json.dumps({"machine": machine, "adapter_megabytes": round(size), "rows": rows}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        one(Path(sys.argv[1]), sys.argv[2])
+    else:
+        main()
