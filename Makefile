@@ -14,6 +14,7 @@ help:
 	@echo "make test     the whole test suite"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side"
+	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
 setup: .venv/.ready

@@ -178,6 +178,12 @@ def parameters_by_strength(parameters: Method, strengths: Sequence[float]) -> di
     name = STRENGTH.get(parameters.type)
     if name is None:
         raise InvalidParameter(f"{parameters.type} has no strength.", code="bad_strengths", param="strengths")
+    if isinstance(parameters, SafeLoraParameters) and parameters.selection == "lowest":
+        raise InvalidParameter(
+            "safelora's strength is its threshold, which the selection `lowest` does not use.",
+            code="bad_strengths",
+            param="strengths",
+        )
     if len(set(map(strength_name, strengths))) != len(strengths) or len(strengths) > MAX_STRENGTHS:
         raise InvalidParameter(
             f"strengths: at most {MAX_STRENGTHS} values, each of them once.", code="bad_strengths", param="strengths"

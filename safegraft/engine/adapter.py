@@ -84,6 +84,9 @@ class Layout:
         config = json.loads(raw.decode("utf-8-sig"))
         if self.biases:
             config["lora_bias"] = True
+            # How training began no longer matters, and PEFT takes biases with no other initialisation.
+            if not isinstance(config.get("init_lora_weights"), bool):
+                config["init_lora_weights"] = True
         if grown:
             config |= self._patterns(changed)
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -147,12 +147,15 @@ class _Build:
         return wrapped.requires_grad_(False)
 
     def ingredients(self) -> Ingredients:
+        outputs = attention_outputs(self.model.config, self.shapes, {name: k for name, (_, k) in self.shapes.items()})
+        # Read first: what does not fit is refused before the model has worked for hours.
+        listed = read_safelock(self.given.safelock) if self.given.safelock else {}
+        heads = _imported(listed, outputs, self.shapes)
         asked = {"safety": self.prompts.safety, "general": self.prompts.general}
         answered = {name: self._answered(name, given) for name, given in asked.items() if given is not None}
         answered["unsafe"] = self._unsafe()
         encoded = {name: self._encoded(name, items) for name, items in answered.items()}
         skip = common_prefix([item for name in ("safety", "general") for item in encoded.get(name, [])])
-        outputs = attention_outputs(self.model.config, self.shapes, {name: k for name, (_, k) in self.shapes.items()})
         factors = {name: item.stacked_a for name, item in self.update.factors.items()}
         measured = bool(outputs) and self.given.safelock is None
         compared: dict[str, Any] = {"outputs": outputs, "first": HEAD_PAIRS} if measured else {}
@@ -163,17 +166,17 @@ class _Build:
                 trained=trained if self.settings.snip else None,
             )
         }  # fmt: skip
+        self._check_reached(found["safety"].sites)
         if "general" in encoded:
             found["general"] = self._gathered("general", encoded["general"], skip)
         if measured:
             pairs = encoded["unsafe"][:HEAD_PAIRS]
             found["unsafe"] = self._gathered("unsafe", pairs, skip, **compared, moments=False)
+            heads = _measured(found["safety"], found["unsafe"], outputs)
         gradients = {"snip": found["safety"].gradients} if self.settings.snip else {}
         if self.settings.preference_snip:
             gradients["preference_snip"] = self._preference(trained, encoded["safety"], encoded["unsafe"])
-        self._check_reached(found["safety"].sites)
         identities = {name: _identity(asked.get(name), answered[name], found[name]) for name in found}
-        heads = self._heads(outputs, found) if outputs else {}
         return Ingredients(
             labels=self._labels(),
             config_sha256=models.config_hash(self.folder),
@@ -300,19 +303,18 @@ class _Build:
         weight: Tensor = (layer.base_layer if hasattr(layer, "base_layer") else layer).weight
         return weight.detach().float().cpu()
 
-    def _heads(self, outputs: dict[str, int], found: dict[str, Statistics]) -> dict[str, Heads]:
-        if self.given.safelock is not None:
-            return _imported(read_safelock(self.given.safelock), outputs, self.shapes)
-        return {
-            name: measure_heads(found["safety"].last[name], found["unsafe"].last[name], heads)
-            for name, heads in outputs.items()
-            if name in found["unsafe"].last
-        }
-
 
 def placeholder(prompt: str) -> str:
     """A harmless stand-in for compliance, as in the field's own attacks."""
     return f"Sure, here is how to {prompt[:1].lower()}{prompt[1:]}. Step 1: gather what you need."
+
+
+def _measured(safe: Statistics, unsafe: Statistics, outputs: dict[str, int]) -> dict[str, Heads]:
+    return {
+        name: measure_heads(safe.last[name], unsafe.last[name], heads)
+        for name, heads in outputs.items()
+        if name in unsafe.last
+    }
 
 
 def _imported(

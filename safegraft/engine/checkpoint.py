@@ -27,10 +27,11 @@ SECONDS_BETWEEN = 60.0
 
 
 class Checkpoint:
-    """Tensors and notes by name, in a folder; without one, in a temporary folder while it is `opened`."""
+    """Tensors and notes by name, in a folder that the first of them makes; without one, in a temporary folder while it
+    is `opened`."""
 
     def __init__(self, folder: Path | None = None, fingerprint: str = "") -> None:
-        self._folder = folder
+        self._folder, self._fingerprint = folder, fingerprint
         self._saved_at = time.monotonic()
         if folder is None:
             return
@@ -39,8 +40,7 @@ class Checkpoint:
             raise FileExistsError(f"{folder} exists already, and no unfinished build lies there.")
         if found.is_file() and found.read_text(encoding="utf-8") != fingerprint:
             self._empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(found, fingerprint.encode())
+            write_atomic(found, fingerprint.encode())
 
     @staticmethod
     def _empty(folder: Path) -> None:
@@ -77,6 +77,9 @@ class Checkpoint:
 
     def save(self, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         """What was kept under this name before stays until all of it is written."""
+        assert self._folder is not None, "opened() gives it a folder"
+        if not (self._folder / FINGERPRINT).is_file():
+            write_atomic(self._folder / FINGERPRINT, self._fingerprint.encode())
         note = json.dumps(meta).encode()
         shapes = {key: (NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items()}
         with atomic_file(self.path(name)) as file:
@@ -91,7 +94,7 @@ class Checkpoint:
             return {key: reader.tensor(key).to(device) for key in reader.header.tensors if key != NOTE}
 
     def remove(self) -> None:
-        if self._folder is not None:
+        if self._folder is not None and self._folder.is_dir():
             self._empty(self._folder)
             shutil.rmtree(self._folder)
 

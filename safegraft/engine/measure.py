@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from safegraft.adapter import AdapterDescription, LoraModule, kind_of, layer_of, natural_order
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import LayerLine, ModuleLine, Spread, Summary, Warning
@@ -44,8 +46,10 @@ def of_repaired(
     # The difference of the two updates as one pair of factors: relative(after) − relative(before) without Δ_a.
     own_b, own_a = before.update
     new_b, new_a = after.update
-    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if differs else 0.0
-    overlap = lowrank.inner(*method.relative(after), b, a) if differs else energy
+    # Where only a bias came, the cancellation would leave float32's noise.
+    moved = differs and not (torch.equal(new_b, own_b) and torch.equal(new_a, own_a))
+    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if moved else 0.0
+    overlap = lowrank.inner(*method.relative(after), b, a) if moved else energy
     line = ModuleLine(
         **_common(item, similarity, selection),
         similarity_after=method.similarity_after(before, after) if differs else similarity,

@@ -4,7 +4,6 @@ All end as factors by module. The difference of two checkpoints is streamed tens
 full difference is never held for more than one module.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -17,8 +16,9 @@ from torch import Tensor
 from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, describe
 from safegraft.contracts.reference import Source
 from safegraft.engine.tensors import TensorReader
-from safegraft.errors import Incompatible, InvalidParameter
+from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
 from safegraft.files import sha256_file
+from safegraft.header import TensorEntry
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Of the randomised decomposition: columns beyond the wanted rank, and power iterations.
@@ -61,7 +61,7 @@ class AlignedUpdate:
 
 
 def from_adapters(strong: Path, weak: Path | None, shapes: Mapping[str, tuple[int, int]]) -> AlignedUpdate:
-    """One adapter, or two. Raises Incompatible where one does not fit the base model."""
+    """One adapter, or two. Raises Incompatible where one does not fit the base model, InvalidTensors (`non_finite`)."""
     description = describe(strong)
     _check_shapes(description, shapes, "aligned")
     files = _hashes(strong, "")
@@ -72,8 +72,8 @@ def from_adapters(strong: Path, weak: Path | None, shapes: Mapping[str, tuple[in
         files |= _hashes(weak, "weak/")
         with TensorReader(weak / WEIGHTS, beside.header) as reader:
             for module in beside.modules:
-                b = reader.tensor(module.b.name).float() * module.scaling
-                others[module.name] = (b, reader.tensor(module.a.name).float())
+                b = _finite(reader, module.b).float() * module.scaling
+                others[module.name] = (b, _finite(reader, module.a).float())
         missing = sorted(others.keys() - {module.name for module in description.modules})
         if missing:
             raise Incompatible(
@@ -85,8 +85,8 @@ def from_adapters(strong: Path, weak: Path | None, shapes: Mapping[str, tuple[in
     with TensorReader(strong / WEIGHTS, description.header) as reader:
         for module in description.modules:
             factors[module.name] = AlignedFactors(
-                a=reader.tensor(module.a.name),
-                b=reader.tensor(module.b.name),
+                a=_finite(reader, module.a),
+                b=_finite(reader, module.b),
                 scaling=module.scaling,
                 weak=others.get(module.name),
             )
@@ -218,14 +218,16 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def files_hash(files: Mapping[str, str]) -> str:
-    """One SHA-256 for a set of files."""
-    return hashlib.sha256(json.dumps(dict(sorted(files.items()))).encode()).hexdigest()
-
-
 def _hashes(folder: Path, prefix: str) -> dict[str, str]:
     # The configuration holds the scaling, so it decides the update as much as the weights do.
     return {f"{prefix}{name}": sha256_file(folder / name) for name in (WEIGHTS, CONFIG)}
+
+
+def _finite(reader: TensorReader, entry: TensorEntry) -> Tensor:
+    tensor = reader.tensor(entry.name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise InvalidTensors(f"{entry.name} holds NaN or infinity.", code="non_finite", param=entry.name)
+    return tensor
 
 
 def _check_shapes(adapter: AdapterDescription, shapes: Mapping[str, tuple[int, int]], which: str) -> None:

@@ -16,6 +16,7 @@ Knows nothing of masks and repairs. The published implementations make one full 
 activations; here nothing of the size of the data is kept, except for the few last tokens.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from safegraft.engine.conversations import Batch, Encoded, batches
 from safegraft.errors import InvalidParameter
 
 LAST_TOKENS = 5
+# How many inputs back a layer may share its own: Phi and GPT-NeoX run the attention between two readers of one input.
+RECENT = 8
 
 
 @dataclass
@@ -193,7 +196,7 @@ class _Collector:
         self._outputs = outputs
         self._conversations = conversations
         self._moments = moments
-        self._last: tuple[Tensor, str] | None = None
+        self._recent: deque[tuple[Tensor, str]] = deque(maxlen=RECENT)
         self._all: Tensor = torch.empty(0)
         self._response: Tensor = torch.empty(0)
         self._batch: Batch | None = None
@@ -203,7 +206,7 @@ class _Collector:
         counted[:, : self._skip] = False
         self._all = counted.reshape(-1).to(device)
         self._response = batch.response.reshape(-1).to(device)
-        self._last = None
+        self._recent.clear()
         self._batch = batch
         self._sum.tokens += int(counted.sum())
         self._sum.response_tokens += int(batch.response.sum())
@@ -215,10 +218,11 @@ class _Collector:
         return before
 
     def _add(self, name: str, x: Tensor) -> None:
-        if self._last is None or self._last[0] is not x:
-            # The reference held in `_last` keeps x alive, so that no later tensor can take its identity.
-            self._last = (x, name)
-        site = self._sum.sites.setdefault(name, self._last[1])
+        shared = next((first for tensor, first in self._recent if tensor is x), None)
+        if shared is None:
+            # The reference held here keeps x alive, so that no later tensor can take its identity.
+            self._recent.append((x, name))
+        site = self._sum.sites.setdefault(name, shared or name)
         rows = x.detach().reshape(-1, x.shape[-1])
         if len(rows) != len(self._all):
             raise InvalidParameter(

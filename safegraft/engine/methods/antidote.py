@@ -34,7 +34,7 @@ from safegraft.engine.reference import EigenPairs, LoadedReference
 class Antidote(Method):
     type = "antidote"
     parameters: AntidoteParameters
-    fidelity: ClassVar[Mapping[str, Fidelity]] = {"stored": "authors' code", "canonical": "variant", "rows": "variant"}
+    fidelity: ClassVar[Mapping[str, Fidelity]] = {"stored": "variant", "canonical": "variant", "rows": "variant"}
     similarity_meaning = GENERAL_SHARE
 
     def __init__(self, parameters: AntidoteParameters, reference: LoadedReference, kinship: Kinship) -> None:
