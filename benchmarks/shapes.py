@@ -150,7 +150,10 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
         safetylock=SafetyLockStatistics(
             source="random",
             layers=dict.fromkeys(
-                outputs, HeadLayer(heads=shape.heads, accuracy=[0.9] * shape.heads, unexplained=0.1)
+                outputs,
+                HeadLayer(
+                    heads=shape.heads, accuracy=[0.9] * shape.heads, separation=[2.0] * shape.heads, unexplained=0.1
+                ),
             ),
         ),
         methods=methods,

@@ -2,6 +2,7 @@
 
     python examples/compare.py                       examples/fresh and examples/continued
     python examples/compare.py --adapter FOLDER …    another adapter for SmolLM2-135M-Instruct
+    python examples/compare.py --page                writes the tables into docs/methods.md
 
 Builds the reference from examples/aligned if it is not given, repairs the adapter in each way, and asks held-out
 prompts. Results are added to the JSON file row by row, and rows that it holds already are not measured again: a run
@@ -28,6 +29,8 @@ from safegraft.errors import UserError
 HERE = Path(__file__).parent
 WORK = HERE.parent / ".demo"
 RESULTS = HERE / "results" / "compare.json"
+PAGE = HERE.parent / "docs" / "methods.md"
+MARKERS = "<!-- measured -->", "<!-- /measured -->"
 BEFORE, ALIGNED = "no repair", "the aligned model"
 # Row → parameters. Those of one method stand together, its default first.
 ROWS: dict[str, dict[str, Any]] = {
@@ -56,6 +59,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "safetylock α=6": {"type": "safetylock"},
     "safetylock α=6, biases": {"type": "safetylock", "output": "lora_bias"},
     "safetylock α=2, biases": {"type": "safetylock", "output": "lora_bias", "strength": 2.0},
+    "safetylock α=6, 6 heads, biases": {"type": "safetylock", "output": "lora_bias", "heads": 6},
 }  # fmt: skip
 
 
@@ -106,6 +110,19 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def page(results: dict[str, Any]) -> str:
+    """What stands in docs/methods.md between the markers."""
+    parts = [f"**`examples/{name}`**\n\n{table(rows)}" for name, rows in results.items()]
+    return "\n\n".join(parts)
+
+
+def write_page(results: dict[str, Any], path: Path = PAGE) -> None:
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKERS[0])
+    _, _, after = rest.partition(MARKERS[1])
+    path.write_text(f"{before}{MARKERS[0]}\n\n{page(results)}\n\n{MARKERS[1]}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", type=Path, action="append", default=[])
@@ -117,8 +134,12 @@ def main() -> None:
     parser.add_argument("--row", action="append", default=[], help="only this row; repeatable")
     parser.add_argument("-n", type=int, default=40, help="harmful prompts, and as many benign ones")
     parser.add_argument("--tasks", type=int, default=96)
+    parser.add_argument("--page", action="store_true", help="write what was measured into docs/methods.md, and end")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if arguments.page:
+        write_page(json.loads(arguments.results.read_text()))
+        return
     WORK.mkdir(exist_ok=True)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(arguments.results.read_text()) if arguments.results.exists() else {}

@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
 def _version(raw: bytes) -> object:
     try:
         found = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return SCHEMA_VERSION  # the validation after this says what is wrong
     return found.get("schema_version") if isinstance(found, dict) else SCHEMA_VERSION
 

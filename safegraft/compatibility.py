@@ -240,16 +240,16 @@ def _check_gram(
 
 
 def top_heads(manifest: ReferenceManifest, count: int) -> dict[str, list[int]]:
-    """The `count` heads whose probes tell safe from unsafe answers best, by output projection, in the model's order."""
+    """The `count` heads that tell safe from unsafe answers best, by output projection, in the model's order."""
     assert manifest.safetylock is not None, "a manifest that offers safetylock holds its heads"
     order = [
-        (-accuracy, at, head, layer)
+        (-accuracy, -found.separation[head], at, head, layer)
         for at, (layer, found) in enumerate(manifest.safetylock.layers.items())
         for head, accuracy in enumerate(found.accuracy)
         if accuracy > 0.0
     ]
     chosen: dict[str, list[int]] = {}
-    for _, _, head, layer in sorted(order)[:count]:
+    for *_, head, layer in sorted(order)[:count]:
         chosen.setdefault(layer, []).append(head)
     return {layer: sorted(chosen[layer]) for layer in manifest.safetylock.layers if layer in chosen}
 

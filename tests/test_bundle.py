@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safegraft.bundle import GRAM, MANIFEST, NLSR, read_manifest, reference_id, verify_bundle
+from safegraft.bundle import GRAM, MANIFEST, NLSR, SAFETYLOCK, read_manifest, reference_id, verify_bundle
 from safegraft.errors import CorruptReference
 from safegraft.files import sha256_file
 
@@ -23,12 +23,12 @@ def flip(path: Path, at: int) -> None:
 
 
 def test_a_bundle_as_it_was_built_is_sound(copy: Path) -> None:
-    assert set(verify_bundle(copy).files) == {NLSR, GRAM}
-    assert {path.name for path in copy.iterdir()} == {MANIFEST, NLSR, GRAM}
+    assert set(verify_bundle(copy).files) == {NLSR, GRAM, SAFETYLOCK}
+    assert {path.name for path in copy.iterdir()} == {MANIFEST, NLSR, GRAM, SAFETYLOCK}
 
 
 @pytest.mark.parametrize("at", [0, 100, -1])
-@pytest.mark.parametrize("name", [NLSR, GRAM])
+@pytest.mark.parametrize("name", [NLSR, GRAM, SAFETYLOCK])
 def test_a_flipped_byte_is_found_and_its_file_named(copy: Path, name: str, at: int) -> None:
     flip(copy / name, at)
     with pytest.raises(CorruptReference) as caught:
@@ -48,7 +48,7 @@ def test_a_flipped_byte_of_the_manifest_is_found_or_changes_the_identity(copy: P
         assert reference_id(after) != reference_id(before)
 
 
-@pytest.mark.parametrize("name", [NLSR, GRAM])
+@pytest.mark.parametrize("name", [NLSR, GRAM, SAFETYLOCK])
 @pytest.mark.parametrize("how", ["missing", "longer", "empty", "a folder"])
 def test_a_file_that_is_not_the_recorded_one_is_named(copy: Path, name: str, how: str) -> None:
     data = (copy / name).read_bytes()
@@ -62,13 +62,26 @@ def test_a_file_that_is_not_the_recorded_one_is_named(copy: Path, name: str, how
     assert caught.value.param == str(copy / name)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"{" * 100_000, b"\xff", b'{"schema_version": 2}'])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[]", b"2", b"{" * 100_000, b"\xff", b'{"schema_version": 2}'])
 def test_an_unreadable_manifest_is_corrupt(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(CorruptReference) as caught:
         verify_bundle(tmp_path)
     assert caught.value.param == str(tmp_path / MANIFEST)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2", 2.5, None, True, [2]])
+def test_a_manifest_of_another_form_is_told_from_a_broken_one(copy: Path, version: object) -> None:
+    manifest = json.loads((copy / MANIFEST).read_bytes())
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"schema_version": version}))
+    with pytest.raises(CorruptReference) as caught:
+        verify_bundle(copy)
+    assert (caught.value.code, caught.value.param) == ("reference_version", str(copy / MANIFEST))
+    (copy / MANIFEST).write_text(json.dumps(manifest | {"name": 3}))
+    with pytest.raises(CorruptReference) as caught:
+        verify_bundle(copy)
+    assert (caught.value.code, caught.value.param) == ("corrupt_reference", str(copy / MANIFEST))
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/b", ""])

@@ -62,8 +62,8 @@ def manifest(**changes: Any) -> ReferenceManifest:
         safetylock=SafetyLockStatistics(
             source="measured",
             layers={
-                Q: HeadLayer(heads=2, accuracy=[0.9, 0.7], unexplained=0.1),
-                UP: HeadLayer(heads=2, accuracy=[0.9, 0.0], unexplained=0.1),
+                Q: HeadLayer(heads=2, accuracy=[0.9, 0.7], separation=[2.0, 2.0], unexplained=0.1),
+                UP: HeadLayer(heads=2, accuracy=[0.9, 0.0], separation=[2.0, 2.0], unexplained=0.1),
             },
         ),
         methods=["nlsr", "gram", "safelora", "antidote", "safetylock", "none"],
@@ -196,9 +196,14 @@ def test_nothing_is_recommended_where_nothing_would_serve() -> None:
     assert "safelora" in caught.value.hint
 
 
-def test_the_best_heads_come_first_and_equal_ones_in_the_model_s_order() -> None:
+def test_the_best_heads_come_first_then_those_further_apart_then_the_model_s_order() -> None:
     assert top_heads(manifest(), 1) == {Q: [0]}
     assert top_heads(manifest(), 2) == {Q: [0], UP: [0]}
+    known = manifest().safetylock
+    assert known is not None
+    layers = known.layers | {UP: HeadLayer(heads=1, accuracy=[0.9], separation=[3.0], unexplained=0.1)}
+    apart = manifest(safetylock=SafetyLockStatistics(source="measured", layers=layers))
+    assert top_heads(apart, 1) == {UP: [0]}
     # A head whose probe is never right is no head to push.
     assert top_heads(manifest(), 99) == {Q: [0, 1], UP: [0]}
 

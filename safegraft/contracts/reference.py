@@ -65,7 +65,8 @@ class Origin(Strict):
 
 
 class PromptSet(Strict):
-    """forward_passes: how often the model read the whole set for its statistics (answering is counted apart)."""
+    """forward_passes: how often the model read the whole set for its statistics. Answering, and the passes
+    over pairs that preference_snip takes, are not counted."""
 
     sha256: str
     conversations: int
@@ -106,10 +107,13 @@ class GramStatistics(Strict):
 
 class HeadLayer(Strict):
     """The attention heads that one output projection reads. accuracy: of a linear probe for each head, on answers that
-    it did not see averaged with those it did; unexplained: the error of a rank-one update in place of a bias there."""
+    it did not see averaged with those it did; separation: of safe from unsafe answers along the head's direction, in
+    standard deviations, which decides between equal accuracies; unexplained: the error of a rank-one update in place
+    of a bias there."""
 
     heads: int
     accuracy: list[float]
+    separation: list[float]
     unexplained: float
 
 

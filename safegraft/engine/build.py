@@ -330,7 +330,7 @@ def _imported(
                 f"The .safelock file names layer {layer}; the model has no such layer.", param="safelock"
             )
         heads, size = outputs[name], shapes[name][1] // outputs[name]
-        parts = torch.zeros(heads, size), torch.zeros(heads), torch.zeros(heads)
+        parts = torch.zeros(heads, size), torch.zeros(heads), torch.zeros(heads), torch.zeros(heads)
         for head, direction, sigma in listed:
             if head >= heads or len(direction) != size:
                 raise Incompatible(

@@ -375,7 +375,9 @@ def _write_heads(path: Path, ingredients: Ingredients) -> SafetyLockStatistics:
             f"{name}.mean": mean.float(),
             f"{name}.constant": constant.float(),
         }
-        layers[name] = HeadLayer(heads=heads, accuracy=found.accuracy.tolist(), unexplained=unexplained)
+        layers[name] = HeadLayer(
+            heads=heads, accuracy=found.accuracy.tolist(), separation=found.separation.tolist(), unexplained=unexplained
+        )
     with atomic_file(path) as file:
         writer = TensorWriter(file, {key: (NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()})
         for key, value in tensors.items():

@@ -4,7 +4,8 @@ From the inputs of each attention output projection at the last tokens of safe a
 direction θ = unit(mean safe − mean unsafe), the standard deviation σ of all activations along it, and how well a linear
 probe tells the two apart. The published code ranks heads by the mean of the probe's accuracy on answers that it saw and
 on the 40 % that it did not, and splits single tokens; here whole conversations are split, so that no answer is on both
-sides.
+sides. Where probes tell everything apart, as they do where unsafe answers are one placeholder, accuracies are equal and
+the distance between the two kinds decides.
 """
 
 from collections.abc import Iterable
@@ -16,16 +17,20 @@ from torch import Tensor
 
 HELD_OUT = 0.4
 RIDGE = 1e-2
+# Of means that nothing spreads around; a number that JSON can hold.
+SEPARATE = 1e6
 _OUTPUTS = ("o_proj", "dense", "out_proj", "wo", "c_proj")
 
 
 @dataclass(frozen=True)
 class Heads:
-    """All heads of one output projection: directions (heads, size), sigma (heads,), accuracy (heads,)."""
+    """All heads of one output projection: directions (heads, size), sigma (heads,), accuracy (heads,), and separation
+    (heads,), the distance of the two means along the direction in standard deviations within them."""
 
     directions: Tensor
     sigma: Tensor
     accuracy: Tensor
+    separation: Tensor
 
 
 def attention_outputs(config: Any, modules: Iterable[str], inputs: dict[str, int]) -> dict[str, int]:
@@ -51,7 +56,11 @@ def measure_heads(safe: Tensor, unsafe: Tensor, heads: int, seed: int = 0) -> He
     directions = torch.where(length > 0, difference / length.clamp_min(1e-30), 0.0)
     along = torch.einsum("hcnts,hs->hcnt", split, directions)
     sigma = along.reshape(heads, -1).std(dim=1, correction=0)
-    return Heads(directions, sigma, _probe(split, seed))
+    flat = along.reshape(heads, 2, -1)
+    within = flat.var(dim=2, correction=0).mean(dim=1).sqrt()
+    apart = flat[:, 0].mean(dim=1) - flat[:, 1].mean(dim=1)
+    separation = torch.where(apart > 0, apart / within.clamp_min(1e-30), 0.0).clamp_max(SEPARATE)
+    return Heads(directions, sigma, _probe(split, seed), separation)
 
 
 def _probe(split: Tensor, seed: int) -> Tensor:

@@ -68,7 +68,7 @@ class Toy:
         size = k // head_count
         directions = torch.nn.functional.normalize(random(head_count, size), dim=1)
         accuracy = torch.linspace(1.0, 0.5, head_count)
-        self.heads = Heads(directions, random(head_count).abs() + 0.1, accuracy)
+        self.heads = Heads(directions, random(head_count).abs() + 0.1, accuracy, accuracy)
         update = AlignedUpdate(source, {} if source == "none" else {NAME: factors})  # type: ignore[arg-type]
         ingredients = Ingredients(
             labels=["toy"], config_sha256="0" * 64, architecture="Toy", dtype="float32", shapes={NAME: (d, k)},

@@ -1,4 +1,4 @@
-"""On a GPU: the same repair as on the CPU, within what float32 sums in another order can differ. Skipped without one."""
+"""On a GPU: the same repair as on the CPU, within what sums in another order can differ. Skipped without one."""
 
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,7 @@ import pytest
 
 from safegraft.contracts.report import ModuleLine, Report
 from safegraft.report import render, to_csv, to_json
-from tests.report.samples import line, lines, report
+from tests.report.samples import METHODS, five, line, lines, probe, report
 
 
 def test_render_writes_four_files_beside_a_stem_with_dots(tmp_path: Path) -> None:
@@ -23,10 +23,25 @@ def test_equal_reports_give_equal_files(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
-@pytest.mark.parametrize("method", ["nlsr", "gram"])
-def test_json_reads_back_as_the_same_report(method: str) -> None:
-    original = report(lines(3), method=method)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lineage", ["continued", "fresh", "foreign"])
+def test_json_reads_back_as_the_same_report(method: str, lineage: str) -> None:
+    original = report(lines(3), method=method, lineage=lineage, output_rank="exact", probe=probe())
     assert Report.model_validate_json(to_json(original)) == original
+
+
+def test_json_holds_every_strength_and_its_digest() -> None:
+    original = five()
+    again = Report.model_validate_json(to_json(original))
+    assert again == original
+    assert [variant.strength for variant in again.variants] == [0.3, 0.1, 3, 0.5, 1], "in the order asked for"
+    assert len({variant.output.sha256 for variant in again.variants if variant.output}) == 5
+
+
+def test_csv_holds_the_modules_of_the_first_strength_alone() -> None:
+    original = five()
+    rows = list(csv.DictReader(io.StringIO(to_csv(original), newline="")))
+    assert [row["name"] for row in rows] == [module.name for module in original.modules]
 
 
 def test_csv_holds_every_field_of_every_module() -> None:

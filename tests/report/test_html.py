@@ -3,15 +3,40 @@
 import base64
 import hashlib
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 
-from safegraft.contracts.methods import NlsrParameters
-from safegraft.contracts.report import ReferenceUsed, Warning
+from safegraft.cli import parse_parameters
+from safegraft.contracts.methods import (
+    AntidoteParameters,
+    GramParameters,
+    Method,
+    NlsrParameters,
+    SafeLoraParameters,
+    SafetyLockParameters,
+)
+from safegraft.contracts.report import Digest, Recommendation, ReferenceUsed, Report, Warning
 from safegraft.report import to_html
 from safegraft.report.html import MAX_ROWS
-from tests.report.samples import KINDS, line, lines, report, sha
+from tests.report.samples import (
+    BIASES,
+    KINDS,
+    METHODS,
+    SIDE_CAR,
+    five,
+    line,
+    lines,
+    parameters_of,
+    probe,
+    report,
+    sha,
+    sweep,
+    variant,
+)
 
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}&amp;</style></title>"
@@ -58,18 +83,27 @@ def hostile_page() -> str:
         line("model.layers.1.q_proj", 1, 0.8),
         line("model.layers.2.\u202eq_proj\x00\x1b", 2, 0.8),
     ]
+    several = [variant(0.1, 0.3, 0.7, output=HOSTILE), variant(3, 0.8, 0.2)]
     return to_html(
-        report(
-            modules,
+        sweep(
+            *(item.model_copy(update={"output": Digest(sha256=HOSTILE, bytes=1)}) for item in several),
+            modules=modules,
             base_model=HOSTILE,
             reference=ReferenceUsed(id=HOSTILE, name=HOSTILE, sha256=HOSTILE),
+            recommendation=Recommendation(method=HOSTILE, reason=f"\u202e{HOSTILE}"),
+            strength_parameter=HOSTILE,
+            probe=probe().model_copy(update={"prompts_sha256": HOSTILE}),
             warnings=[Warning(code=HOSTILE, message=HOSTILE)],
             dropped_files=[HOSTILE],
         )
     )
 
 
-@pytest.mark.parametrize("html", [to_html(report(lines(30))), hostile_page()], ids=["plain", "hostile"])
+@pytest.mark.parametrize(
+    "html",
+    [to_html(report(lines(30))), to_html(five(probe=probe())), hostile_page()],
+    ids=["plain", "strengths", "hostile"],
+)
 def test_the_page_loads_nothing_and_runs_nothing_but_its_own_script(html: str) -> None:
     page = Page(html)
     for tag, attributes in page.tags:
@@ -101,7 +135,11 @@ def test_hostile_text_is_shown_as_text() -> None:
     assert "<img" not in html
     assert "49" not in re.findall(r"<li><code>(.*?)</code></li>", html, re.DOTALL)[0], "no template in a template"
     text = Page(html).text
-    assert text.count("<script>alert(1)</script>") >= 5
+    assert text.count("<script>alert(1)</script>") >= 20
+    for sentence in ("Had no method been named, ", "The 2 strengths of ", "At ", "Output at "):
+        assert f"{sentence}<script>alert(1)</script>" in text
+    (check,) = re.findall(r"<dt>Probe prompts</dt><dd>(.*?)</dd>", html, re.DOTALL)
+    assert unescape(check) == f"<code>sha256:{HOSTILE}</code>"
     assert not any(letter in html for letter in "\u202e\x00\x1b")
 
 
@@ -181,6 +219,163 @@ def test_experts_share_a_cell() -> None:
     titles = [cell["title"] for cell in page.named("td") if cell.get("title")]
     assert titles[0] == "layer 0, w1: 0.2000, mean of 3, 2 of 3 repaired"
     assert "◐" in page.text
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("lineage", ["continued", "fresh", "foreign"])
+def test_every_method_and_lineage_has_its_page(method: str, lineage: str) -> None:
+    repaired = 0 if method == "none" else 0.4
+    sample = report(lines(3, share=repaired), method=method, lineage=lineage)
+    text = Page(to_html(sample)).text
+    assert sample.method.explanation in text
+    assert f"Where the adapter comes from: {lineage}" in text
+    assert ("nobody has confirmed" in text) == (lineage == "foreign")
+    assert ("It is the one that is recommended" in text) == (method == "gram")
+    assert ("Had no method been named, gram would have run" in text) == (method != "gram")
+    assert "Chosen for repair" in text
+
+
+def test_long_facts_stand_where_there_is_room() -> None:
+    html = to_html(report(lines(3), method="safetylock"))
+    heads = report(lines(3), method="safetylock").method.resolved["heads"]
+    assert Page(html).text.count(heads) == 1, "in full, and not in a paragraph"
+    (fact,) = re.findall(r"<dt>Resolved</dt><dd>(.*?)</dd>", html, re.DOTALL)
+    assert heads in fact
+
+
+def test_an_exact_rank_is_named_and_no_sameness_of_bytes_claimed() -> None:
+    text = Page(to_html(report(lines(30), output_rank="exact"))).text
+    assert "Rank of the output exact: what the repair needs" in re.sub("(output)(exact)", r"\1 \2", text)
+    assert "byte for byte" not in text
+    assert "Rank of the outputthe adapter’s own" in Page(to_html(report(lines(30)))).text
+
+
+def test_several_strengths_are_drawn_and_listed() -> None:
+    sample = five()
+    page = Page(to_html(sample))
+    text = page.text.replace("\xa0", " ")
+    assert "The 5 strengths of general_weight, side by side" in text
+    assert "those of the first that was asked for, general_weight 0.3." in text
+    assert "At general_weight 0.3:" in text
+    assert "general_weight 0.1: kept 37 %, changed by 71 %, median similarity 0.98" in text
+    (table,) = re.findall(r'aria-label="All strengths">(.*?)</table>', to_html(sample), re.DOTALL)
+    rows = re.findall(r"<tr><td.*?</tr>", table, re.DOTALL)
+    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?</td>", row)] for row in rows]
+    assert [row[0] for row in cells] == ["0.1", "0.3", "0.5", "1", "3"], "in the order of the strength"
+    for row, item in zip(cells, sorted(sample.variants, key=lambda found: found.strength), strict=True):
+        assert row[1] == "14 of 14"
+        assert row[2] == f"{100 * item.summary.kept:.1f}\xa0%"
+        assert row[3] == f"{100 * item.summary.edit:.1f}\xa0%"
+        assert row[4] == f"{item.summary.similarity_after.median:.4f}"
+        assert row[5] == "1.2\xa0%"
+        assert item.output is not None
+        assert row[6] == item.output.sha256
+    # Three lines of a curve beside the four of the chart by layer, each drawn for wide and for narrow screens.
+    assert len(page.named("polyline")) == 2 * 3 + 2 * 2
+
+
+def test_a_curve_is_named_and_described_for_those_who_do_not_see_it() -> None:
+    html = to_html(five())
+    page = Page(html)
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(identities)) == len(identities)
+    curves = [svg for svg in page.named("svg") if "curve" in (svg.get("class") or "").split()]
+    assert len(curves) == 2
+    for svg in curves:
+        assert svg["role"] == "img"
+        title, text = (svg["aria-labelledby"] or "").split()
+        assert f'<title id="{title}">Kept, changed by and median similarity over general_weight</title>' in html
+        assert f'<desc id="{text}">5 values of general_weight. From 0.1 to 3, kept goes from 37' in html
+
+
+def test_without_strengths_and_probe_nothing_speaks_of_them() -> None:
+    html = to_html(report(lines(3)))
+    text = Page(html).text
+    for wrong in ("side by side", "first token", "Probe prompts", "Strength", "--strengths", "--output-rank"):
+        assert wrong not in text
+    assert 'class="lines curve' not in html
+    assert 'class="lines curve' not in to_html(sweep(variant(0.3, 0.5, 0.5))), "one strength has no curve"
+
+
+def test_an_analysis_compares_no_strengths() -> None:
+    measured = five(mode="analyze", modules=lines(2, share=0), output=None)
+    text = Page(to_html(measured)).text
+    assert "Measurements do not depend on the strength." in text
+    assert "side by side" not in text
+
+
+@pytest.mark.parametrize(
+    ("output", "warning", "reason"),
+    [
+        ("side_car", SIDE_CAR, "the repair is in the side-car files"),
+        ("lora_bias", BIASES, "they compare weights, and see no biases"),
+    ],
+)
+def test_strengths_that_no_figure_tells_apart_are_listed_and_not_drawn(
+    output: str, warning: Warning, reason: str
+) -> None:
+    method = SafetyLockParameters.model_validate({"output": output})
+    repaired = 12 if output == "lora_bias" else 0
+    several = [variant(value, 1.0, 0.0, 1.0, repaired=repaired) for value in (2, 6)]
+    html = to_html(sweep(*several, method=method, warnings=[warning]))
+    assert f"In these figures the strengths do not differ: {reason}." in Page(html).text
+    assert 'class="lines curve' not in html
+    assert html.count('<td class="digest">') == 2
+
+
+def test_a_side_car_is_not_told_as_if_nothing_had_happened() -> None:
+    method = SafetyLockParameters(output="side_car")
+    text = Page(to_html(report(lines(3, share=0), method=method, warnings=[SIDE_CAR]))).text
+    assert "the repair is in a side-car file beside it" in text
+    assert "What was done24 attention heads are pushed" in text
+    for wrong in ("Nothing was changed", "No module was changed", "handed back as it came"):
+        assert wrong not in text
+
+
+def test_a_probe_is_told_in_words_and_figures() -> None:
+    text = Page(to_html(report(lines(3), probe=probe()))).text.replace("\xa0", " ")
+    assert "On 32 prompts, the repair brought the adapter nearer to the model that it sits on" in text
+    assert "the adapter as it came, with the model that it sits on1.23456.2 %" in text
+    assert "the repaired adapter, with the model that it sits on0.12393.8 %" in text
+    assert "the repaired adapter, with the adapter as it came0.98859.4 %" in text
+    assert f"sha256:{sha('probe prompts')}" in text
+    assert "not behaviour (of which the probe shows one token an answer)" in text
+
+
+def test_an_edit_larger_than_the_update_is_a_multiple_in_its_tile() -> None:
+    sample = report(lines(2, share=1.0), summary=variant(1, 0.2, 1.8).summary)
+    assert '<div class="figure">1.8 ×</div>' in to_html(sample)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(parameters_of(name) for name in METHODS),
+        NlsrParameters(form="neuron", scorer="random", selection="bernoulli", amplification=0.5, seed=9),
+        GramParameters(general_weight=0.05, amplification=0.25, pairs=12),
+        SafeLoraParameters(projector="orthogonal", selection="lowest", modules=3),
+        AntidoteParameters(density=0.3, basis="rows", spare="safety"),
+        SafetyLockParameters(strength=2.5, heads=3, output="lora_bias"),
+    ],
+    ids=lambda method: method.type,
+)
+def test_the_command_gives_the_same_parameters_again(method: Method) -> None:
+    command = command_of(report(lines(2), method=method))
+    at = command.index("--method")
+    settings = [value for name, value in pairwise(command) if name == "--set"]
+    assert parse_parameters(command[at + 1], settings) == method
+
+
+def test_the_command_asks_for_all_strengths_and_the_rank() -> None:
+    command = command_of(five(output_rank="exact"))
+    assert "--strengths=0.3,0.1,3.0,0.5,1.0" in command, "in the order asked for: the first one makes the report"
+    assert command[command.index("--output-rank") + 1] == "exact"
+    assert not any(part.startswith("general_weight") for part in command), "said once"
+
+
+def command_of(sample: Report) -> list[str]:
+    (found,) = re.findall(r"<dt>Command</dt><dd><pre>(.*?)</pre></dd>", to_html(sample), re.DOTALL)
+    return shlex.split(unescape(found))
 
 
 def test_a_drawn_selection_shows_its_probabilities() -> None:

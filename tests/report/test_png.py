@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from safegraft.contracts.report import ModuleLine, ReferenceUsed
-from safegraft.report import to_png
-from safegraft.report.png import CELL_WIDTH, DPI, ROW_HEIGHT, TALLEST
-from tests.report.samples import KINDS, line, lines, report
+from safegraft.report import headline, to_png
+from safegraft.report.png import CELL_WIDTH, DPI, ROW_HEIGHT, TALLEST, _drawable, _origin
+from tests.report.samples import KINDS, METHODS, five, line, lines, report, sweep, variant
 
 
 def picture(modules: list[ModuleLine], **changes: object) -> Image.Image:
@@ -65,6 +65,30 @@ def test_unusual_shapes_are_drawn(modules: list[ModuleLine]) -> None:
     assert 200 < image.height < 4000
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_named_under_the_title(method: str) -> None:
+    sample = report(lines(2), method=method)
+    assert _origin(sample, 200) == [f"{sample.base_model}  ·  reference {sample.reference.name}  ·  {method}"]
+    assert picture(lines(2), method=method).width > 500
+
+
+def test_a_picture_of_several_strengths_says_of_which_one_its_maps_are() -> None:
+    assert _origin(five(), 200)[0].endswith("gram, shown at general_weight 0.3")
+    assert to_png(five()) != to_png(five(variants=[]))
+
+
+def test_the_title_is_the_headline_to_the_letter() -> None:
+    turned = sweep(variant(-0.5, 0.4, 0.6), variant(0.5, 0.7, 0.3), method="safelora")
+    for sample in (five(), turned, report([line("a.q_proj", 0, -0.25)], mode="analyze")):
+        assert _drawable(headline(sample)) == headline(sample), "signs and hard spaces included"
+    assert _drawable("模型") == "??"
+
+
+def test_what_does_not_fit_under_the_title_takes_more_lines() -> None:
+    sample = five(base_model="m" * 50, reference=ReferenceUsed(id="r", name="r" * 50, sha256="0"))
+    assert _origin(sample, 96) == ["m" * 50, f"reference {'r' * 50}", "gram, shown at general_weight 0.3"]
+
+
 def test_names_are_no_formulas() -> None:
     name = r"$\frac{\oops$ 模型 😀 \x00" + "x" * 200
     picture(
@@ -72,6 +96,9 @@ def test_names_are_no_formulas() -> None:
         base_model=name,
         reference=ReferenceUsed(id="r", name=name, sha256="0"),
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        to_png(five(strength_parameter=name))
 
 
 def test_neither_torch_nor_pyplot_is_imported() -> None:

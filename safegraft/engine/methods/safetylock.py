@@ -38,8 +38,8 @@ class SafetyLock(Method):
         self.chosen = top_heads(reference.manifest, parameters.heads)
         pushed = sum(len(heads) for heads in self.chosen.values())
         self.explanation = (
-            f"{pushed} attention {'head was' if pushed == 1 else 'heads were'} pushed along the direction from unsafe to "
-            "safe answers"
+            f"{pushed} attention {'head was' if pushed == 1 else 'heads were'} pushed along the direction from unsafe "
+            "to safe answers"
             + (
                 {
                     "rank_one": ", by an update of rank one on their output projections.",

@@ -1,0 +1,34 @@
+"""The pages say what the files in the repository say."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """examples/compare.py, which is a script beside its helpers and no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "examples" / "compare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_methods_are_those_that_were_measured(compare: Any, tmp_path: Path) -> None:
+    shown = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    (tmp_path / "methods.md").write_text(shown, encoding="utf-8")
+    results = json.loads((ROOT / "examples" / "results" / "compare.json").read_text(encoding="utf-8"))
+    compare.write_page(results, tmp_path / "methods.md")
+    assert (tmp_path / "methods.md").read_text(encoding="utf-8") == shown
+    for rows in results.values():
+        assert list(rows) == [compare.ALIGNED, compare.BEFORE, *compare.ROWS]
