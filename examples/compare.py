@@ -58,6 +58,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "antidote .1 rows": {"type": "antidote", "basis": "rows"},
     "safetylock α=6": {"type": "safetylock"},
     "safetylock α=6, biases": {"type": "safetylock", "output": "lora_bias"},
+    "safetylock α=3": {"type": "safetylock", "strength": 3.0},
+    "safetylock α=3, biases": {"type": "safetylock", "output": "lora_bias", "strength": 3.0},
     "safetylock α=2, biases": {"type": "safetylock", "output": "lora_bias", "strength": 2.0},
     "safetylock α=6, 6 heads, biases": {"type": "safetylock", "output": "lora_bias", "heads": 6},
 }  # fmt: skip
