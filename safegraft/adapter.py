@@ -38,6 +38,7 @@ MAX_PATTERN_WORK = 3 * 10**9
 MAX_INSTRUCTIONS = 10**6
 DTYPES = {"F32", "F16", "BF16"}
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[A-Za-z0-9_-]+))?\.weight")
+BIAS = re.compile(r"\.lora_B(?:\.[A-Za-z0-9_-]+)?\.bias$")
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, LoftQ, CorDA, …) subtract from them, so
 # that B·A is not the difference to the base model.
 SOUND_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal"}
@@ -223,7 +224,7 @@ def pair_modules(config: PeftConfig, header: Header, *, own: bool = False) -> Ad
     adapter_names: dict[str, str | None] = {}
     for name, entry in header.tensors.items():
         match = KEY.fullmatch(name)
-        if own and config.lora_bias and name.endswith(".lora_B.bias"):
+        if own and config.lora_bias and BIAS.search(name):
             continue
         if match is None:
             _refuse_key(name)

@@ -280,19 +280,24 @@ def realign(
     from safegraft.report import headline, render
 
     check_device(device)
+    known = LoadedReference(reference, device)
+    # Read before anything is written: a mistake in them must not leave an adapter without its report.
+    probing = _probing(probe, base, aligned, known.manifest) if probe is not None else None
+    stem = to.with_name(f"{to.name}.report")
     with _progress(as_json) as progress:
         report = run(
             adapter,
-            LoadedReference(reference, device),
+            known,
             parameters,
             None if analyze else to,
             strengths=values,
             output_rank=output_rank.value,
             progress=progress,
         )
-        if probe is not None:
-            report = _probed(report, probe, base, aligned, adapter, to, device)
-    files = render(report, to.with_name(f"{to.name}.report"))
+        files = render(report, stem)
+        if probing is not None:
+            report = _probed(report, *probing, adapter, to, device)
+            files = render(report, stem)
     if as_json:
         _print_json(report.model_dump(mode="json"))
         return
@@ -322,18 +327,25 @@ def _numbers(text: str) -> list[float]:
     return found
 
 
-def _probed(report: Any, probe: Path, base: str, aligned: str, before: Path, after: Path, device: str) -> Any:
+def _probing(probe: Path, base: str, aligned: str, manifest: Any) -> tuple[Any, list[str]]:
+    """The models and prompts of a probe. Raises where they are not the reference's."""
     from safegraft.engine.build import BuildSources
     from safegraft.engine.conversations import read_conversations
     from safegraft.engine.models import quiet_libraries
-    from safegraft.engine.probe import compare
+    from safegraft.engine.probe import check_sources
 
     quiet_libraries()
     asked = [item.prompt for item in read_conversations(probe)]
     sources = BuildSources(aligned=_model(aligned or base), base=_model(base) if base and aligned else None)
-    return report.model_copy(
-        update={"probe": compare(sources, asked, before, after, report.lineage != "continued", device)}
-    )
+    check_sources(sources, manifest)
+    return sources, asked
+
+
+def _probed(report: Any, sources: Any, asked: list[str], before: Path, after: Path, device: str) -> Any:
+    from safegraft.engine.probe import compare
+
+    found = compare(sources, asked, before, after, report.lineage != "continued", device)
+    return report.model_copy(update={"probe": found})
 
 
 def _model(name: str) -> Path:

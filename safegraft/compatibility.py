@@ -34,6 +34,7 @@ def check_compatible(
     """Raises Incompatible with the first thing that stands in the way. lineage: None where it is not known yet."""
     check_base(adapter, manifest)
     if isinstance(parameters, AutoParameters):
+        recommend(adapter, manifest, lineage)
         return
     try:
         _check_method(adapter, manifest, parameters, lineage)
@@ -81,7 +82,7 @@ def _reason(method: str, lineage: Lineage | None) -> str:
         "wherever this project measured it.",
         "nlsr": f"The reference has no statistics of general prompts, which gram needs; nlsr serves {kind}, though it "
         "lowered the harm score little or not at all where this project measured it.",
-        "safetylock": f"The reference has neither statistics of general prompts nor an aligned update; safetylock "
+        "safetylock": "Neither gram nor nlsr can be had for this adapter with this reference; safetylock "
         f"serves {kind} from the directions of attention heads.",
         "antidote": f"Of the methods that the reference offers, antidote is the one that serves {kind}.",
     }[method]

@@ -316,6 +316,10 @@ def test_next_tokens_are_compared_where_a_model_is_given(
     prompts.write_text("prompt\nhow do i bake a cake\nplease help\n")
     common: list[str | Path] = ["realign", fresh, "--reference", built, "--method", "gram", "--probe", prompts]
     refused(*common, "--out", tmp_path / "no", code="invalid_parameter")
+    # Compared on another model, or on the one without its alignment, the numbers would mean nothing.
+    refused(*common, "--out", tmp_path / "no", "--base", base, code="probe_model_mismatch")
+    refused(*common, "--out", tmp_path / "no", "--base", base, "--aligned", fresh, code="probe_model_mismatch")
+    assert not (tmp_path / "no").exists()
     models: list[str | Path] = ["--base", base, "--aligned", aligned]
     done = safegraft(*common, "--out", tmp_path / "out", *models, "--json")
     probe = json.loads(done.stdout)["probe"]

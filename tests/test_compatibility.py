@@ -177,7 +177,7 @@ def test_a_refusal_names_the_methods_that_would_serve() -> None:
     [
         (["nlsr", "gram", "safetylock"], "gram", "gram serves a fresh adapter"),
         (["nlsr", "safelora", "safetylock", "none"], "nlsr", "no statistics of general prompts"),
-        (["safetylock", "none"], "safetylock", "neither"),
+        (["safetylock", "none"], "safetylock", "Neither gram nor nlsr"),
         (["antidote", "none"], "antidote", "antidote"),
     ],
 )

@@ -175,6 +175,7 @@ def parameters_by_strength(parameters: Method, strengths: Sequence[float]) -> di
     """One set of parameters a strength; with none, the parameters as they are, under None. Raises InvalidParameter."""
     if not strengths:
         return {None: parameters}
+    strengths = [strength + 0.0 for strength in strengths]  # -0 is 0
     name = STRENGTH.get(parameters.type)
     if name is None:
         raise InvalidParameter(f"{parameters.type} has no strength.", code="bad_strengths", param="strengths")

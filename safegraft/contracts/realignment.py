@@ -42,7 +42,7 @@ class RealignmentCreate(Shown):
 
 
 class Progress(Shown):
-    """`stage`: waiting, fetch, score, patch, publish, done; `done` of `total` modules within it."""
+    """`stage`: waiting, fetch, compare, score, patch, publish, done; `done` of `total` modules within it."""
 
     stage: str
     done: int

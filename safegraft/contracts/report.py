@@ -37,8 +37,11 @@ class ReferenceUsed(Part):
 
 
 class Digest(Part):
+    """Of adapter_model.safetensors; config_sha256 of adapter_config.json, which holds the scaling."""
+
     sha256: str
     bytes: int
+    config_sha256: str | None = None
 
 
 class Spread(Part):
@@ -134,13 +137,16 @@ class Report(Part):
     reference: ReferenceUsed
     base_model: str
     lineage: Lineage
-    lineage_similarity: float = Field(description="Median cosine of the adapter's update with the aligned adapter's.")
+    lineage_similarity: float | None = Field(
+        description="Median cosine of the adapter's update with the aligned adapter's; null where none was to compare."
+    )
     output_rank: Literal["customer", "exact"]
     input: Digest
     output: Digest | None
     summary: Summary
     layers: list[LayerLine]
     modules: list[ModuleLine]
+    side_cars: dict[str, str] = Field(default={}, description="SHA-256 by name of the files delivered beside it.")
     strength_parameter: str | None = None
     variants: list[Variant] = []
     probe: Probe | None = None

@@ -19,6 +19,7 @@ from safegraft.engine.methods.base import Module
 from safegraft.engine.tensors import TORCH_DTYPES, TensorReader, TensorWriter, to_bytes
 from safegraft.errors import InvalidTensors
 from safegraft.files import atomic_file
+from safegraft.header import TensorEntry
 
 
 class AdapterReader:
@@ -45,6 +46,10 @@ class AdapterReader:
                 raise InvalidTensors(f"{entry.name} holds NaN or infinity.", code="non_finite", param=entry.name)
             factors.append(tensor)
         return Module(module.name, factors[0], factors[1], module.scaling)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its own dtype."""
+        return self._tensors.tensor(name)
 
     def bytes(self, name: str) -> bytearray:
         """One tensor's bytes as the customer sent them."""
@@ -149,15 +154,24 @@ class AdapterWriter:
             module.a.name: grown(patched.a, (0, 0, 0, rank - patched.rank)),
             module.b.name: grown(patched.b, (0, rank - patched.rank)),
         }
-        rounded, changed = [], rank != module.rank
+        rounded, changed = [], False
         for (name, tensor), entry in zip(parts.items(), (module.a, module.b), strict=True):
             stored = self._fitting(name, tensor, entry.dtype)
             raw = to_bytes(stored)
-            changed = changed or raw != reader.bytes(name)
+            changed = changed or not self._is(stored, entry, raw, reader)
             self._writer.write(name, raw)
             rounded.append(stored.float())
         changed = self._write_bias(module, bias) or changed
         return patched.with_factors(rounded[1], rounded[0]), changed
+
+    def _is(self, stored: Tensor, entry: TensorEntry, raw: bytes, reader: AdapterReader) -> bool:
+        """Whether a factor is the customer's, perhaps filled up with zeros."""
+        if tuple(stored.shape) == entry.shape:
+            return raw == reader.bytes(entry.name)
+        own = reader.tensor(entry.name)
+        filled = torch.zeros_like(stored, device="cpu")
+        filled[: own.shape[0], : own.shape[1]] = own
+        return torch.equal(filled, stored.cpu())
 
     def _write_bias(self, module: LoraModule, bias: Tensor | None) -> bool:
         if not self._layout.biases:

@@ -13,7 +13,9 @@ from safegraft.contracts.report import LayerLine, ModuleLine, Spread, Summary, W
 from safegraft.engine import lowrank
 from safegraft.engine.methods.base import Method, Module, Selection
 
-# Part of the update's norm: what brings a module into the warning about truncation.
+# Part of the update's norm: below it a change is rounding of the float32 factors.
+NO_EDIT = 1e-6
+# Likewise: what brings a module into the warning about truncation.
 ROUGH = 0.1
 
 
@@ -48,7 +50,9 @@ def of_repaired(
     new_b, new_a = after.update
     # Where only a bias came, the cancellation would leave float32's noise.
     moved = differs and not (torch.equal(new_b, own_b) and torch.equal(new_a, own_a))
-    difference = lowrank.norm(*lowrank.stack((new_b, new_a), (-own_b, own_a))) ** 2 if moved else 0.0
+    # In float64: the difference of two updates that are nearly the same is what is left of cancellation.
+    stacked = lowrank.stack((new_b.double(), new_a.double()), (-own_b.double(), own_a.double()))
+    difference = lowrank.norm(*stacked) ** 2 if moved else 0.0
     overlap = lowrank.inner(*method.relative(after), b, a) if moved else energy
     line = ModuleLine(
         **_common(item, similarity, selection),
@@ -153,6 +157,7 @@ def warnings(
     found = [
         _label(description, manifest),
         _method(method, manifest),
+        _incomplete(description, manifest) if not method.on_aligned else None,
         _unreached(unreached, len(lines)) if method.type not in ("safetylock", "none") else None,
         _without_effect(measured, selection) if patched else None,
         _biases(measured, method) if patched else None,
@@ -180,6 +185,20 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
         code="method_may_not_help",
         message="Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one "
         "wherever this project measured it, however similar they became; the method gram did.",
+    )
+
+
+def _incomplete(description: AdapterDescription, manifest: ReferenceManifest) -> Warning | None:
+    """A continued adapter is served on the unaligned model: where it has no factors, there is no alignment."""
+    own = {module.name for module in description.modules}
+    missing = [name for name in manifest.aligned if name not in own]
+    if not missing:
+        return None
+    return Warning(
+        code="alignment_incomplete",
+        message=f"The aligned adapter reaches {_modules(len(missing))} on which this adapter has no factors (the first "
+        f"is {missing[0]}). It was continued from the aligned adapter, so what that did there is gone, and no repair "
+        "of the others brings it back.",
     )
 
 
@@ -245,7 +264,7 @@ def no_effect(measured: Sequence[Measured], selection: Selection, dtype: str) ->
     selection: the modules that were promised to change.
     """
     chosen = [item for item in measured if item.line.name in selection.names]
-    if not chosen or any(item.difference > 0 or item.biased for item in chosen):
+    if not chosen or any(item.line.edit > NO_EDIT or item.biased for item in chosen):
         return None
     if all(item.energy == 0 for item in chosen):
         return "the adapter's update is zero in every selected module, as before any training"

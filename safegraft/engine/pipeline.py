@@ -108,6 +108,7 @@ def realign(
         kinship = detect_kinship(adapter, reference, progress, workers)
         recommendation = recommend_method(description, reference, kinship)
         if isinstance(parameters, AutoParameters):
+            check_compatible(description, reference.manifest, parameters, kinship.lineage)
             parameters = METHOD_PARAMETERS.validate_python({"type": recommendation.method})
             assert not isinstance(parameters, AutoParameters), "a recommendation names a method"
         check_compatible(description, reference.manifest, parameters, kinship.lineage)
@@ -123,10 +124,11 @@ def realign(
         beside_out = side_car_folder(out) if out is not None else None
         if beside_out is not None and beside_out.exists() and any(run.method.side_car() for run in runs):
             raise FileExistsError(f"{beside_out} exists already.")
+        side_cars: dict[str, str] = {}
         if out is None:
             _analyze(adapter, runs, similarities, workers)
         else:
-            with atomic_folder(out) as beside:
+            with _removed_on_error(side_car_folder(out)), atomic_folder(out) as beside:
                 for run in runs:
                     run.folder = beside if run.strength is None else beside / strength_name(run.strength)
                     run.folder.mkdir(exist_ok=True)
@@ -135,11 +137,11 @@ def realign(
                 for run in runs:
                     _check(run, folder, description)
                 # Before the adapter appears: whoever finds it finds what belongs to it.
-                _write_side_cars(runs, side_car_folder(out))
+                side_cars = _write_side_cars(runs, side_car_folder(out))
             clock.lap("check")
     clock.total()
     return _report(
-        folder, description, reference, list(variants.values()), kinship, recommendation, runs, unreached,
+        folder, description, reference, list(variants.values()), kinship, recommendation, runs, unreached, side_cars,
         patched=out is not None, output_rank=output_rank, dropped_files=dropped_files, timings=clock.laps,
     )  # fmt: skip
 
@@ -171,9 +173,9 @@ def detect_kinship(
         progress("compare", done, len(description.modules))
         if compared is not None:
             found.append(compared)
-    cosine = statistics.median(update for update, _ in found) if found else 0.0
+    cosine = statistics.median(update for update, _ in found) if found else None
     factors = [same for _, same in found if same is not None]
-    if cosine >= CONTINUED_COSINE:
+    if cosine is not None and cosine >= CONTINUED_COSINE:
         same_basis = len(factors) == len(found) and statistics.median(factors) >= SAME_BASIS_COSINE
         return Kinship("continued", cosine, same_basis)
     known = description.config.base_model_name_or_path in reference.manifest.base_model.labels
@@ -327,11 +329,23 @@ def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
             shutil.copyfile(path, run.folder / path.name)
 
 
-def _write_side_cars(runs: list[Run], folder: Path) -> None:
-    """One file a strength, named like the strength's folder, or `side_car.safetensors`."""
+@contextmanager
+def _removed_on_error(folder: Path) -> Iterator[None]:
+    """What did not exist before does not stay if the block fails."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_side_cars(runs: list[Run], folder: Path) -> dict[str, str]:
+    """One file a strength, named like the strength's folder, or `side_car.safetensors`. Returns name → SHA-256."""
     found = {run: tensors for run in runs if (tensors := run.method.side_car())}
     if not found:
-        return
+        return {}
     with atomic_folder(folder) as beside:
         for run, tensors in found.items():
             name = SIDE_CAR if run.strength is None else f"{strength_name(run.strength)}.safetensors"
@@ -340,6 +354,7 @@ def _write_side_cars(runs: list[Run], folder: Path) -> None:
                 for key, tensor in tensors.items():
                     writer.write(key, tensor)
                 writer.close()
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
 
 
 def _check(run: Run, folder: Path, description: AdapterDescription) -> None:
@@ -360,7 +375,7 @@ def _check(run: Run, folder: Path, description: AdapterDescription) -> None:
                 raise SystemFault(
                     f"{item.name} did not change, against the report.", code="effect_check_failed", param=item.name
                 )
-    run.output = Digest(sha256=sha256_file(run.folder / WEIGHTS), bytes=(run.folder / WEIGHTS).stat().st_size)
+    run.output = _digest(run.folder)
 
 
 def _same(before: TensorReader, after: TensorReader, name: str) -> bool:
@@ -397,6 +412,7 @@ def _report(
     recommendation: Recommendation,
     runs: list[Run],
     unreached: Sequence[str],
+    side_cars: dict[str, str],
     *,
     patched: bool,
     output_rank: OutputRank,
@@ -422,11 +438,12 @@ def _report(
         lineage=kinship.lineage,
         lineage_similarity=kinship.cosine,
         output_rank=output_rank,
-        input=Digest(sha256=sha256_file(folder / WEIGHTS), bytes=description.header.file_bytes),
+        input=_digest(folder),
         output=first.output,
         summary=measure.summary(first.measured),
         layers=measure.layers(item.line for item in first.measured),
         modules=[item.line for item in first.measured],
+        side_cars=side_cars,
         strength_parameter=STRENGTH[method.type] if first.strength is not None else None,
         variants=[
             Variant(strength=run.strength, output=run.output, summary=measure.summary(run.measured))
@@ -464,6 +481,11 @@ def _warnings(
         ):
             found.setdefault(warning.code, warning)
     return list(found.values())
+
+
+def _digest(folder: Path) -> Digest:
+    weights = folder / WEIGHTS
+    return Digest(sha256=sha256_file(weights), bytes=weights.stat().st_size, config_sha256=sha256_file(folder / CONFIG))
 
 
 def _base_label(description: AdapterDescription, reference: LoadedReference) -> str:

@@ -13,14 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safegraft.adapter import WEIGHTS
+from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Distance, Probe
 from safegraft.engine import models
 from safegraft.engine.build import BuildSources
 from safegraft.engine.conversations import Conversation, batches, encode
 from safegraft.engine.sources import is_adapter
-from safegraft.errors import InvalidParameter
+from safegraft.errors import Incompatible, InvalidParameter
+from safegraft.files import sha256_file
 
 BATCH = 16
+
+
+def check_sources(sources: BuildSources, manifest: ReferenceManifest) -> None:
+    """Raises Incompatible unless these are the models that the reference was built from: another would be compared
+    without a word."""
+    beside = is_adapter(sources.aligned)
+    if beside != (manifest.origin.source in ("adapter", "two_adapters")):
+        raise Incompatible(
+            f"The reference's alignment is {'a full model' if beside else 'an adapter'}.",
+            code="probe_model_mismatch",
+            param="aligned",
+            hint="Give --base and --aligned as they were given to `reference build`.",
+        )
+    model = sources.base if beside and sources.base is not None else sources.aligned
+    same = models.config_hash(model) == manifest.base_model.config_sha256
+    if beside:
+        same = same and sha256_file(sources.aligned / WEIGHTS) == manifest.origin.files.get(WEIGHTS)
+    if not same:
+        raise Incompatible(
+            "The model or the aligned adapter is not the one that the reference was built from.",
+            code="probe_model_mismatch",
+            param="base",
+        )
 
 
 def compare(

@@ -37,10 +37,6 @@ class EigenPairs:
     v: Tensor
     w: Tensor
 
-    def leading(self, count: int | None) -> "EigenPairs":
-        """The `count` largest."""
-        return self if count is None else EigenPairs(self.mu[:count], self.v[:, :count], self.w[:, :count])
-
 
 @dataclass(frozen=True)
 class SafetyHeads:
@@ -115,7 +111,9 @@ class LoadedReference:
         strong, weak = self.aligned(module), self.weak(module)
         if strong is None:
             return None
-        return (strong[0] * (1.0 + beta), strong[1]) if weak is None else extrapolated(strong, weak, beta)
+        if weak is None or beta == 0.0:
+            return strong[0] * (1.0 + beta), strong[1]
+        return extrapolated(strong, weak, beta)
 
     def surplus(self, module: str, beta: float) -> tuple[Tensor, Tensor] | None:
         """(B, A) of Δ_e − Δ_a = β(Δ_a − Δ₀): what amplification adds to the aligned model. None where it is zero."""
@@ -125,10 +123,12 @@ class LoadedReference:
         own = (strong[0] * beta, strong[1])
         return own if weak is None else lowrank.stack(own, (weak[0] * -beta, weak[1]))
 
-    def amplified_rank(self, module: str) -> int:
-        """The rank of `amplified` and of `surplus`; 0 where the aligned update does not reach the module."""
+    def amplified_rank(self, module: str, beta: float) -> int:
+        """The rank of `amplified`, and of `surplus` where β > 0; 0 where the aligned update does not reach."""
         found = self.manifest.aligned.get(module)
-        return 0 if found is None else found.rank + (found.weak_rank or 0)
+        if found is None:
+            return 0
+        return found.rank + ((found.weak_rank or 0) if beta > 0 else 0)
 
     def amplified_on_a(self, module: str, beta: float) -> Tensor:
         """B_e (d, r) such that B_e·A_a is what of Δ_e lies in A_a's rows; all of it where there is no weak adapter."""
@@ -150,11 +150,13 @@ class LoadedReference:
             rows=mask("rows", base.outputs),
         )
 
-    def pairs(self, module: str) -> EigenPairs:
-        """The eigenpairs of the input that a module reads."""
+    def pairs(self, module: str, count: int | None = None) -> EigenPairs:
+        """The eigenpairs of the input that a module reads, or the `count` largest."""
         site = self.manifest.base_model.modules[module].site
         return EigenPairs(
-            mu=self._get(f"{site}.mu"), v=self._get(f"{site}.V").float(), w=self._get(f"{site}.W").float()
+            mu=self._get(f"{site}.mu")[:count],
+            v=self._get(f"{site}.V")[:, :count].float(),
+            w=self._get(f"{site}.W")[:, :count].float(),
         )
 
     def heads(self, module: str) -> SafetyHeads:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import safegraft
-from safegraft.adapter import WEIGHTS
+from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.bundle import read_manifest
 from safegraft.contracts.report import Report
 from safegraft.engine.pipeline import realign
@@ -45,6 +45,11 @@ def rerun(
         found.problems.append(f"The adapter's SHA-256 is {sent}, the report's input {claimed.input.sha256}.")
     if used != claimed.reference.sha256:
         found.problems.append(f"The reference's SHA-256 is {used}, the report's {claimed.reference.sha256}.")
+    config = sha256_file(adapter / CONFIG)
+    if claimed.input.config_sha256 not in (None, config):
+        found.problems.append(
+            f"The configuration's SHA-256 is {config}, the report's input had {claimed.input.config_sha256}."
+        )
     if found.problems:
         return found
     with tempfile.TemporaryDirectory(prefix="safegraft-") as work:
@@ -57,7 +62,7 @@ def rerun(
             output_rank=claimed.output_rank,
             progress=progress,
         )
-    for part in ("lineage", "summary", "layers", "modules", "output", "variants"):
+    for part in ("lineage", "summary", "layers", "modules", "output", "variants", "side_cars"):
         if getattr(again, part) != getattr(claimed, part):
             found.problems.append(f"`{part}` is not what the report says.")
     return found

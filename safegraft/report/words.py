@@ -296,15 +296,14 @@ def _critical(parameters: NlsrParameters, seed: int | None) -> str:
 
 def lineage(report: Report) -> str:
     """Where the adapter comes from, and how that was seen."""
-    cosine = number(report.lineage_similarity)
+    cosine = number(report.lineage_similarity or 0.0)
     if report.lineage == "continued":
         return (
             "It was trained further from the provider's aligned adapter, so it contains that alignment: both updates "
             f"point in similar directions (median cosine {cosine}; for unrelated adapters it is near 0)."
         )
-    if report.lineage_similarity == 0:
-        # What is compared is never exactly orthogonal: there was nothing on one of the two sides.
-        how = "There was no aligned update to compare its own with, or its own is zero."
+    if report.lineage_similarity is None:
+        how = "There was no aligned update to compare its own with."
     else:
         how = (
             f"It is unrelated to the provider's aligned adapter (median cosine of the updates {cosine}; for related "

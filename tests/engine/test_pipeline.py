@@ -473,3 +473,104 @@ def test_modules_beyond_the_aligned_adapter_s_reach_are_left_alone(
     assert {line.kind for line in report.modules if line.repaired} == {"q_proj"}
     assert {line.similarity_before for line in report.modules if line.kind != "q_proj"} == {1.0}
     assert "modules_not_reached" in {warning.code for warning in report.warnings}
+
+
+def test_auto_is_refused_where_nothing_would_serve(base: Path, tmp_path: Path) -> None:
+    """Not taken for `none`: unrepaired bytes must not pass for a patched adapter."""
+    from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+    from safegraft.engine.bundle import BuildSettings
+
+    build_reference(
+        tmp_path / "reference",
+        sources=BuildSources(aligned=base),
+        prompts=BuildPrompts(safety=tiny.HARMFUL),
+        settings=BuildSettings(),
+    )
+    narrow = tiny.save_adapter(base, tmp_path / "narrow", targets=["q_proj"])
+    known = LoadedReference(tmp_path / "reference")
+    with pytest.raises(Incompatible) as caught:
+        realign(narrow, known, AutoParameters(), tmp_path / "out")
+    assert caught.value.code == "no_method"
+    assert not (tmp_path / "out").exists()
+    assert realign(narrow, known, NoneParameters(), tmp_path / "none").recommendation.method == "none"
+
+
+def test_alignment_that_a_continued_adapter_lost_with_its_modules_is_told(
+    reference: LoadedReference, continued: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for path in continued.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tiny.change_tensors(folder, lambda tensors: {k: t for k, t in tensors.items() if "layers.0" in k})
+    report = realign(folder, reference, GramParameters(), None)
+    assert report.lineage == "continued"
+    told = {warning.code: warning.message for warning in report.warnings}
+    assert "7 modules" in told["alignment_incomplete"]
+
+
+def test_a_module_that_only_grows_by_zeros_is_not_called_repaired(
+    base: Path, aligned: Path, continued: Path, tmp_path: Path
+) -> None:
+    """Of the exact rank that others need; its own update is zero, so the repair leaves it as it was."""
+    from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+    from safegraft.engine.bundle import BuildSettings
+
+    narrow = tmp_path / "narrow"
+    narrow.mkdir()
+    for path in aligned.iterdir():
+        (narrow / path.name).write_bytes(path.read_bytes())
+    tiny.change_tensors(narrow, lambda tensors: {k: t for k, t in tensors.items() if "layers.0" in k})
+    tiny.change_config(narrow, layers_to_transform=[0])
+    build_reference(
+        tmp_path / "reference",
+        sources=BuildSources(base=base, aligned=narrow, labels=["tiny-llama"]),
+        prompts=BuildPrompts(safety=tiny.HARMFUL, general=tiny.GENERAL),
+        settings=BuildSettings(),
+    )
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in continued.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    still = "layers.1.mlp.up_proj.lora_A"
+    tiny.change_tensors(folder, lambda tensors: {k: t * 0 if still in k else t for k, t in tensors.items()})
+    report = realign(
+        folder, LoadedReference(tmp_path / "reference"), GramParameters(), tmp_path / "out", output_rank="exact"
+    )
+    repaired = {line.name: line.repaired for line in report.modules}
+    assert not repaired["model.layers.1.mlp.up_proj"]
+    assert repaired["model.layers.0.mlp.up_proj"]
+
+
+def test_pruning_nothing_is_no_repair(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    """The same update in the basis of its SVD would have other bytes."""
+    with pytest.raises(Incompatible) as caught:
+        realign(fresh, reference, AntidoteParameters(density=1e-4), tmp_path / "out")
+    assert caught.value.code == "repair_without_effect"
+
+
+def test_the_report_s_digests_are_those_of_the_files(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    import hashlib
+
+    def sha(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    parameters = SafetyLockParameters(heads=3, output="side_car")
+    report = realign(fresh, reference, parameters, tmp_path / "out", strengths=[2.0, 6.0])
+    beside = tmp_path / "out.side_car"
+    assert report.side_cars == {path.name: sha(path) for path in beside.iterdir()}
+    assert list(report.side_cars) == ["2.safetensors", "6.safetensors"]
+    biased = realign(fresh, reference, SafetyLockParameters(heads=3, output="lora_bias"), tmp_path / "biased")
+    assert biased.output is not None
+    assert biased.output.config_sha256 == sha(tmp_path / "biased" / "adapter_config.json")
+    assert biased.output.config_sha256 != biased.input.config_sha256 == sha(fresh / "adapter_config.json")
+    # A folder that is in the way is told before anything is written.
+    (tmp_path / "again.side_car").mkdir()
+    with pytest.raises(FileExistsError):
+        realign(fresh, reference, parameters, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_zero_and_minus_zero_are_one_strength(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidParameter):
+        realign(fresh, reference, SafeLoraParameters(), tmp_path / "out", strengths=[0.0, -0.0])

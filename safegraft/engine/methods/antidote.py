@@ -63,6 +63,9 @@ class Antidote(Method):
             keep_a, keep_b = _wanda(b, a, pairs, harmful=False)
             prune_a &= ~self._top(keep_a, per_row=True)
             prune_b &= ~self._top(keep_b, per_row=True)
+        if not bool(prune_a.any() or prune_b.any()):
+            # The same update in another basis would pass for a repair.
+            return Proposal(module.b, module.a)
         return Proposal(b * ~prune_b, a * ~prune_a)
 
     def _spared_rows(self, module: Module, pairs: EigenPairs) -> Tensor:

@@ -65,13 +65,13 @@ class Proposal:
 class Kinship:
     """How a customer's adapter is related to the reference's aligned adapter.
 
-    cosine: median over the modules of cos(ΔW_t, ΔW_a). lineage: `continued` adapters contain the alignment, `fresh`
-    ones sit on the aligned model, `foreign` ones are not known to. same_basis: whether A_t still points where A_a does,
-    entry by entry, so that masks on the factors mean the same thing in both.
+    cosine: median over the modules of cos(ΔW_t, ΔW_a), None without a module to compare. lineage: `continued` adapters
+    contain the alignment, `fresh` ones sit on the aligned model, `foreign` ones are not known to. same_basis: whether
+    A_t still points where A_a does, entry by entry, so that masks on the factors mean the same thing in both.
     """
 
     lineage: Lineage
-    cosine: float
+    cosine: float | None
     same_basis: bool
 
 
@@ -168,7 +168,8 @@ class Method(ABC):
 
 GENERAL_SHARE = (
     "how much of the fine-tuning's effect falls on general inputs rather than on safety prompts (square root of the "
-    "share): 1 means that it does nothing to safety prompts, 0.71 that it acts on both alike"
+    "share, in the directions of inputs that the reference keeps): 1 means that it does nothing to safety prompts, "
+    "0.71 that it acts on both alike"
 )
 
 

@@ -45,8 +45,9 @@ class Gram(Method):
         super().__init__(parameters, reference, kinship)
 
     def rank(self, name: str, own: int) -> int:
-        transplants = not self.on_aligned or self.parameters.amplification > 0
-        return own + (self.reference.amplified_rank(name) if transplants else 0)
+        beta = self.parameters.amplification
+        transplants = not self.on_aligned or beta > 0
+        return own + (self.reference.amplified_rank(name, beta) if transplants else 0)
 
     def similarity(self, module: Module) -> float:
         return self.general_share(module)
@@ -56,7 +57,7 @@ class Gram(Method):
         return everything(similarities)
 
     def propose(self, module: Module) -> Proposal:
-        pairs = self.reference.pairs(module.name).leading(self.parameters.pairs)
+        pairs = self.reference.pairs(module.name, self.parameters.pairs)
         left = module.a - self._through_k(module.a, pairs)
         beta = self.parameters.amplification
         wanted = self.reference.surplus if self.on_aligned else self.reference.amplified

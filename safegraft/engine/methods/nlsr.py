@@ -71,7 +71,7 @@ class Nlsr(Method):
             return own
         if self.form == "paper":
             return 2 * own
-        return own + (0 if self.on_aligned and self.beta == 0.0 else self.reference.amplified_rank(name))
+        return own + (0 if self.on_aligned and self.beta == 0.0 else self.reference.amplified_rank(name, self.beta))
 
     def similarity(self, module: Module) -> float:
         safe = self._neurons(module.name)
