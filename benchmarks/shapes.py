@@ -142,7 +142,7 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
         general_prompts=prompts,
         unsafe_prompts=prompts,
         parameters=BuildParameters(
-            amplification=0.9, sparsity=0.8, mask_scope="row", ridge=1e-2, smallest_pair=5e-4, max_pairs=pairs,
+            amplification=0.9, sparsity=0.8, mask_scope="row", ridge=1e-2, smallest_pair=0.0, max_pairs=pairs,
             max_tokens=1024, answer_tokens=32, batch_size=8, skipped_prefix=0, rank=None, dtype="bfloat16",
             device="cpu",
         ),

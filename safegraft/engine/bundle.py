@@ -60,8 +60,9 @@ class BuildSettings:
 
     snip, preference_snip: also score by gradients, which costs a pass back. ridge: ε in C_g + ε·tr(C_g)/k·I, without
     which directions that no general prompt uses would have no scale. smallest_pair: eigenpairs with μ below it are
-    dropped; they would contribute less than 5 % of themselves at the smallest λ that is accepted (.01), and .2 % at the
-    default (.3); max_pairs: no more than so many a site. rank: to which the difference of two checkpoints is truncated.
+    dropped, and max_pairs: no more than so many a site. Pairs with a small μ change no repair, but hold most of C_g,
+    which the report's similarity and Antidote's spared entries need. rank: to which the difference of two checkpoints
+    is truncated.
     """
 
     amplification: float = 0.9
@@ -70,7 +71,7 @@ class BuildSettings:
     snip: bool = False
     preference_snip: bool = False
     ridge: float = 1e-2
-    smallest_pair: float = 5e-4
+    smallest_pair: float = 0.0
     max_pairs: int | None = None
     max_tokens: int = 1024
     answer_tokens: int = 32

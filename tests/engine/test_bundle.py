@@ -89,7 +89,7 @@ def test_one_eigenpair_is_kept_where_all_are_below_the_smallest(tmp_path: Path) 
 def test_a_site_that_safety_prompts_leave_at_zero_has_one_pair_of_nothing(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.zeros(9, 4), torch.randn(9, 4, generator=generator)
-    settings = BuildSettings()
+    settings = BuildSettings(smallest_pair=5e-4)
     found = Toy(tmp_path / "toy", d=3, k=4, r=2, seed=1, settings=settings, inputs=inputs)
     assert found.reference.pairs(NAME).mu.tolist() == [0.0]
     assert gram_of(found).energy == {NAME: 1.0}
