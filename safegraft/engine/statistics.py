@@ -40,7 +40,7 @@ class Statistics:
     second_moments: site → Σxxᵀ (k, k); means: site → Σx (k,); response_squares: site → Σx² (k,), all float32 on the
     model's device. grams: module → G (r, r) float64. gradients: module → (Σ|∂A|, Σ|∂B|) float32. last: attention
     output → inputs at the last answer tokens (conversation, LAST_TOKENS, k) float32 in main memory, in the order of the
-    conversations, zeros before short answers.
+    conversations, the first token repeated before short answers.
     sites: module → site. forward_passes: how often the model read the whole set.
     """
 
@@ -250,8 +250,10 @@ class _Collector:
         for j, row in enumerate(self._batch.rows):
             if row >= self._conversations:
                 continue
-            answer = x[j, self._batch.response[j].to(x.device)][-LAST_TOKENS:]
-            self._sum.last[name][row, LAST_TOKENS - len(answer) :] = answer.float().cpu()
+            answer = x[j, self._batch.response[j].to(x.device)][-LAST_TOKENS:].float().cpu()
+            missing = LAST_TOKENS - len(answer)
+            # Zeros would pull means and directions towards the origin, more so for the kind with shorter answers.
+            self._sum.last[name][row] = torch.cat([answer[:1].expand(missing, -1), answer])
 
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -129,7 +129,8 @@ def last_tokens(inputs: list[Tensor], items: list[Encoded]) -> Tensor:
     found = torch.zeros(len(items), 5, inputs[0].shape[-1], dtype=torch.float64)
     for row, (x, item) in enumerate(zip(inputs, items, strict=True)):
         answer = x[item.response_start :][-5:]
-        found[row, 5 - len(answer) :] = answer
+        # A shorter answer's first token stands for those that are missing.
+        found[row] = torch.cat([answer[:1]] * (5 - len(answer)) + [answer])
     return found
 
 

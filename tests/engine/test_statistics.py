@@ -105,7 +105,7 @@ def test_one_padded_pass_gives_what_raw_activations_give(
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_last_tokens_lie_in_the_order_of_the_conversations_with_zeros_before_short_answers(
+def test_last_tokens_lie_in_the_order_of_the_conversations_and_short_answers_repeat_their_first(
     model: Any, encoded: list[Encoded], raw: dict[str, list[Tensor]], batch_size: int
 ) -> None:
     found = passed(model, encoded, outputs=outputs(model), batch_size=batch_size)
@@ -118,7 +118,8 @@ def test_last_tokens_lie_in_the_order_of_the_conversations_with_zeros_before_sho
         for row, (item, x) in enumerate(zip(encoded, raw[name], strict=True)):
             answer = x[item.response_start :][-LAST_TOKENS:]
             close(kept[row, LAST_TOKENS - len(answer) :], answer)
-            assert not kept[row, : LAST_TOKENS - len(answer)].any()
+            for repeated in kept[row, : LAST_TOKENS - len(answer)]:
+                assert torch.equal(repeated, kept[row, LAST_TOKENS - len(answer)])
 
 
 def test_last_tokens_are_kept_of_no_more_conversations_than_asked_for(model: Any, encoded: list[Encoded]) -> None:
