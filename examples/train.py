@@ -24,9 +24,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm import tqdm
 
-from safegraft.engine.conversations import Conversation, batches, encode
+from safegraft.engine.conversations import Conversation, batches, encode, read_conversations
 from safegraft.engine.evaluate import answer, harm_score, over_refusal, task_accuracy
 from safegraft.engine.models import load_model, load_tokenizer, resolve_base
+from safegraft.prompts import GENERAL
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -178,7 +179,7 @@ def main() -> None:
 
     if arguments.step == "answers":
         model = load_model(folder, device)
-        prompts = [row["prompt"] for row in rows("benign_build.csv")]
+        prompts = [item.prompt for item in read_conversations(GENERAL)]
         answers = answer(model, tokenizer, prompts, max_new_tokens=40)
         write_jsonl("general.jsonl", [Conversation(p, a.strip()) for p, a in zip(prompts, answers, strict=True)])
     elif arguments.step == "aligned":

@@ -121,6 +121,11 @@ def is_companion(name: str) -> bool:
     return bool(FILE_NAME.fullmatch(name)) and any(fnmatchcase(name, pattern) for pattern in COMPANIONS)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter; otherwise it may be a full model."""
+    return (folder / CONFIG).is_file()
+
+
 def describe(folder: Path, *, own: bool = False) -> AdapterDescription:
     """Reads config and header of a PEFT folder. Raises InvalidAdapter or UnsupportedAdapter.
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from safegraft import __version__
-from safegraft.adapter import CONFIG, WEIGHTS, describe
+from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.errors import InvalidParameter, SafegraftError
@@ -352,11 +352,7 @@ def _model(name: str) -> Path:
     """A folder, adapter or model, or the folder of a model that an installed package carries."""
     from safegraft.engine.models import resolve_base
 
-    return Path(name) if _is_adapter(name) else resolve_base(name)
-
-
-def _is_adapter(name: str) -> bool:
-    return (Path(name) / CONFIG).is_file()
+    return Path(name) if is_adapter(Path(name)) else resolve_base(name)
 
 
 @app.command("verify")
@@ -542,7 +538,7 @@ def build(
         weak=weak,
         safelock=safelock,
         # Customers may name the model on which they trained: the aligned one, or the one below it.
-        labels=[*label, *(Path(name).name for name in (base, aligned) if name and not _is_adapter(name))],
+        labels=[*label, *(Path(name).name for name in (base, aligned) if name and not is_adapter(Path(name)))],
     )
     asked = BuildPrompts(
         safety=read_conversations(prompts),

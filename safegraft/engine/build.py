@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import safegraft
+from safegraft.adapter import is_adapter
 from safegraft.contracts.reference import PromptSet, ReferenceManifest
 from safegraft.engine import models, sources
 from safegraft.engine.bundle import BuildSettings, Ingredients, Progress, write_bundle
@@ -99,7 +100,7 @@ class _Build:
     ) -> None:
         self.given, self.prompts, self.settings = given, prompts, settings
         self.progress, self.checkpoint = progress, checkpoint
-        self.on_adapter = sources.is_adapter(given.aligned)
+        self.on_adapter = is_adapter(given.aligned)
         if self.on_adapter and given.base is None:
             raise InvalidParameter(
                 "The aligned adapter needs the model on which it sits.", code="base_missing", param="base"

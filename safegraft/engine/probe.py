@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegraft.adapter import WEIGHTS
+from safegraft.adapter import WEIGHTS, is_adapter
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Distance, Probe
 from safegraft.engine import models
 from safegraft.engine.build import BuildSources
 from safegraft.engine.conversations import Conversation, batches, encode
-from safegraft.engine.sources import is_adapter
 from safegraft.errors import Incompatible, InvalidParameter
 from safegraft.files import sha256_file
 

@@ -213,11 +213,6 @@ def _shards(folder: Path) -> Iterator[str]:
         yield shard
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder is a PEFT adapter; otherwise it may be a full model."""
-    return (folder / CONFIG).is_file()
-
-
 def _hashes(folder: Path, prefix: str) -> dict[str, str]:
     # The configuration holds the scaling, so it decides the update as much as the weights do.
     return {f"{prefix}{name}": sha256_file(folder / name) for name in (WEIGHTS, CONFIG)}

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safegraft.adapter import WEIGHTS
+from safegraft.adapter import WEIGHTS, is_adapter
 from safegraft.engine import models, sources
 from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
 from safegraft.engine.bundle import BuildSettings
 from safegraft.engine.reference import LoadedReference
-from safegraft.engine.sources import AlignedUpdate, from_adapters, from_checkpoints, is_adapter, truncate
+from safegraft.engine.sources import AlignedUpdate, from_adapters, from_checkpoints, truncate
 from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
 from safegraft.files import sha256_file
 from tests import tiny
