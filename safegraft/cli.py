@@ -18,19 +18,22 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from safegraft import __version__
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
+from safegraft.commands import keys
+from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.finite import check_finite
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.records import compatibility
+from safegraft.stores.keys import KeyStore
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.vault import open_vault
 
 app = typer.Typer(
     name="safegraft",
@@ -41,13 +44,11 @@ app = typer.Typer(
 )
 reference_app = typer.Typer(help="Build, install and check references.", no_args_is_help=True)
 app.add_typer(reference_app, name="reference")
-out, err = Console(), Console(stderr=True)
+app.add_typer(keys.app, name="keys")
 
 KNOWN_PARAMETERS = " ".join(
     f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
 )
-Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
-Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
 
 
 def _device(name: str) -> str:
@@ -116,10 +117,6 @@ def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
     sys.exit(2 if error.fault == "user" else 1)
 
 
-def _print_json(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
-
-
 @contextmanager
 def _progress(quiet: bool, *, log: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage, on standard error; with `log`, and where that is no terminal, a line a stage."""
@@ -163,11 +160,11 @@ def serve(
         raise InvalidParameter(
             f"--dev asks for no keys, so it only listens on loopback, not on {host}.", param="--host"
         )
-    if not dev and not os.environ.get("SAFEGRAFT_API_KEYS"):
+    if not dev and not _has_key(data):
         raise InvalidParameter(
-            "No API keys are set.",
+            "There is no API key yet.",
             code="no_api_keys",
-            hint="""Set SAFEGRAFT_API_KEYS='["a-long-random-secret"]', or try it with --dev.""",
+            hint=f"Make one with: safegraft keys create --data {data}. Or try it with --dev.",
         )
     if not ReferenceRegistry(data / "references").installed():
         err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
@@ -192,7 +189,7 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
         "compatibility": compatibility(description).model_dump(),
     }
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     table = Table(show_header=False, box=None)
     for key, value in found.items():
@@ -299,7 +296,7 @@ def realign(
             report = _probed(report, *probing, adapter, to, device)
             files = render(report, stem)
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json"))
         return
     out.print(headline(report), markup=False, soft_wrap=True)
     for warning in report.warnings:
@@ -312,6 +309,13 @@ def realign(
     for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
         out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)
     out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False, soft_wrap=True)
+
+
+def _has_key(data: Path) -> bool:
+    settings = settings_for(data)
+    if not settings.database_url and not data.exists():
+        return False  # asked without making anything
+    return any(key.revoked_at is None for key in KeyStore(database_of(settings), open_vault(settings)).list())
 
 
 def _numbers(text: str) -> list[float]:
@@ -388,7 +392,7 @@ def verify_report(
     with _progress(as_json) as progress:
         found = rerun(claimed, adapter, folder, device, progress)
     if as_json:
-        _print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
+        print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
     else:
         for line in found.differences:
             out.print(f"Note: {line}", markup=False, style="yellow", soft_wrap=True)
@@ -562,7 +566,7 @@ def build(
     if as_json:
         # Without what has a line for every layer.
         large: Any = {"base_model": {"modules"}, "aligned": True, "gram": True, "safetylock": {"layers"}}
-        _print_json(manifest.model_dump(mode="json", exclude=large))
+        print_json(manifest.model_dump(mode="json", exclude=large))
     else:
         size = sum(file.bytes for file in manifest.files.values()) / 2**20
         out.print(
@@ -582,7 +586,7 @@ def add(
     """Verifies a bundle and installs it in the data folder. A running service sees it at once."""
     installed = ReferenceRegistry(data / "references").add(reference)
     if as_json:
-        _print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
+        print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
     else:
         out.print(installed.id, markup=False, highlight=False)
 
@@ -592,7 +596,7 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     """Lists the installed references, newest first."""
     found = ReferenceRegistry(data / "references").installed()
     if as_json:
-        _print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
+        print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
     table = Table(Column("id", no_wrap=True), "name", "base model", "methods", box=None)
     for item in found:
@@ -614,7 +618,7 @@ def verify(reference: str, data: Data = Path("var"), as_json: Json = False) -> N
     manifest = verify_bundle(folder)
     identity = reference_id(read_manifest(folder)[1])
     if as_json:
-        _print_json({"id": identity, "ok": True, "files": list(manifest.files)})
+        print_json({"id": identity, "ok": True, "files": list(manifest.files)})
     else:
         out.print(f"{identity}: {len(manifest.files)} files are as they were built", markup=False, highlight=False)
 

@@ -12,7 +12,8 @@ statuses, and the *class* decides an error's fate:
     │   ├── InvalidPrompts     a prompt file cannot be read
     │   ├── NotFound           no such thing (or not yours: both look the same)
     │   ├── Conflict           it exists, but not in a state that allows this
-    │   └── TooLarge           over a stated limit
+    │   ├── TooLarge           over a stated limit
+    │   └── QuotaExceeded      the tenant's share is used up
     └── SystemFault            we are at fault; the job is tried again, then shown as failed
         ├── CorruptReference   a bundle's bytes are not those that were recorded
         ├── NoBroker           no Redis or Valkey could be found or started
@@ -85,6 +86,10 @@ class Conflict(UserError):
 
 class TooLarge(UserError):
     default_code = "too_large"
+
+
+class QuotaExceeded(UserError):
+    default_code = "quota_exceeded"
 
 
 class SystemFault(SafegraftError):

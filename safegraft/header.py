@@ -57,9 +57,14 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks the header of `path`. Raises InvalidTensors with one code per fault."""
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        return parse_header(file, size)
+        return header_of(file)
+
+
+def header_of(file: BinaryIO) -> Header:
+    """Reads and checks the header of an open file that can seek. Raises like `read_header`."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    return parse_header(file, size)
 
 
 def parse_header(file: BinaryIO, size: int) -> Header:

@@ -5,8 +5,9 @@ prefix SAFEGRAFT_ (`REDIS_URL` is also understood without it).
 """
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -15,13 +16,29 @@ class SharedSettings(BaseSettings):
 
     data: Path = Field(default=Path("var"), description="Folder for the database, adapters, results and references.")
     database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder.")
+    storage_url: str = Field(
+        default="", description="`s3://bucket/prefix` for adapters and results; empty: files in the data folder."
+    )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("SAFEGRAFT_REDIS_URL", "REDIS_URL"),
         description="The broker.",
     )
+    key_pepper: SecretStr = Field(
+        default=SecretStr(""),
+        description="Secret under which API keys are marked and webhook secrets sealed; empty: a file in the data "
+        "folder. The same for all gateways.",
+    )
     lease_seconds: float = Field(default=45.0, gt=0, description="A worker that is silent for longer loses its job.")
     max_attempts: int = Field(default=3, ge=1, description="After so many lost attempts a job is shown as failed.")
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or for machines.")
+
+    @field_validator("key_pepper")
+    @classmethod
+    def _long_enough(cls, given: SecretStr) -> SecretStr:
+        if 0 < len(given.get_secret_value()) < 16:
+            raise ValueError("a pepper has at least 16 characters")
+        return given
 
     @property
     def database(self) -> str:

@@ -15,10 +15,14 @@ import safegraft
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
-from safegraft.stores.objects import LocalObjects
+from safegraft.stores.keys import KeyStore
+from safegraft.stores.objects import open_objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.vault import open_vault
 from service import errors
+from service.auth import Gatekeeper
 from service.dependencies import Services
+from service.loops import Loop
 from service.queue import Dispatcher, Queue
 from service.routes import adapters, catalogue, docs, health, realignments
 from service.settings import GatewaySettings
@@ -37,11 +41,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
         here.objects.sweep(SCRATCH_SECONDS)
-        here.dispatcher.start()
+        for loop in here.loops:
+            loop.start()
         try:
             yield
         finally:
-            here.dispatcher.stop()
+            for loop in here.loops:
+                loop.stop()
             here.queue.close()
             here.database.dispose()
 
@@ -86,15 +92,20 @@ def open_services(settings: GatewaySettings) -> Services:
     database = open_database(settings.database)
     jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
     queue = Queue(settings.redis_url)
+    keys = KeyStore(database, open_vault(settings))
+    dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     return Services(
         settings=settings,
         database=database,
         adapters=AdapterStore(database),
         jobs=jobs,
-        objects=LocalObjects(settings.objects),
+        objects=open_objects(settings),
+        keys=keys,
+        gatekeeper=Gatekeeper(settings, keys),
         references=ReferenceRegistry(settings.references),
         queue=queue,
-        dispatcher=Dispatcher(settings, jobs, queue),
+        dispatcher=dispatcher,
+        loops=[dispatcher],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
     )
 
@@ -114,7 +125,9 @@ class RequestId:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.update(scope["state"].get("rate_headers", {}))
             await send(message)
 
         await self._app(scope, receive, named)

@@ -8,7 +8,6 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
-from service.auth import tenant_of
 from service.dependencies import services
 
 
@@ -19,17 +18,17 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            settings = services(request).settings
-            tenant_of(settings, request)
+            here = services(request)
+            await here.gatekeeper.require(request)
             read = 0
 
             async def receive() -> Message:
                 nonlocal read
                 message = await request.receive()
                 read += len(message.get("body", b""))
-                if read > settings.max_json_bytes:
+                if read > here.settings.max_json_bytes:
                     # Of this class, because FastAPI hides all others behind "error parsing the body".
-                    raise HTTPException(413, f"at most {settings.max_json_bytes} bytes are accepted")
+                    raise HTTPException(413, f"at most {here.settings.max_json_bytes} bytes are accepted")
                 return message
 
             return await handle(Request(request.scope, receive))

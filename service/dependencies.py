@@ -11,10 +11,12 @@ from sqlalchemy.engine import Engine
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.jobs import JobStore
-from safegraft.stores.objects import LocalObjects
+from safegraft.stores.keys import KeyStore
+from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
-from service.auth import tenant_of
-from service.queue import Dispatcher, Queue
+from service.auth import Gatekeeper, Principal
+from service.loops import Loop
+from service.queue import Queue
 from service.settings import GatewaySettings
 
 
@@ -26,11 +28,19 @@ class Services:
     database: Engine
     adapters: AdapterStore
     jobs: JobStore
-    objects: LocalObjects
+    objects: Objects
+    keys: KeyStore
+    gatekeeper: Gatekeeper
     references: ReferenceRegistry
     queue: Queue
-    dispatcher: Dispatcher
+    dispatcher: Loop
+    loops: list[Loop]
     upload_slots: BoundedSemaphore
+
+
+async def here_(request: Request) -> Services:
+    # Not in a thread, as FastAPI would do with a plain function: this is asked in every request.
+    return services(request)
 
 
 def services(request: Request) -> Services:
@@ -42,13 +52,33 @@ def services(request: Request) -> Services:
 bearer = HTTPBearer(auto_error=False, description="An API key. Not asked for in development mode.")
 
 
-def tenant(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
-    """The tenant that the request's key belongs to."""
-    return tenant_of(services(request).settings, request)
+async def tenant(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
+    """The tenant that the request's key belongs to; reading needs the scope `read`, everything else `write`."""
+    return (await services(request).gatekeeper.require(request)).tenant
 
 
-Here = Annotated[Services, Depends(services)]
+async def admin(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
+    """The tenant of a key with the scope `admin`."""
+    return (await services(request).gatekeeper.require(request, "admin")).tenant
+
+
+async def principal(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Principal:
+    """Like `tenant`, with the key's limits."""
+    return await services(request).gatekeeper.require(request)
+
+
+Here = Annotated[Services, Depends(here_)]
 Tenant = Annotated[str, Depends(tenant)]
+AdminTenant = Annotated[str, Depends(admin)]
+Asking = Annotated[Principal, Depends(principal)]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
 After = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE, description="The last id of the page before.")]
+RetryCount = Annotated[
+    int,
+    Header(
+        alias="x-stainless-retry-count",
+        ge=0,
+        description="Sent by OpenAI's client: with more than 0, a job that the same request made before is returned.",
+    ),
+]
 IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Repeats with the same key make one job.")]

@@ -12,8 +12,9 @@ from fastapi.responses import FileResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from safegraft.errors import NotFound
+from safegraft.errors import NotFound, StorageFault
 from safegraft.files import CHUNK
+from safegraft.stores.objects import Objects
 
 BINARY: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}},
@@ -54,6 +55,14 @@ def file_response(path: Path, sha256: str) -> FileResponse:
         "cache-control": "private, immutable",
     }
     return StoredFile(path, media_type="application/octet-stream", filename=path.name, headers=headers)
+
+
+def local_path(objects: Objects, prefix: str, name: str) -> Path:
+    """Raises NotFound."""
+    path = objects.local(prefix, name)
+    if path is None:
+        raise StorageFault(f"{prefix} is not on this machine.")
+    return path
 
 
 class Tar:

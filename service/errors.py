@@ -27,6 +27,7 @@ STATUS: dict[type[errors.SafegraftError], int] = {
     errors.NotFound: 404,
     errors.Conflict: 409,
     errors.TooLarge: 413,
+    errors.QuotaExceeded: 429,
     errors.UserError: 400,
     errors.NoBroker: 503,
     errors.StorageFault: 507,
@@ -40,6 +41,8 @@ STATUS_BY_CODE = {
     "idempotency_key_reused": 422,
     "unsupported_media_type": 415,
     "upload_stalled": 408,
+    "insufficient_scope": 403,
+    "storage_quota_exceeded": 403,
 }
 # Codes of what the framework itself refuses.
 HTTP_CODES = {
@@ -52,6 +55,20 @@ HTTP_CODES = {
 
 class Unauthorized(errors.UserError):
     default_code = "unauthorized"
+
+
+class Forbidden(errors.UserError):
+    default_code = "insufficient_scope"
+
+
+class RateLimited(errors.QuotaExceeded):
+    default_code = "rate_limit_exceeded"
+
+
+# Seconds after which it is worth to try again; never above the 120 that clients accept.
+RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_jobs": 30}
+# OpenAI's client chooses its exception by status; its users read this.
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ErrorBody(BaseModel):
@@ -89,15 +106,17 @@ def problem(
         errors=found or [],
         error=ErrorBody(
             message=detail,
-            type="server_error" if status >= 500 else "invalid_request_error",
+            type="server_error" if status >= 500 else KINDS.get(status, "invalid_request_error"),
             param=param,
             code=code,
         ),
     )
-    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "5"}, 503: {"retry-after": "5"}}
-    return JSONResponse(
-        body.model_dump(), status_code=status, media_type="application/problem+json", headers=headers.get(status)
-    )
+    headers = {}
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    elif status in (429, 503):
+        headers["retry-after"] = str(RETRY_AFTER.get(code, 5))
+    return JSONResponse(body.model_dump(), status_code=status, media_type="application/problem+json", headers=headers)
 
 
 def install(app: FastAPI) -> None:

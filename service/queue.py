@@ -4,7 +4,6 @@ The message may be lost or doubled; the job record decides (see `safegraft.store
 """
 
 import logging
-import threading
 
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -46,42 +45,12 @@ class Queue:
 
 
 class Dispatcher:
-    """The loop that announces due jobs and takes back those whose worker fell silent.
-
-    Every gateway runs one; the record's transitions make several of them harmless.
-    """
+    """Announces due jobs and takes back those whose worker fell silent; one `turn` is one round of its loop."""
 
     def __init__(self, settings: GatewaySettings, jobs: JobStore, queue: Queue) -> None:
-        self._pause = settings.dispatch_seconds
         self._limit = settings.announce_limit
         self._jobs = jobs
         self._queue = queue
-        self._stop = threading.Event()
-        self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def wake(self) -> None:
-        """A job was just created: do not wait for the next turn."""
-        self._wake.set()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(timeout=10)
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.turn()
-            except Exception:
-                # Whatever went wrong (database, broker), the next turn starts from the records again.
-                log.exception("dispatching failed; trying again")
-                self._stop.wait(2.0)
-            self._wake.wait(self._pause)
-            self._wake.clear()
 
     def turn(self) -> int:
         """One round: reap, then announce. Returns how many jobs were announced."""

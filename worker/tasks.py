@@ -32,10 +32,10 @@ from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
-from safegraft.stores.objects import LocalObjects
+from safegraft.stores.objects import open_objects, result_prefix
 from safegraft.stores.references import ReferenceRegistry
 from worker.settings import WorkerSettings
-from worker.workspace import Workspace, result_prefix, workspace
+from worker.workspace import Workspace, workspace
 
 log = logging.getLogger("safegraft.worker")
 
@@ -67,7 +67,7 @@ class Bench:
         database = open_database(settings.database)
         self.jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
         self.adapters = AdapterStore(database)
-        self.objects = LocalObjects(settings.objects)
+        self.objects = open_objects(settings)
         self.registry = ReferenceRegistry(settings.references)
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
 
@@ -242,7 +242,7 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
 
 
 def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report) -> None:
-    prefix = result_prefix(claim)
+    prefix = result_prefix(claim.tenant, claim.id, claim.attempt)
     published: list[tuple[Adapter, str, str]] = []
     strengths = [variant.strength for variant in report.variants]
     try:
@@ -281,6 +281,6 @@ def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how:
         dropped=[],
         origin=Origin(realignment_id=claim.id),
     )
-    prefix = f"{result_prefix(claim)}/adapter/{adapter.id}"
+    prefix = f"{result_prefix(claim.tenant, claim.id, claim.attempt)}/adapter/{adapter.id}"
     bench.objects.publish(folder, prefix)
     return adapter, claim.tenant, prefix

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegraft.stores.jobs import Claim
-from safegraft.stores.objects import LocalObjects
+from safegraft.stores.objects import Objects
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Workspace:
 
 
 @contextmanager
-def workspace(objects: LocalObjects, claim: Claim, adapter_prefix: str) -> Iterator[Workspace]:
+def workspace(objects: Objects, claim: Claim, adapter_prefix: str) -> Iterator[Workspace]:
     """On the object store's own disk, so that publishing is a rename."""
     objects.scratch.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(dir=objects.scratch, prefix=f"{claim.id}-{claim.attempt}-"))
@@ -29,8 +29,3 @@ def workspace(objects: LocalObjects, claim: Claim, adapter_prefix: str) -> Itera
         yield Workspace(root / "adapter", root / "result", root / "report")
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-def result_prefix(claim: Claim) -> str:
-    """Results lie under job *and* attempt: a late zombie can leave an orphan, never a wrong result."""
-    return f"realignments/{claim.id}/{claim.attempt}"

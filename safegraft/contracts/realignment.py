@@ -39,6 +39,13 @@ class RealignmentCreate(Shown):
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
         default={}, max_length=16
     )
+    webhook_url: str | None = Field(
+        default=None,
+        max_length=2000,
+        pattern=PRINTABLE,
+        description="The address of a registered webhook endpoint; it hears of this job's end, whatever it subscribes "
+        "to.",
+    )
 
 
 class Progress(Shown):
@@ -92,6 +99,16 @@ class Realignment(Shown):
     created_at: int
     started_at: int | None
     finished_at: int | None
+    estimated_finish: int | None = Field(
+        default=None, description="While it runs: when it will have ended, extrapolated from its progress."
+    )
+    expires_at: int | None = Field(default=None, description="When its record, report and bytes are deleted.")
+
+
+class RealignmentDeleted(Shown):
+    id: str
+    object: Literal["realignment"] = "realignment"
+    deleted: bool = True
 
 
 class Event(Shown):

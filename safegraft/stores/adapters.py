@@ -68,7 +68,9 @@ def insert_adapter(connection: Connection, adapter: Adapter, tenant: str, prefix
             id=adapter.id,
             tenant=tenant,
             prefix=prefix,
+            bytes=adapter.bytes,
             created_at=adapter.created_at,
+            expires_at=adapter.expires_at,
             body=adapter.model_dump(mode="json"),
         )
     )

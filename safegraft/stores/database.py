@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Column,
     Float,
     Index,
@@ -35,9 +36,12 @@ adapters = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(64), nullable=False),
     Column("prefix", String(200), nullable=False),  # where its files lie in the object store
+    Column("bytes", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
     Column("body", JSON, nullable=False),  # contracts.adapter.Adapter
     Index("adapters_by_tenant", "tenant", "id"),
+    Index("adapters_expiring", "expires_at"),
 )
 
 realignments = Table(
@@ -54,7 +58,11 @@ realignments = Table(
     Column("cancel_requested", Integer, nullable=False, default=0),
     Column("adapter_id", String(64), nullable=False),
     Column("reference_id", String(64), nullable=False),
-    Column("request", JSON, nullable=False),  # method, mode, metadata
+    Column("request", JSON, nullable=False),  # contracts.realignment.RealignmentCreate
+    Column("api", String(20), nullable=False, default="realignments"),  # or fine_tuning: the route that made it
+    Column("batch_id", String(64)),
+    Column("webhook_endpoint_id", String(64)),  # hears of this job's end, whatever it subscribes to
+    Column("traceparent", String(64)),  # W3C trace context of the request that made it
     Column("idempotency_key", String(255)),
     Column("request_hash", String(64)),
     Column("progress", JSON),
@@ -63,10 +71,14 @@ realignments = Table(
     Column("error", JSON),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
+    Column("attempt_started_at", Float),
     Column("finished_at", Float),
+    Column("expires_at", Float),
     UniqueConstraint("tenant", "idempotency_key", name="one_job_per_idempotency_key"),
     Index("realignments_by_tenant", "tenant", "id"),
     Index("realignments_due", "state", "next_at"),
+    Index("realignments_by_batch", "batch_id"),
+    Index("realignments_expiring", "expires_at"),
 )
 
 events = Table(
@@ -79,6 +91,177 @@ events = Table(
     Column("message", String(1000), nullable=False),
     Column("data", JSON, nullable=False),
     Index("events_by_realignment", "realignment_id", "sequence"),
+)
+
+# A tenant's own limits; what is null is the installation's default.
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("created_at", Float, nullable=False),
+    Column("max_bytes", BigInteger),
+    Column("max_jobs", Integer),
+    Column("max_requests_per_second", Integer),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(40), nullable=False),
+    Column("name", String(100), nullable=False),
+    Column("hint", String(20), nullable=False),  # the key's first characters, to tell keys apart
+    Column("mac", String(64), nullable=False, unique=True),  # HMAC-SHA-256 of the key; the key itself is nowhere
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("last_used_at", Float),
+    Index("api_keys_by_tenant", "tenant", "id"),
+)
+
+# A resumable upload: its parts are objects of their own until `complete` names their order.
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(40), nullable=False),
+    Column("state", String(16), nullable=False),  # pending completed cancelled expired
+    Column("prefix", String(200), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(40), nullable=False),
+    Column("mime_type", String(200), nullable=False),
+    Column("bytes", BigInteger, nullable=False),  # as announced
+    Column("request", JSON, nullable=False),
+    Column("file_id", String(64)),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Index("uploads_by_tenant", "tenant", "id"),
+    Index("uploads_expiring", "expires_at"),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("upload_id", String(64), nullable=False),
+    Column("tenant", String(40), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64)),  # null: sent past the gateway, to a presigned address
+    Column("created_at", Float, nullable=False),
+    Index("upload_parts_by_upload", "upload_id", "id"),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(40), nullable=False),
+    Column("prefix", String(200), nullable=False),
+    Column("filename", String(255), nullable=False),
+    Column("purpose", String(40), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Index("files_by_tenant", "tenant", "id"),
+    Index("files_expiring", "expires_at"),
+)
+
+webhook_endpoints = Table(
+    "webhook_endpoints",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(40), nullable=False),
+    Column("url", String(2000), nullable=False),
+    Column("events", JSON, nullable=False),  # types that it hears of
+    Column("secret", String(500), nullable=False),  # sealed
+    Column("previous_secret", String(500)),  # sealed; signs as well until previous_until
+    Column("previous_until", Float),
+    Column("created_at", Float, nullable=False),
+    Column("disabled_at", Float),
+    Column("disabled_reason", String(200)),
+    Index("webhook_endpoints_by_tenant", "tenant", "id"),
+)
+
+# The outbox: written in the transaction that ends a job, sent later, again and again.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(64), primary_key=True),  # the message's id, the same in every attempt
+    Column("tenant", String(40), nullable=False),
+    Column("endpoint_id", String(64), nullable=False),
+    Column("type", String(60), nullable=False),
+    Column("payload", JSON, nullable=False),
+    Column("state", String(16), nullable=False),  # pending delivered failed
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_at", Float),
+    Column("last_status", Integer),
+    Column("last_error", String(300)),
+    Column("created_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Index("webhook_deliveries_due", "state", "next_at"),
+    Index("webhook_deliveries_by_endpoint", "tenant", "endpoint_id", "id"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("tenant", String(40), nullable=False),
+    Column("state", String(16), nullable=False),  # canary running succeeded stopped cancelled
+    Column("request", JSON, nullable=False),
+    Column("waiting", JSON, nullable=False),  # adapters that no job was made for yet
+    Column("total", Integer, nullable=False),
+    Column("reason", String(300)),
+    Column("created_at", Float, nullable=False),
+    Column("finished_at", Float),
+    Index("batches_by_tenant", "tenant", "id"),
+    Index("batches_by_state", "state"),
+)
+
+# Who did what. Rows are only ever added: triggers refuse anything else.
+audit = Table(
+    "audit",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False),
+    Column("tenant", String(40), nullable=False),
+    Column("actor", String(80), nullable=False),  # a key's id, or cli:<user>
+    Column("action", String(60), nullable=False),  # the operation's id
+    Column("target", String(200)),
+    Column("status", Integer, nullable=False),
+    Column("request_id", String(64)),
+    Index("audit_by_tenant", "tenant", "sequence"),
+)
+
+workers = Table(
+    "workers",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("device", String(20), nullable=False),
+    Column("version", String(40), nullable=False),
+    Column("started_at", Float, nullable=False),
+    Column("seen_at", Float, nullable=False),
+    Column("draining", Integer, nullable=False, default=0),
+)
+
+# Counters that survive every process: jobs by outcome, seconds by stage, bytes.
+totals = Table(
+    "totals",
+    metadata,
+    Column("name", String(60), primary_key=True),
+    Column("first", String(60), primary_key=True, default=""),
+    Column("second", String(60), primary_key=True, default=""),
+    Column("value", Float, nullable=False),
+)
+
+# What operators decide while the service runs, such as the default reference.
+options = Table(
+    "options",
+    metadata,
+    Column("name", String(60), primary_key=True),
+    Column("value", JSON, nullable=False),
 )
 
 

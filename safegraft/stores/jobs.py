@@ -12,9 +12,10 @@ was silent too long finds no row for its attempt, and whatever it still writes i
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, and_, func, insert, select, update
 from sqlalchemy.engine import Connection, Engine, Row
@@ -28,10 +29,12 @@ from safegraft.contracts.realignment import (
     Realignment,
     RealignmentCreate,
     Result,
+    Status,
     StrengthResult,
 )
-from safegraft.errors import Conflict, LostLease, NotFound, SafegraftError
+from safegraft.errors import Conflict, LostLease, NotFound, QuotaExceeded, SafegraftError
 from safegraft.ids import new_id
+from safegraft.stores import outbox, totals
 from safegraft.stores.adapters import insert_adapter
 from safegraft.stores.database import events, now, reading, realignments
 
@@ -40,6 +43,11 @@ FIRST_REPEAT, LAST_REPEAT = 10.0, 40.0
 # After a fault of ours (a full disk, say) the next attempt waits this long, doubled for the one after.
 FAULT_PAUSE = 5.0
 WAITING = {"stage": "waiting", "done": 0, "total": 0}
+# OpenAI's client sends a POST again without a key of idempotency; what it sends within this time is the same job.
+RETRY_WINDOW = 1800.0
+# How a job's time is shared among its stages, roughly: what an estimate of its end needs.
+STAGES = {"fetch": 0.05, "compare": 0.3, "score": 0.15, "patch": 0.4, "publish": 0.1}
+Api = Literal["realignments", "fine_tuning"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +60,35 @@ class Claim:
     adapter_id: str
     reference_id: str
     request: RealignmentCreate
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
 class Created:
     job: Realignment
     replayed: bool
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where a job comes from, beside its request."""
+
+    api: Api = "realignments"
+    batch_id: str | None = None
+    webhook_endpoint_id: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What a list of jobs is narrowed to; None does not narrow. metadata: all of these values."""
+
+    status: Status | None = None
+    adapter_id: str | None = None
+    reference_id: str | None = None
+    batch_id: str | None = None
+    api: Api | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class JobStore:
@@ -71,11 +102,23 @@ class JobStore:
     # What the gateway asks
 
     def create(
-        self, tenant: str, reference_id: str, request: RealignmentCreate, idempotency_key: str | None = None
+        self,
+        tenant: str,
+        reference_id: str,
+        request: RealignmentCreate,
+        idempotency_key: str | None = None,
+        *,
+        origins: Origins = Origins(),
+        retried: bool = False,
+        max_open: int = 0,
     ) -> Created:
         """Adds a queued job, due at once. The same key with the same request returns the first job.
 
-        Raises Conflict (`idempotency_key_reused`) for the same key with another request.
+        retried: the client says that it sent this before, without a key: a job that the same request made within
+        RETRY_WINDOW seconds is returned instead. max_open: how many jobs the tenant may have queued or running.
+
+        Raises Conflict (`idempotency_key_reused`) for the same key with another request, QuotaExceeded
+        (`too_many_jobs`).
         """
         job_id = new_id("rlg")
         row = {
@@ -87,6 +130,10 @@ class JobStore:
             "adapter_id": request.adapter_id,
             "reference_id": reference_id,
             "request": request.model_dump(mode="json"),
+            "api": origins.api,
+            "batch_id": origins.batch_id,
+            "webhook_endpoint_id": origins.webhook_endpoint_id,
+            "traceparent": origins.traceparent,
             "idempotency_key": idempotency_key,
             "request_hash": _request_hash(request),
             "progress": WAITING,
@@ -94,6 +141,16 @@ class JobStore:
         }
         try:
             with self._engine.begin() as connection:
+                if retried or max_open:
+                    _one_at_a_time(connection, tenant)
+                if retried and (first_id := _sent_before(connection, tenant, request, origins.api)):
+                    return Created(_shown(_find(connection, tenant, first_id)), replayed=True)
+                if max_open and _open(connection, tenant) >= max_open:
+                    raise QuotaExceeded(
+                        f"{max_open} jobs are queued or running already.",
+                        code="too_many_jobs",
+                        hint="Wait until some have ended.",
+                    )
                 connection.execute(insert(realignments).values(**row))
                 _note(connection, job_id, "created", "Queued.")
         except IntegrityError:
@@ -132,9 +189,16 @@ class JobStore:
             found: int | None = _find(connection, tenant, job_id).result_attempt
             return found
 
-    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Realignment], bool]:
+    def page(
+        self,
+        tenant: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        filters: Filters = Filters(),
+    ) -> tuple[list[Realignment], bool]:
         """Newest first; and whether there are more."""
-        query = select(realignments).where(realignments.c.tenant == tenant)
+        query = select(realignments).where(realignments.c.tenant == tenant, *_narrowed(filters))
         if after is not None:
             query = query.where(realignments.c.id < after)
         with reading(self._engine) as connection:
@@ -171,16 +235,20 @@ class JobStore:
     # What the dispatcher asks
 
     def due(self, limit: int) -> list[str]:
-        """Queued jobs whose announcement is due, oldest first; the next one is put off before they are returned.
+        """Queued jobs whose announcement is due, tenants in turns; the next one is put off before they are returned.
 
         A gateway that dies with these ids in hand therefore only delays them.
         """
+        c = realignments.c
+        is_due = and_(c.state == "queued", c.next_at <= now())
+        # In turns: a tenant's second job comes after everybody's first.
+        turn = func.row_number().over(partition_by=c.tenant, order_by=(c.next_at, c.id)).label("turn")
+        queue = select(c.id, turn, c.next_at).where(is_due).subquery()
+        first = select(queue.c.id).order_by(queue.c.turn, queue.c.next_at, queue.c.id).limit(limit)
         with self._engine.begin() as connection:
             rows = connection.execute(
-                select(realignments.c.id, realignments.c.announced)
-                .where(realignments.c.state == "queued", realignments.c.next_at <= now())
-                .order_by(realignments.c.next_at)
-                .limit(limit)
+                select(c.id, c.announced)
+                .where(c.id.in_(list(connection.execute(first).scalars())), is_due)
                 .with_for_update(skip_locked=True)  # Postgres: two gateways share the work instead of doubling it
             ).all()
             for row in rows:
@@ -237,6 +305,7 @@ class JobStore:
                     worker=worker,
                     next_at=None,
                     started_at=func.coalesce(realignments.c.started_at, now()),
+                    attempt_started_at=now(),
                 )
                 .returning(realignments)
             ).one_or_none()
@@ -250,6 +319,7 @@ class JobStore:
             adapter_id=row.adapter_id,
             reference_id=row.reference_id,
             request=RealignmentCreate.model_validate(row.request),
+            traceparent=row.traceparent,
         )
 
     def heartbeat(self, job_id: str, attempt: int, progress: Progress) -> bool:
@@ -402,8 +472,19 @@ def _end(connection: Connection, where: ColumnElement[bool], job_id: str, state:
         update(realignments)
         .where(where, realignments.c.id == job_id)
         .values(state=state, lease_until=None, next_at=None, finished_at=now(), **values)
+        .returning(realignments)
     )
-    return bool(connection.execute(statement).rowcount)
+    row = connection.execute(statement).one_or_none()
+    if row is None:
+        return False
+    shown = "failed" if state == "dead" else state
+    kind = "fine_tuning.job" if row.api == "fine_tuning" else "realignment"
+    outbox.announce(connection, row.tenant, f"{kind}.{shown}", job_id, row.webhook_endpoint_id)
+    # By the method that was asked for: which one `auto` chose stands in the report.
+    totals.add(connection, "jobs", shown, row.request["method"]["type"])
+    if row.error:
+        totals.add(connection, "failures", row.error["code"], row.error["class"])
+    return True
 
 
 def _note(connection: Connection, job_id: str, kind: str, message: str, data: dict[str, Any] | None = None) -> None:
@@ -446,5 +527,76 @@ def _shown(row: Row[Any]) -> Realignment:
             "created_at": int(row.created_at),
             "started_at": int(row.started_at) if row.started_at is not None else None,
             "finished_at": int(row.finished_at) if row.finished_at is not None else None,
+            "estimated_finish": _estimate(row) if row.state == "running" else None,
+            "expires_at": int(row.expires_at) if row.expires_at is not None else None,
         }
     )
+
+
+def _estimate(row: Row[Any]) -> int | None:
+    """When a running job will have ended, if it goes on as fast as it went; None while nothing can be said."""
+    progress = Progress.model_validate(row.progress)
+    if row.attempt_started_at is None or progress.stage not in STAGES:
+        return None
+    before = sum(
+        share for stage, share in STAGES.items() if list(STAGES).index(stage) < list(STAGES).index(progress.stage)
+    )
+    within = progress.done / progress.total if progress.total else 0.0
+    share = before + STAGES[progress.stage] * within
+    elapsed = time.time() - row.attempt_started_at
+    if share < 0.1 or elapsed <= 0:
+        return None
+    return int(row.attempt_started_at + elapsed / share) + 1
+
+
+def _narrowed(filters: Filters) -> list[ColumnElement[bool]]:
+    c = realignments.c
+    found: list[ColumnElement[bool]] = []
+    match filters.status:
+        case None:
+            pass
+        case "failed":
+            found.append(c.state.in_(("failed", "dead")))
+        case "running":
+            found.append(and_(c.state == "running", c.cancel_requested == 0))
+        case "cancelling":
+            found.append(and_(c.state == "running", c.cancel_requested == 1))
+        case state:
+            found.append(c.state == state)
+    for column, value in (
+        (c.adapter_id, filters.adapter_id),
+        (c.reference_id, filters.reference_id),
+        (c.batch_id, filters.batch_id),
+        (c.api, filters.api),
+    ):
+        if value is not None:
+            found.append(column == value)
+    found += [c.request[("metadata", key)].as_string() == value for key, value in filters.metadata.items()]
+    return found
+
+
+def _one_at_a_time(connection: Connection, tenant: str) -> None:
+    """Until the transaction ends no other one of this tenant passes here (SQLite has one writer anyway)."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(tenant))))
+
+
+def _sent_before(connection: Connection, tenant: str, request: RealignmentCreate, api: Api) -> str | None:
+    c = realignments.c
+    found: str | None = connection.execute(
+        select(c.id)
+        .where(
+            c.tenant == tenant,
+            c.api == api,
+            c.request_hash == _request_hash(request),
+            c.created_at > now() - RETRY_WINDOW,
+        )
+        .order_by(c.id.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return found
+
+
+def _open(connection: Connection, tenant: str) -> int:
+    query = select(func.count()).where(realignments.c.tenant == tenant, realignments.c.state.in_(("queued", "running")))
+    return int(connection.execute(query).scalar_one())

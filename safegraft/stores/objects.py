@@ -1,6 +1,7 @@
-"""Bytes: folders of files under a prefix, written once and never changed. Local files; S3 comes behind the same verbs.
+"""Bytes: folders of files under a prefix, written once and never changed.
 
-Prefixes and names are made by this program from ids, never from what a customer sent.
+Prefixes and names are made by this program from ids, never from what a customer sent; every prefix begins with the
+tenant's.
 """
 
 import os
@@ -8,11 +9,63 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
+from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterDescription, pair_modules, parse_config
 from safegraft.errors import NotFound, StorageFault
 from safegraft.files import sync_folder, sync_tree
+from safegraft.header import header_of
+from safegraft.settings import SharedSettings
 
-PREFIX = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)*")
+PREFIX = re.compile(r"[a-z0-9_][a-z0-9_-]*(/[a-z0-9_][a-z0-9_-]*)*")
+
+
+def adapter_prefix(tenant: str, adapter_id: str) -> str:
+    return f"tenants/{tenant}/adapters/{adapter_id}"
+
+
+def result_prefix(tenant: str, job_id: str, attempt: int) -> str:
+    """Results lie under job *and* attempt: a late zombie can leave an orphan, never a wrong result."""
+    return f"tenants/{tenant}/realignments/{job_id}/{attempt}"
+
+
+def file_prefix(tenant: str, file_id: str) -> str:
+    return f"tenants/{tenant}/files/{file_id}"
+
+
+def upload_prefix(tenant: str, upload_id: str) -> str:
+    return f"tenants/{tenant}/uploads/{upload_id}"
+
+
+class Objects(Protocol):
+    """What gateway and worker need of a place for bytes. Raises StorageFault where that place fails."""
+
+    scratch: Path
+    """A local folder for what is being received or made."""
+
+    def publish(self, folder: Path, prefix: str) -> None:
+        """Puts all files of a finished folder under the prefix; `folder` may be gone afterwards."""
+
+    def fetch(self, prefix: str, folder: Path) -> None:
+        """Brings all files of a prefix into a new local folder."""
+
+    def open(self, prefix: str, name: str) -> BinaryIO:
+        """The file for reading and seeking. Raises NotFound."""
+
+    def local(self, prefix: str, name: str) -> Path | None:
+        """Its path, where it is a file of this machine; else None. Raises NotFound where it is neither."""
+
+    def url(self, prefix: str, name: str, *, filename: str, media_type: str) -> str | None:
+        """An address from which a client can fetch it for a while without us; None where there is no such thing."""
+
+    def remove(self, prefix: str) -> None:
+        """Deletes the bytes below a prefix. Nothing happens where there are none."""
+
+    def sweep(self, age: float) -> None:
+        """Deletes what killed processes left in scratch more than `age` seconds ago."""
+
+    def ping(self) -> bool:
+        """Can it be written to?"""
 
 
 class LocalObjects:
@@ -56,6 +109,25 @@ class LocalObjects:
             raise NotFound(f"There is no file {name[:80]!r}.", code="file_not_found", param="name")
         return path
 
+    def open(self, prefix: str, name: str) -> BinaryIO:
+        try:
+            return self.path(prefix, name).open("rb")
+        except FileNotFoundError as error:
+            raise NotFound("The file was deleted.", code="file_not_found") from error
+
+    def local(self, prefix: str, name: str) -> Path | None:
+        return self.path(prefix, name)
+
+    def url(self, prefix: str, name: str, *, filename: str, media_type: str) -> str | None:
+        return None
+
+    def ping(self) -> bool:
+        try:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return False
+        return os.access(self.scratch, os.W_OK)
+
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
         shutil.rmtree(self._folder(prefix), ignore_errors=True)
@@ -72,3 +144,16 @@ class LocalObjects:
         if not PREFIX.fullmatch(prefix):
             raise ValueError(f"not a prefix: {prefix!r}")
         return self._root / prefix
+
+
+def open_objects(settings: SharedSettings) -> Objects:
+    """The place that the settings name."""
+    return LocalObjects(settings.objects)
+
+
+def describe_stored(objects: Objects, prefix: str) -> AdapterDescription:
+    """What a stored adapter's configuration and header say; its weights are not read."""
+    with objects.open(prefix, CONFIG) as file:
+        config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+    with objects.open(prefix, WEIGHTS) as file:
+        return pair_modules(config, header_of(file))

@@ -11,6 +11,7 @@ from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
 from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.errors import UserError
+from safegraft.stores.objects import adapter_prefix
 from service import downloads, uploads
 from service.dependencies import After, Here, Limit, Tenant
 from service.paging import page
@@ -51,7 +52,7 @@ async def create(request: Request, response: Response, here: Here, tenant: Tenan
         received = await uploads.receive(request, here.objects.scratch, limit)
         try:
             adapter, folder = await asyncio.to_thread(uploads.check, received, limit)
-            prefix = f"adapters/{adapter.id}"
+            prefix = adapter_prefix(tenant, adapter.id)
             await asyncio.to_thread(here.objects.publish, folder, prefix)
             try:
                 await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
@@ -93,7 +94,7 @@ def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
 def file(adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], here: Here, tenant: Tenant) -> Response:
     """The bytes of one file; understands Range."""
     adapter = here.adapters.get(tenant, adapter_id)
-    path = here.objects.path(here.adapters.prefix(tenant, adapter_id), name)
+    path = downloads.local_path(here.objects, here.adapters.prefix(tenant, adapter_id), name)
     digest = next(item.sha256 for item in adapter.files if item.name == name)
     return downloads.file_response(path, digest)
 
@@ -109,7 +110,7 @@ def download(adapter_id: AdapterId, request: Request, here: Here, tenant: Tenant
     """The whole folder as an uncompressed tar."""
     adapter = here.adapters.get(tenant, adapter_id)
     prefix = here.adapters.prefix(tenant, adapter_id)
-    paths = [here.objects.path(prefix, item.name) for item in adapter.files]
+    paths = [downloads.local_path(here.objects, prefix, item.name) for item in adapter.files]
     tar = downloads.Tar(paths, adapter.id, adapter.created_at)
     headers = {
         "content-disposition": f'attachment; filename="{adapter.id}.tar"',

@@ -9,21 +9,22 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
-from safegraft.adapter import CONFIG, WEIGHTS, pair_modules, read_config
-from safegraft.compatibility import check_compatible
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.contracts.methods import parameters_by_strength
-from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate
+from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, Status
 from safegraft.contracts.report import Report
-from safegraft.errors import Conflict, InvalidParameter, NotFound
-from safegraft.header import read_header
+from safegraft.errors import Conflict, NotFound
+from safegraft.stores.jobs import Filters
+from safegraft.stores.objects import result_prefix
+from service import downloads
 from service.body import JsonRoute
-from service.dependencies import After, Here, IdempotencyKey, Limit, Services, Tenant
+from service.dependencies import After, Asking, Here, IdempotencyKey, Limit, RetryCount, Services, Tenant
 from service.downloads import StoredFile
 from service.paging import page
+from service.submission import metadata_filters, submit
 
 router = APIRouter(prefix="/v1/realignments", tags=["realignments"], route_class=JsonRoute)
 RealignmentId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
+Wanted = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE)]
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -44,52 +45,42 @@ MEDIA = {
 
 @router.post("", status_code=202, operation_id="createRealignment")
 def create(
-    request: RealignmentCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey = None
+    request: RealignmentCreate,
+    response: Response,
+    here: Here,
+    asking: Asking,
+    idempotency_key: IdempotencyKey = None,
+    retry_count: RetryCount = 0,
 ) -> Realignment:
     """Queues a realignment. Adapter, reference and method are checked against each other before the answer."""
-    idempotency_key = idempotency_key or None
-    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
-    if first is not None:
-        # Before anything is judged: what was true of the first request may have changed since.
-        return _accepted(first, response, replayed=True)
-    prefix = here.adapters.prefix(tenant, request.adapter_id)
-    config = read_config(here.objects.path(prefix, CONFIG))
-    description = pair_modules(config, read_header(here.objects.path(prefix, WEIGHTS)))
-    if request.reference_id is None:
-        reference = here.references.choose(description)
-    else:
-        reference = here.references.get(request.reference_id)
-    check_compatible(description, reference.manifest, request.method)
-    _check_strengths(request)
-    created = here.jobs.create(tenant, reference.id, request, idempotency_key)
-    here.dispatcher.wake()
-    return _accepted(created.job, response, replayed=created.replayed)
-
-
-def _check_strengths(request: RealignmentCreate) -> None:
-    """Raises InvalidParameter before a job is queued that could only fail."""
-    if not request.strengths:
-        return
-    if request.method.type == "auto":
-        raise InvalidParameter(
-            "strengths needs a method: which one runs by itself is only known when the adapter has been read.",
-            code="bad_strengths",
-            param="method",
-        )
-    parameters_by_strength(request.method, request.strengths)
-
-
-def _accepted(job: Realignment, response: Response, *, replayed: bool) -> Realignment:
-    response.headers["location"] = f"/v1/realignments/{job.id}"
-    if replayed:
+    created = submit(here, asking, request, idempotency_key=idempotency_key or None, retried=retry_count > 0)
+    response.headers["location"] = f"/v1/realignments/{created.job.id}"
+    if created.replayed:
         response.headers["idempotent-replayed"] = "true"
-    return job
+    return created.job
 
 
 @router.get("", operation_id="listRealignments")
-def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[Realignment]:
-    """Newest first."""
-    return page(*here.jobs.page(tenant, limit=limit, after=after))
+def list_(
+    request: Request,
+    here: Here,
+    tenant: Tenant,
+    limit: Limit = 20,
+    after: After = None,
+    status: Status | None = None,
+    adapter_id: Wanted = None,
+    reference_id: Wanted = None,
+    batch_id: Wanted = None,
+) -> Page[Realignment]:
+    """Newest first. `metadata[key]=value` narrows to jobs with that metadata."""
+    filters = Filters(
+        status=status,
+        adapter_id=adapter_id,
+        reference_id=reference_id,
+        batch_id=batch_id,
+        metadata=metadata_filters(request),
+    )
+    return page(*here.jobs.page(tenant, limit=limit, after=after, filters=filters))
 
 
 @router.get("/{realignment_id}", operation_id="getRealignment")
@@ -178,7 +169,7 @@ def side_car(
 ) -> Response:
     """What a method delivers beside the adapter, as one safetensors file a strength."""
     attempt = here.jobs.result_attempt(tenant, realignment_id)
-    path = here.objects.path(f"realignments/{realignment_id}/{attempt}/side_car", name)
+    path = downloads.local_path(here.objects, f"{result_prefix(tenant, realignment_id, attempt or 0)}/side_car", name)
     if attempt is None or not path.is_file():
         raise NotFound(f"{realignment_id} has no side-car {name!r}.", code="no_side_car", param="name")
     return StoredFile(path, media_type="application/octet-stream", headers={"x-content-type-options": "nosniff"})
@@ -189,7 +180,7 @@ def _report(here: Services, tenant: str, job_id: str, form: ReportForm) -> Respo
     if attempt is None:
         job = here.jobs.get(tenant, job_id)
         raise Conflict(f"{job_id} has no report: it is {job.status}.", code="no_report", param="realignment_id")
-    path = here.objects.path(f"realignments/{job_id}/{attempt}/report", f"report.{form}")
+    path = downloads.local_path(here.objects, f"{result_prefix(tenant, job_id, attempt)}/report", f"report.{form}")
     # A report shows names out of a customer's file; should escaping ever fail, nothing in it may run or load.
     inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"

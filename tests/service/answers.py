@@ -18,6 +18,9 @@ class Answer(Protocol):
     def json(self) -> Any: ...
 
 
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
 def refused(answer: Answer, status: int, code: str) -> dict[str, Any]:
     """Checks a refusal's status, code and shape, and that it tells nothing of our insides. Returns its `error`."""
     assert answer.status_code == status, answer.text
@@ -33,5 +36,5 @@ def refused(answer: Answer, status: int, code: str) -> dict[str, Any]:
     assert body["status"] == status
     assert body["type"] == f"urn:safegraft:error:{code}"
     assert error["message"] == body["detail"] != ""
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert error["type"] == ("server_error" if status >= 500 else KINDS.get(status, "invalid_request_error"))
     return error

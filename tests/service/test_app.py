@@ -11,10 +11,12 @@ import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
-from pydantic import SecretStr
 
 from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, STRENGTH, MethodParameters
 from safegraft.engine.methods import METHODS
+from safegraft.stores.database import open_database
+from safegraft.stores.keys import KeyStore
+from safegraft.vault import open_vault
 from service import export
 from service.app import create_app
 from service.settings import GatewaySettings
@@ -70,10 +72,11 @@ def test_every_route_is_documented_or_a_head_of_one_that_is() -> None:
 def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
     settings = GatewaySettings(
         dev=False,
-        api_keys=[SecretStr("sgk_secret")],
         data=tmp_path,
         redis_url=f"redis://127.0.0.1:{free_port()}/0",
+        max_requests_per_second=0,
     )
+    _, key = KeyStore(open_database(settings.database), open_vault(settings)).create("default", scopes=["admin"])
     app = create_app(settings)
     asked = 0
     with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
@@ -90,7 +93,7 @@ def test_every_route_under_v1_wants_a_key(tmp_path: Path) -> None:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 if method != "HEAD":
                     refused(answer, 401, "unauthorized")
-                right = client.request(method, path, headers={"authorization": "Bearer sgk_secret"})
+                right = client.request(method, path, headers={"authorization": f"Bearer {key}"})
                 assert right.status_code != 401, (method, path)
     assert asked >= 16
 

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
+from service.loops import Loop
 from service.queue import Dispatcher, Queue
 from service.settings import GatewaySettings
 from tests.stores.records import kinds, queued, shift
@@ -82,12 +83,12 @@ def test_a_job_whose_worker_fell_silent_is_announced_in_the_same_turn(store: Job
 
 def test_the_loop_goes_on_after_a_fault_and_wakes_at_once(store: JobStore, caplog: pytest.LogCaptureFixture) -> None:
     broker = Broker(0)
-    loop = dispatcher(store, broker, dispatch_seconds=600)
+    loop = Loop("dispatcher", dispatcher(store, broker).turn, 600)
     job_id = queued(store)
     loop.start()
     try:
         deadline = time.monotonic() + 10
-        while "dispatching failed" not in caplog.text:
+        while "dispatcher failed" not in caplog.text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         broker.capacity = 1

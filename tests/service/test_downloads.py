@@ -150,7 +150,7 @@ def test_ids_that_are_none_are_refused(client: httpx.Client) -> None:
 
 def test_deleting_removes_record_and_bytes(service: Running, client: httpx.Client, fresh: Path) -> None:
     first, second = upload(client, fresh), upload(client, fresh)
-    stored = service.data / "objects" / "adapters"
+    stored = service.data / "objects" / "tenants" / "default" / "adapters"
     assert (stored / first["id"] / WEIGHTS).is_file()
     answer = client.delete(f"/v1/adapters/{first['id']}")
     assert answer.json() == {"id": first["id"], "object": "adapter", "deleted": True}
@@ -188,6 +188,6 @@ def test_a_store_that_fails_is_our_fault_and_told_in_the_same_shape(
     idle: TestClient, fresh: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "objects").mkdir(exist_ok=True)
-    (tmp_path / "objects" / "adapters").write_bytes(b"a file where a folder belongs")
+    (tmp_path / "objects" / "tenants").write_bytes(b"a file where a folder belongs")
     refused(idle.post("/v1/adapters", files=files_of(fresh)), 507, "storage_fault")
     assert list((tmp_path / "objects" / "scratch").iterdir()) == []

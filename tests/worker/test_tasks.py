@@ -22,6 +22,7 @@ from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render as report_files
+from safegraft.stores.objects import LocalObjects
 from worker import tasks
 from worker.settings import WorkerSettings
 from worker.tasks import Bench, run_job
@@ -37,6 +38,10 @@ class Shop:
         self.bench = Bench(WorkerSettings(data=data, **settings))
         self.jobs = self.bench.jobs
         self.reference = ""
+
+    @property
+    def files(self) -> LocalObjects:
+        return LocalObjects(self.bench.settings.objects)
 
     def upload(self, folder: Path) -> Adapter:
         adapter_id = new_id("adp")
@@ -62,7 +67,9 @@ class Shop:
 
     def results(self, job_id: str) -> list[str]:
         """Attempts that left files."""
-        return sorted(path.name for path in (self.data / "objects" / "realignments" / job_id).glob("*"))
+        return sorted(
+            path.name for path in (self.data / "objects" / "tenants" / TENANT / "realignments" / job_id).glob("*")
+        )
 
     def expire(self, job_id: str) -> None:
         """As if the worker had been silent for an hour, and the reaper came."""
@@ -118,9 +125,9 @@ def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> Non
     assert made.origin.realignment_id == job_id
     assert made.name == "mine (gram)"
     assert made.sha256 != customer.sha256
-    weights = shop.bench.objects.path(prefix, WEIGHTS)
+    weights = shop.files.path(prefix, WEIGHTS)
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == made.sha256
-    text = shop.bench.objects.path(f"realignments/{job_id}/1/report", "report.json").read_text()
+    text = shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json").read_text()
     report = Report.model_validate_json(text)
     assert report.output is not None
     assert report.output.sha256 == made.sha256
@@ -129,7 +136,7 @@ def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> Non
     assert shop.kinds(job_id) == ["created", "started", "succeeded"]
     # The customer's own files are as they were.
     prefix = shop.bench.adapters.prefix(TENANT, customer.id)
-    assert shop.bench.objects.path(prefix, WEIGHTS).read_bytes() == (fresh / WEIGHTS).read_bytes()
+    assert shop.files.path(prefix, WEIGHTS).read_bytes() == (fresh / WEIGHTS).read_bytes()
 
 
 def test_analyze_makes_no_adapter(shop: Shop, fresh: Path) -> None:
@@ -140,7 +147,9 @@ def test_analyze_makes_no_adapter(shop: Shop, fresh: Path) -> None:
     assert job.result is not None
     assert job.result.adapter_id is None
     assert len(shop.adapters()) == 1
-    assert [path.name for path in (shop.data / "objects" / "realignments" / job_id / "1").iterdir()] == ["report"]
+    assert [
+        path.name for path in (shop.data / "objects" / "tenants" / TENANT / "realignments" / job_id / "1").iterdir()
+    ] == ["report"]
 
 
 def test_a_fault_of_the_input_ends_the_job_with_its_code(shop: Shop, fresh: Path) -> None:
@@ -407,14 +416,14 @@ def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fr
     assert [variant.strength for variant in job.result.variants] == [0.3, 3.0]
     assert job.result.adapter_id == job.result.variants[0].adapter_id
     report = Report.model_validate_json(
-        shop.bench.objects.path(f"realignments/{job_id}/1/report", "report.json").read_text()
+        shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json").read_text()
     )
     for variant, shown in zip(job.result.variants, report.variants, strict=True):
         made = shop.bench.adapters.get(TENANT, variant.adapter_id)
         assert made.name == f"mine (gram {variant.strength:g})"
         assert shown.output is not None
         assert made.sha256 == shown.output.sha256
-        weights = shop.bench.objects.path(shop.bench.adapters.prefix(TENANT, made.id), WEIGHTS)
+        weights = shop.files.path(shop.bench.adapters.prefix(TENANT, made.id), WEIGHTS)
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == made.sha256
     assert len({variant.adapter_id for variant in job.result.variants}) == 2
 
@@ -440,4 +449,4 @@ def test_a_side_car_is_published_beside_the_unchanged_adapter(shop: Shop, fresh:
     assert job.result.adapter_id is not None
     assert shop.bench.adapters.get(TENANT, job.result.adapter_id).sha256 == customer.sha256
     assert job.result.side_car_urls == [f"/v1/realignments/{job_id}/side_car/side_car.safetensors"]
-    assert shop.bench.objects.path(f"realignments/{job_id}/1/side_car", "side_car.safetensors").is_file()
+    assert shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/side_car", "side_car.safetensors").is_file()

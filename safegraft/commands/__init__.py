@@ -1,0 +1,1 @@
+"""Groups of commands: what the operator of a service does beside it. One file a group."""

@@ -1,0 +1,38 @@
+"""What all commands share: two consoles, options that several have, and the stores that the environment names."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from sqlalchemy.engine import Engine
+
+from safegraft.errors import InvalidParameter
+from safegraft.settings import SharedSettings
+from safegraft.stores.database import open_database
+
+out, err = Console(), Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
+Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def settings_for(data: Path) -> SharedSettings:
+    """The service's settings as gateway and worker read them, with this data folder. Raises InvalidParameter."""
+    try:
+        return SharedSettings(data=data)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidParameter(f"The setting {where} cannot be used: {first['msg']}.", param=where) from None
+
+
+def database_of(settings: SharedSettings) -> Engine:
+    """The service's database, made where it is not there yet."""
+    return open_database(settings.database)

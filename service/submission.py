@@ -1,0 +1,82 @@
+"""From a request to a queued job: what both job APIs and batches do, once."""
+
+import re
+
+from starlette.requests import Request
+
+from safegraft.compatibility import check_compatible
+from safegraft.contracts.methods import parameters_by_strength
+from safegraft.contracts.realignment import RealignmentCreate
+from safegraft.errors import InvalidParameter
+from safegraft.stores.jobs import Created, Origins
+from safegraft.stores.objects import describe_stored
+from service.auth import Principal
+from service.dependencies import Services
+
+METADATA = re.compile(r"metadata\[(?P<key>[^\]]{1,64})\]")
+
+
+def submit(
+    here: Services,
+    asking: Principal,
+    request: RealignmentCreate,
+    *,
+    idempotency_key: str | None = None,
+    retried: bool = False,
+    origins: Origins = Origins(),  # noqa: B008 - frozen
+) -> Created:
+    """Checks adapter, reference and method against each other and queues the job. Runs in a thread.
+
+    Raises NotFound, Incompatible, InvalidParameter, Conflict, QuotaExceeded.
+    """
+    tenant = asking.tenant
+    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
+    if first is not None:
+        # Before anything is judged: what was true of the first request may have changed since.
+        return Created(first, replayed=True)
+    description = describe_stored(here.objects, here.adapters.prefix(tenant, request.adapter_id))
+    if request.reference_id is None:
+        reference = here.references.choose(description)
+    else:
+        reference = here.references.get(request.reference_id)
+    check_compatible(description, reference.manifest, request.method)
+    _check_strengths(request)
+    own = asking.limits.max_jobs
+    created = here.jobs.create(
+        tenant,
+        reference.id,
+        request,
+        idempotency_key,
+        origins=origins,
+        retried=retried,
+        max_open=here.settings.max_jobs_per_tenant if own is None else own,
+    )
+    here.dispatcher.wake()
+    return created
+
+
+def _check_strengths(request: RealignmentCreate) -> None:
+    """Raises InvalidParameter before a job is queued that could only fail."""
+    if not request.strengths:
+        return
+    if request.method.type == "auto":
+        raise InvalidParameter(
+            "strengths needs a method: which one runs by itself is only known when the adapter has been read.",
+            code="bad_strengths",
+            param="method",
+        )
+    parameters_by_strength(request.method, request.strengths)
+
+
+def metadata_filters(request: Request) -> dict[str, str]:
+    """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        match = METADATA.fullmatch(name)
+        if match:
+            if match["key"] in found:
+                raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
+            found[match["key"]] = value
+    if any("\0" in key + value for key, value in found.items()):
+        raise InvalidParameter("A filter holds a NUL character.", code="bad_filter", param="metadata")
+    return found
