@@ -5,7 +5,6 @@ import secrets
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -19,7 +18,7 @@ from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import ReferenceRegistry
 from safegraft.vault import open_vault
-from service import errors
+from service import errors, openapi
 from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.loops import Loop
@@ -66,25 +65,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(RequestId)
-    _describe_errors(app)
+    openapi.describe(app)
     return app
-
-
-def _describe_errors(app: FastAPI) -> None:
-    """FastAPI documents every body as application/json; errors are sent as application/problem+json."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        for path in document["paths"].values():
-            for operation in path.values():
-                for status in ("4XX", "5XX"):
-                    content = operation["responses"][status].get("content", {})
-                    if "application/json" in content:
-                        content["application/problem+json"] = content.pop("application/json")
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def open_services(settings: GatewaySettings) -> Services:
