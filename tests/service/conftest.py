@@ -1,7 +1,6 @@
 """A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+
+from tests import scaled
+from tests.scaled import free_port as free_port
 
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
 
@@ -26,17 +28,17 @@ class Running:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def start(data: Path, *, workers: int, log: Path, **environment: str) -> Running:
     """Starts a service and waits until it is ready."""
     port = free_port()
     command = [SAFEGRAFT, "serve", "--dev", "--port", str(port), "--data", str(data), "--workers", str(workers)]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    clean |= scaled.environment(data)
+    if scaled.SCALED:
+        # What the tests added to this data folder is to be found by all machines.
+        for folder in (data / "references").glob("ref_*"):
+            command_line = [SAFEGRAFT, "reference", "add", str(folder), "--data", str(data)]
+            subprocess.run(command_line, check=True, capture_output=True, env=clean)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=clean | environment)
     url = f"http://127.0.0.1:{port}"
