@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from safegraft.settings import SharedSettings
+from safegraft.stores.objects import Objects, open_objects
 from tests import scaled
 from tests.scaled import free_port as free_port
 
@@ -26,6 +28,13 @@ class Running:
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+
+
+def objects_of(data: Path) -> Objects:
+    """Where the installation in a data folder keeps its bytes."""
+    return open_objects(
+        SharedSettings(data=data, storage_url=scaled.environment(data).get("SAFEGRAFT_STORAGE_URL", ""))
+    )
 
 
 def start(data: Path, *, workers: int, log: Path, **environment: str) -> Running:
