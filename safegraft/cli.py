@@ -32,7 +32,7 @@ from safegraft.finite import check_finite
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.records import compatibility
 from safegraft.stores.keys import KeyStore
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
 from safegraft.vault import open_vault
 
 app = typer.Typer(
@@ -166,7 +166,7 @@ def serve(
             code="no_api_keys",
             hint=f"Make one with: safegraft keys create --data {data}. Or try it with --dev.",
         )
-    if not ReferenceRegistry(data / "references").installed():
+    if not open_references(settings_for(data)).installed():
         err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
     broker = os.environ.get("SAFEGRAFT_REDIS_URL") or os.environ.get("REDIS_URL", "")
     run(Plan(host=host, port=port, data=data, workers=workers, dev=dev, redis_url=broker, device=device))
@@ -583,8 +583,11 @@ def add(
     data: Data = Path("var"),
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle and installs it in the data folder. A running service sees it at once."""
-    installed = ReferenceRegistry(data / "references").add(reference)
+    """Verifies a bundle and installs it in the data folder, and in SAFEGRAFT_STORAGE_URL where that is set.
+
+    A running service sees it without a restart.
+    """
+    installed = open_references(settings_for(data)).add(reference)
     if as_json:
         print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
     else:
@@ -594,7 +597,7 @@ def add(
 @reference_app.command("list")
 def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     """Lists the installed references, newest first."""
-    found = ReferenceRegistry(data / "references").installed()
+    found = open_references(settings_for(data)).installed()
     if as_json:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
@@ -607,8 +610,11 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
 @reference_app.command("show")
 def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
     """Prints the manifest of an installed reference (by id) or of a bundle (by folder); it is JSON in any case."""
-    folder = _find(reference, data)
-    sys.stdout.write((folder / MANIFEST).read_text(encoding="utf-8"))
+    if Path(reference).is_dir():
+        raw = (_bundle(Path(reference)) / MANIFEST).read_bytes()
+    else:
+        raw = open_references(settings_for(data)).manifest(reference)
+    sys.stdout.write(raw.decode("utf-8"))
 
 
 @reference_app.command("verify")
@@ -627,7 +633,7 @@ def _find(reference: str, data: Path) -> Path:
     """The folder of an installed reference (by id) or of a bundle (by folder)."""
     if Path(reference).is_dir():
         return _bundle(Path(reference))
-    return ReferenceRegistry(data / "references").get(reference).folder
+    return open_references(settings_for(data)).folder(reference)
 
 
 def _bundle(folder: Path) -> Path:

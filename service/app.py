@@ -16,7 +16,7 @@ from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
 from safegraft.vault import open_vault
 from service import errors, openapi
 from service.auth import Gatekeeper
@@ -74,6 +74,7 @@ def open_services(settings: GatewaySettings) -> Services:
     database = open_database(settings.database)
     jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
     queue = Queue(settings.redis_url)
+    objects = open_objects(settings)
     keys = KeyStore(database, open_vault(settings))
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     return Services(
@@ -81,10 +82,10 @@ def open_services(settings: GatewaySettings) -> Services:
         database=database,
         adapters=AdapterStore(database),
         jobs=jobs,
-        objects=open_objects(settings),
+        objects=objects,
         keys=keys,
         gatekeeper=Gatekeeper(settings, keys),
-        references=ReferenceRegistry(settings.references),
+        references=open_references(settings, objects),
         queue=queue,
         dispatcher=dispatcher,
         loops=[dispatcher],

@@ -44,11 +44,13 @@ STATUS_BY_CODE = {
     "upload_stalled": 408,
     "insufficient_scope": 403,
     "storage_quota_exceeded": 403,
+    "storage_unavailable": 503,
 }
 # Codes of what the framework itself refuses.
 HTTP_CODES = {
     404: "route_not_found",
     405: "method_not_allowed",
+    412: "precondition_failed",
     413: "request_too_large",
     416: "range_not_satisfiable",
 }

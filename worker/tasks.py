@@ -25,7 +25,7 @@ from safegraft.contracts.realignment import Progress
 from safegraft.contracts.report import Report
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render
@@ -33,7 +33,7 @@ from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, result_prefix
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
 
@@ -68,7 +68,7 @@ class Bench:
         self.jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
         self.adapters = AdapterStore(database)
         self.objects = open_objects(settings)
-        self.registry = ReferenceRegistry(settings.references)
+        self.registry = open_references(settings, self.objects)
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
 
     def warm(self) -> None:
@@ -82,13 +82,17 @@ class Bench:
         """From memory, or verified and loaded; the one that was not used for longest makes room."""
         if reference_id not in self._loaded:
             try:
-                folder = self.registry.get(reference_id).folder
+                folder = self.registry.folder(reference_id)
             except NotFound as error:
                 # It was there when the job was accepted: the operator's move, not the customer's.
                 raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
             while len(self._loaded) >= self.settings.loaded_references:
                 self._loaded.popitem(last=False)
-            self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            try:
+                self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            except CorruptReference:
+                self.registry.discard_copy(reference_id)
+                raise
             log.info("%s loaded", reference_id)
         self._loaded.move_to_end(reference_id)
         return self._loaded[reference_id]

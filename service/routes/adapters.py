@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.errors import UserError
+from safegraft.errors import NotFound, UserError
 from safegraft.stores.objects import adapter_prefix
 from service import downloads, uploads
 from service.dependencies import After, Here, Limit, Tenant
@@ -89,14 +89,17 @@ def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
 
 @router.head("/{adapter_id}/files/{name}", include_in_schema=False)
 @router.get(
-    "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.BINARY
+    "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.FILE
 )
-def file(adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], here: Here, tenant: Tenant) -> Response:
-    """The bytes of one file; understands Range."""
+def file(
+    adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], request: Request, here: Here, tenant: Tenant
+) -> Response:
+    """The bytes of one file; understands Range, If-Range, If-Match and If-None-Match."""
     adapter = here.adapters.get(tenant, adapter_id)
-    path = downloads.local_path(here.objects, here.adapters.prefix(tenant, adapter_id), name)
-    digest = next(item.sha256 for item in adapter.files if item.name == name)
-    return downloads.file_response(path, digest)
+    digest = next((item.sha256 for item in adapter.files if item.name == name), None)
+    if digest is None:
+        raise NotFound(f"There is no file {name[:80]!r}.", code="file_not_found", param="name")
+    return downloads.stored_file(request, here.objects, here.adapters.prefix(tenant, adapter_id), name, digest)
 
 
 @router.head("/{adapter_id}/download", include_in_schema=False)
@@ -110,13 +113,4 @@ def download(adapter_id: AdapterId, request: Request, here: Here, tenant: Tenant
     """The whole folder as an uncompressed tar."""
     adapter = here.adapters.get(tenant, adapter_id)
     prefix = here.adapters.prefix(tenant, adapter_id)
-    paths = [downloads.local_path(here.objects, prefix, item.name) for item in adapter.files]
-    tar = downloads.Tar(paths, adapter.id, adapter.created_at)
-    headers = {
-        "content-disposition": f'attachment; filename="{adapter.id}.tar"',
-        "content-length": str(tar.size),
-    }
-    if request.method == "HEAD":
-        tar.close()
-        return Response(media_type="application/x-tar", headers=headers)
-    return StreamingResponse(tar.stream(), media_type="application/x-tar", headers=headers)
+    return downloads.tar_file(request, here.objects, prefix, adapter.files, adapter.id, adapter.created_at)
