@@ -13,18 +13,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import safegraft
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
+from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import open_references
+from safegraft.stores.uploads import UploadStore
 from safegraft.vault import open_vault
 from service import errors, openapi
 from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, realignments
+from service.routes import adapters, catalogue, docs, files, health, realignments, uploads
 from service.settings import GatewaySettings
+from service.validation import Limits, Validator
 
 log = logging.getLogger("safegraft.gateway")
 # Longer than any upload or job may take.
@@ -40,6 +43,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
         here.objects.sweep(SCRATCH_SECONDS)
+        here.validator.start()
         for loop in here.loops:
             loop.start()
         try:
@@ -47,6 +51,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         finally:
             for loop in here.loops:
                 loop.stop()
+            here.validator.close()
             here.queue.close()
             here.database.dispose()
 
@@ -60,7 +65,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, catalogue, health, docs):
+    for resource in (adapters, uploads, files, realignments, catalogue, health, docs):
         app.include_router(resource.router)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
@@ -90,6 +95,12 @@ def open_services(settings: GatewaySettings) -> Services:
         dispatcher=dispatcher,
         loops=[dispatcher],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        files=FileStore(database),
+        uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
+        validator=Validator(
+            Limits(settings.validation_memory_bytes, settings.validation_seconds, settings.max_upload_bytes),
+            settings.max_active_validations,
+        ),
     )
 
 

@@ -10,14 +10,17 @@ from sqlalchemy.engine import Engine
 
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.uploads import UploadStore
 from service.auth import Gatekeeper, Principal
 from service.loops import Loop
 from service.queue import Queue
 from service.settings import GatewaySettings
+from service.validation import Validator
 
 
 @dataclass
@@ -36,6 +39,9 @@ class Services:
     dispatcher: Loop
     loops: list[Loop]
     upload_slots: BoundedSemaphore
+    files: FileStore
+    uploads: UploadStore
+    validator: Validator
 
 
 async def here_(request: Request) -> Services:

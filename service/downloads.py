@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, BinaryIO
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
@@ -56,28 +57,39 @@ class StoredFile(FileResponse):
             raise NotFound("The file was deleted.", code="file_not_found") from error
 
 
-def stored_file(request: Request, objects: Objects, prefix: str, name: str, sha256: str) -> Response:
-    """A file whose bytes never change, named by their hash. Raises NotFound."""
+def stored_file(
+    request: Request, objects: Objects, prefix: str, name: str, sha256: str, *, filename: str = ""
+) -> Response:
+    """A file whose bytes never change, named by their hash; filename: under which it is to be saved, if not `name`.
+
+    Raises NotFound.
+    """
     headers = {**_named_by(sha256), "cache-control": "private, immutable", "x-content-type-options": "nosniff"}
+    headers["content-disposition"] = attachment(filename or name)
     path = objects.local(prefix, name)
     if answer := _condition(request, headers):
         return answer
     if path is not None:
-        return StoredFile(path, media_type=OCTETS, filename=name, headers=headers)
+        return StoredFile(path, media_type=OCTETS, headers=headers)
     if request.method == "HEAD" or _store_would_misjudge(request, headers["etag"]):
         headers |= {
             "content-length": str(objects.size(prefix, name)),
-            "content-disposition": f'attachment; filename="{name}"',
             "accept-ranges": "bytes",
         }
         if request.method == "HEAD":
             return Response(media_type=OCTETS, headers=headers)
         return StreamingResponse(_whole(objects.open(prefix, name)), media_type=OCTETS, headers=headers)
-    url = objects.url(prefix, name, filename=name, media_type=OCTETS)
+    url = objects.url(prefix, name, filename=filename or name, media_type=OCTETS)
     if url is None:
         raise StorageFault(f"{prefix} is neither on this machine nor at an address.")
     # Neither ETag nor digest: they would be those of this empty answer. The address ends, so that nobody may keep it.
     return RedirectResponse(url, status_code=307, headers={"cache-control": "no-store"})
+
+
+def attachment(filename: str) -> str:
+    """A Content-Disposition (RFC 6266) for any name."""
+    quoted = quote(filename, safe="")
+    return f'attachment; filename="{filename}"' if quoted == filename else f"attachment; filename*=utf-8''{quoted}"
 
 
 def small_file(request: Request, data: bytes, *, media_type: str, headers: Mapping[str, str]) -> Response:

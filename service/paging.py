@@ -3,10 +3,11 @@
 from typing import TypeVar
 
 from safegraft.contracts.adapter import Adapter
+from safegraft.contracts.files import FileObject, UploadPart
 from safegraft.contracts.listing import Method, Page, Reference
 from safegraft.contracts.realignment import Event, Realignment
 
-Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method)
+Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method, FileObject, UploadPart)
 
 
 def page(data: list[Item], has_more: bool) -> Page[Item]:

@@ -11,6 +11,16 @@ class GatewaySettings(SharedSettings):
     key_cache_size: int = Field(default=4096, gt=0)
     max_upload_bytes: int = Field(default=8 * 2**30, gt=0)
     max_active_uploads: int = Field(default=32, gt=0)
+    upload_expiry_seconds: float = Field(
+        default=24 * 3600.0, gt=0, description="A resumable upload that is not completed by then is given up."
+    )
+    max_active_validations: int = Field(default=2, gt=0, description="Processes that read uploads at the same time.")
+    validation_memory_bytes: int = Field(
+        default=2**31, ge=2**28, description="Address space of a process that reads an upload."
+    )
+    validation_seconds: float = Field(
+        default=600.0, gt=0, description="How long an upload may take to read, by the clock and of processor time."
+    )
     max_json_bytes: int = Field(default=2**20, gt=0)
     dispatch_seconds: float = Field(default=1.0, gt=0, description="How often due jobs are looked for.")
     announce_limit: int = Field(default=32, gt=0, description="How many jobs may wait in the broker at a time.")

@@ -8,6 +8,7 @@ from sqlalchemy.engine import Connection, Engine, Row
 from safegraft.contracts.adapter import Adapter
 from safegraft.errors import Conflict, NotFound
 from safegraft.stores.database import adapters, reading, realignments
+from safegraft.stores.quotas import claim_room
 
 
 class AdapterStore:
@@ -16,8 +17,10 @@ class AdapterStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def add(self, adapter: Adapter, tenant: str, prefix: str) -> None:
+    def add(self, adapter: Adapter, tenant: str, prefix: str, *, max_bytes: int = 0) -> None:
+        """max_bytes: what the tenant may store in all; 0: no limit. Raises QuotaExceeded."""
         with self._engine.begin() as connection:
+            claim_room(connection, tenant, adapter.bytes, max_bytes)
             insert_adapter(connection, adapter, tenant, prefix)
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:

@@ -150,6 +150,7 @@ upload_parts = Table(
     Column("sha256", String(64)),  # null: sent past the gateway, to a presigned address
     Column("created_at", Float, nullable=False),
     Index("upload_parts_by_upload", "upload_id", "id"),
+    Index("upload_parts_by_tenant", "tenant"),
 )
 
 files = Table(

@@ -1,23 +1,22 @@
 """/v1/adapters: upload, list, show, delete, download."""
 
-import asyncio
-import shutil
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
+from safegraft.contracts.files import AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.errors import NotFound, UserError
-from safegraft.stores.objects import adapter_prefix
+from safegraft.errors import NotFound
 from service import downloads, uploads
-from service.dependencies import After, Here, Limit, Tenant
+from service.dependencies import After, Asking, Here, Limit, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 AdapterId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
+ARCHIVE = {"schema": {"type": "string", "format": "binary", "description": "The adapter's folder as one archive."}}
 UPLOAD_SCHEMA: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -36,34 +35,30 @@ UPLOAD_SCHEMA: dict[str, Any] = {
                         "sha256": {"type": "string", "description": f"SHA-256 of {WEIGHTS}, checked on arrival."},
                     },
                 }
-            }
+            },
+            "application/x-tar": ARCHIVE,
+            "application/zip": ARCHIVE,
+            "application/json": {"schema": AdapterFromFiles.model_json_schema()},
         },
     }
 }
 
 
 @router.post("", status_code=201, operation_id="createAdapter", openapi_extra=UPLOAD_SCHEMA)
-async def create(request: Request, response: Response, here: Here, tenant: Tenant) -> Adapter:
-    """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated."""
-    if not here.upload_slots.acquire(blocking=False):
-        raise UserError("Too many uploads at once.", code="too_many_uploads", hint="Try again in a few seconds.")
-    try:
-        limit = here.settings.max_upload_bytes
-        received = await uploads.receive(request, here.objects.scratch, limit)
-        try:
-            adapter, folder = await asyncio.to_thread(uploads.check, received, limit)
-            prefix = adapter_prefix(tenant, adapter.id)
-            await asyncio.to_thread(here.objects.publish, folder, prefix)
-            try:
-                await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
-            except BaseException:
-                # No record names these files, and none will.
-                await asyncio.to_thread(here.objects.remove, prefix)
-                raise
-        finally:
-            await asyncio.to_thread(shutil.rmtree, received.folder.parent, True)
-    finally:
-        here.upload_slots.release()
+async def create(
+    request: Request,
+    response: Response,
+    here: Here,
+    asking: Asking,
+    name: Annotated[str, Query(max_length=200, description="For an archive, which has no fields.")] = "",
+    sha256: Annotated[str, Query(max_length=80, description=f"For an archive: SHA-256 of its {WEIGHTS}.")] = "",
+) -> Adapter:
+    """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated.
+
+    As a form, as one archive (`curl --data-binary @adapter.tar -H 'content-type: application/x-tar'`), or as JSON that
+    names files which were uploaded before: an archive, or the configuration, the weights and companions.
+    """
+    adapter = await uploads.create_adapter(request, here, asking, name=name, sha256=sha256)
     response.headers["location"] = f"/v1/adapters/{adapter.id}"
     return adapter
 
