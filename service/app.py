@@ -18,14 +18,17 @@ from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.webhooks import WebhookStore
 from safegraft.vault import open_vault
 from service import errors
 from service.auth import Gatekeeper
 from service.dependencies import Services
+from service.destinations import Destinations
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, realignments
+from service.routes import adapters, catalogue, docs, health, realignments, webhooks
 from service.settings import GatewaySettings
+from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
 # Longer than any upload or job may take.
@@ -63,6 +66,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     for resource in (adapters, realignments, catalogue, health, docs):
         app.include_router(resource.router)
+    app.include_router(webhooks.router)
+    app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(RequestId)
@@ -92,7 +97,12 @@ def open_services(settings: GatewaySettings) -> Services:
     database = open_database(settings.database)
     jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
     queue = Queue(settings.redis_url)
-    keys = KeyStore(database, open_vault(settings))
+    vault = open_vault(settings)
+    keys = KeyStore(database, vault)
+    # The lease: long enough for an attempt, and for its outcome to be recorded by a machine that is busy.
+    outbox = WebhookStore(database, vault, lease_seconds=4 * settings.webhook_timeout_seconds)
+    destinations = Destinations(allow_private=settings.webhook_allow_private)
+    sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     return Services(
         settings=settings,
@@ -105,8 +115,11 @@ def open_services(settings: GatewaySettings) -> Services:
         references=ReferenceRegistry(settings.references),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher],
+        loops=[dispatcher, sender],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        webhooks=outbox,
+        destinations=destinations,
+        sender=sender,
     )
 
 

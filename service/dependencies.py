@@ -14,7 +14,9 @@ from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.webhooks import WebhookStore
 from service.auth import Gatekeeper, Principal
+from service.destinations import Destinations
 from service.loops import Loop
 from service.queue import Queue
 from service.settings import GatewaySettings
@@ -36,6 +38,9 @@ class Services:
     dispatcher: Loop
     loops: list[Loop]
     upload_slots: BoundedSemaphore
+    webhooks: WebhookStore
+    destinations: Destinations
+    sender: Loop
 
 
 async def here_(request: Request) -> Services:

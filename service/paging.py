@@ -5,8 +5,9 @@ from typing import TypeVar
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.listing import Method, Page, Reference
 from safegraft.contracts.realignment import Event, Realignment
+from safegraft.contracts.webhooks import WebhookDelivery, WebhookEndpoint
 
-Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method)
+Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method, WebhookEndpoint, WebhookDelivery)
 
 
 def page(data: list[Item], has_more: bool) -> Page[Item]:
