@@ -19,15 +19,18 @@ from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import open_references
 from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
 from safegraft.vault import open_vault
 from service import errors, openapi
 from service.auth import Gatekeeper
 from service.dependencies import Services
+from service.destinations import Destinations
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, files, health, realignments, uploads
+from service.routes import adapters, catalogue, docs, files, health, realignments, uploads, webhooks
 from service.settings import GatewaySettings
 from service.validation import Limits, Validator
+from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
 # Longer than any upload or job may take.
@@ -67,6 +70,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     for resource in (adapters, uploads, files, realignments, catalogue, health, docs):
         app.include_router(resource.router)
+    app.include_router(webhooks.router)
+    app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(RequestId)
@@ -80,7 +85,12 @@ def open_services(settings: GatewaySettings) -> Services:
     jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
     queue = Queue(settings.redis_url)
     objects = open_objects(settings)
-    keys = KeyStore(database, open_vault(settings))
+    vault = open_vault(settings)
+    keys = KeyStore(database, vault)
+    # The lease: long enough for an attempt, and for its outcome to be recorded by a machine that is busy.
+    outbox = WebhookStore(database, vault, lease_seconds=4 * settings.webhook_timeout_seconds)
+    destinations = Destinations(allow_private=settings.webhook_allow_private)
+    sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     return Services(
         settings=settings,
@@ -93,7 +103,7 @@ def open_services(settings: GatewaySettings) -> Services:
         references=open_references(settings, objects),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher],
+        loops=[dispatcher, sender],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
         files=FileStore(database),
         uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
@@ -101,6 +111,9 @@ def open_services(settings: GatewaySettings) -> Services:
             Limits(settings.validation_memory_bytes, settings.validation_seconds, settings.max_upload_bytes),
             settings.max_active_validations,
         ),
+        webhooks=outbox,
+        destinations=destinations,
+        sender=sender,
     )
 
 

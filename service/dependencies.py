@@ -16,7 +16,9 @@ from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
 from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
 from service.auth import Gatekeeper, Principal
+from service.destinations import Destinations
 from service.loops import Loop
 from service.queue import Queue
 from service.settings import GatewaySettings
@@ -42,6 +44,9 @@ class Services:
     files: FileStore
     uploads: UploadStore
     validator: Validator
+    webhooks: WebhookStore
+    destinations: Destinations
+    sender: Loop
 
 
 async def here_(request: Request) -> Services:

@@ -1,13 +1,16 @@
 """Lists in OpenAI's shape."""
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from safegraft.contracts.adapter import Adapter
-from safegraft.contracts.files import FileObject, UploadPart
-from safegraft.contracts.listing import Method, Page, Reference
-from safegraft.contracts.realignment import Event, Realignment
+from safegraft.contracts.listing import Page
 
-Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method, FileObject, UploadPart)
+
+class Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Identified)
 
 
 def page(data: list[Item], has_more: bool) -> Page[Item]:

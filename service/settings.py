@@ -1,5 +1,7 @@
 """The gateway's settings, on top of the shared ones."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from safegraft.settings import SharedSettings
@@ -28,4 +30,13 @@ class GatewaySettings(SharedSettings):
     max_jobs_per_tenant: int = Field(default=1000, ge=0, description="Jobs a tenant may have open; 0: no limit.")
     max_requests_per_second: int = Field(
         default=100, ge=0, description="Of one tenant, in each gateway process; 0: no limit."
+    )
+    webhook_allow_private: bool = Field(
+        default=False, description="Send webhooks over http and to private addresses too. For development."
+    )
+    webhook_seconds: float = Field(default=1.0, gt=0, description="How often due webhooks are looked for.")
+    webhook_timeout_seconds: float = Field(default=15.0, gt=0, description="For one attempt, from name to answer.")
+    webhook_retry_seconds: list[Annotated[float, Field(ge=0)]] = Field(
+        default=[5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400],
+        description="Pauses before each further attempt to send a webhook; then it has failed.",
     )

@@ -1,6 +1,7 @@
 """From a request to a queued job: what both job APIs and batches do, once."""
 
 import re
+from dataclasses import replace
 
 from starlette.requests import Request
 
@@ -41,6 +42,8 @@ def submit(
         reference = here.references.get(request.reference_id)
     check_compatible(description, reference.manifest, request.method)
     _check_strengths(request)
+    if request.webhook_url is not None:
+        origins = replace(origins, webhook_endpoint_id=here.webhooks.registered(tenant, request.webhook_url))
     own = asking.limits.max_jobs
     created = here.jobs.create(
         tenant,

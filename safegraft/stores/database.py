@@ -175,6 +175,7 @@ webhook_endpoints = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(40), nullable=False),
     Column("url", String(2000), nullable=False),
+    Column("name", String(100), nullable=False, default=""),
     Column("events", JSON, nullable=False),  # types that it hears of
     Column("secret", String(500), nullable=False),  # sealed
     Column("previous_secret", String(500)),  # sealed; signs as well until previous_until
@@ -182,6 +183,7 @@ webhook_endpoints = Table(
     Column("created_at", Float, nullable=False),
     Column("disabled_at", Float),
     Column("disabled_reason", String(200)),
+    Column("failing_since", Float),  # the first failure since something was delivered
     Index("webhook_endpoints_by_tenant", "tenant", "id"),
 )
 
@@ -195,10 +197,13 @@ webhook_deliveries = Table(
     Column("type", String(60), nullable=False),
     Column("payload", JSON, nullable=False),
     Column("state", String(16), nullable=False),  # pending delivered failed
-    Column("attempts", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),  # only grows: the fencing token of who sends
+    Column("step", Integer, nullable=False, default=0),  # failures since the first try or the last replay
     Column("next_at", Float),
+    Column("lease_until", Float),  # somebody is sending it until then
     Column("last_status", Integer),
     Column("last_error", String(300)),
+    Column("history", JSON),  # contracts.webhooks.WebhookAttempt of the last attempts
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Index("webhook_deliveries_due", "state", "next_at"),
