@@ -48,6 +48,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         finally:
             for loop in here.loops:
                 loop.stop()
+            await here.gatekeeper.close()
             here.queue.close()
             here.database.dispose()
 
