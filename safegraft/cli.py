@@ -315,7 +315,7 @@ def _has_key(data: Path) -> bool:
     settings = settings_for(data)
     if not settings.database_url and not data.exists():
         return False  # asked without making anything
-    return any(key.revoked_at is None for key in KeyStore(database_of(settings), open_vault(settings)).list())
+    return KeyStore(database_of(settings), open_vault(settings)).any_live()
 
 
 def _numbers(text: str) -> list[float]:

@@ -55,6 +55,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             for loop in here.loops:
                 loop.stop()
             here.validator.close()
+            await here.gatekeeper.close()
             here.queue.close()
             here.database.dispose()
 

@@ -29,7 +29,9 @@ class GatewaySettings(SharedSettings):
     max_bytes_per_tenant: int = Field(default=2**40, ge=0, description="Bytes a tenant may store; 0: no limit.")
     max_jobs_per_tenant: int = Field(default=1000, ge=0, description="Jobs a tenant may have open; 0: no limit.")
     max_requests_per_second: int = Field(
-        default=100, ge=0, description="Of one tenant, in each gateway process; 0: no limit."
+        default=100,
+        ge=0,
+        description="Of one tenant, by all gateways together (by each, while the broker does not answer); 0: no limit.",
     )
     webhook_allow_private: bool = Field(
         default=False, description="Send webhooks over http and to private addresses too. For development."
