@@ -12,7 +12,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
+from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
@@ -20,11 +22,12 @@ from safegraft.stores.objects import open_objects
 from safegraft.stores.references import ReferenceRegistry
 from safegraft.vault import open_vault
 from service import errors
+from service.audit import Audit
 from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, realignments
+from service.routes import adapters, audit, catalogue, docs, health, provenance, realignments
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.gateway")
@@ -61,10 +64,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, catalogue, health, docs):
+    for resource in (adapters, realignments, provenance, catalogue, audit, health, docs):
         app.include_router(resource.router)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
+    app.add_middleware(Audit)
     app.add_middleware(RequestId)
     _describe_errors(app)
     return app
@@ -107,6 +111,8 @@ def open_services(settings: GatewaySettings) -> Services:
         dispatcher=dispatcher,
         loops=[dispatcher],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        audit=AuditLog(database),
+        provenance_keys=[load_public_key(path).shown for path in settings.provenance_keys],
     )
 
 

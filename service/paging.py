@@ -3,10 +3,12 @@
 from typing import TypeVar
 
 from safegraft.contracts.adapter import Adapter
+from safegraft.contracts.audit import AuditEvent
 from safegraft.contracts.listing import Method, Page, Reference
+from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.contracts.realignment import Event, Realignment
 
-Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method)
+Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method, AuditEvent, ProvenanceKey)
 
 
 def page(data: list[Item], has_more: bool) -> Page[Item]:

@@ -1,7 +1,13 @@
 """The gateway's settings, on top of the shared ones."""
 
-from pydantic import Field
+from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
+
+from safegraft.dsse import load_public_key
+from safegraft.errors import InvalidParameter
 from safegraft.settings import SharedSettings
 
 
@@ -19,3 +25,23 @@ class GatewaySettings(SharedSettings):
     max_requests_per_second: int = Field(
         default=100, ge=0, description="Of one tenant, in each gateway process; 0: no limit."
     )
+    provenance_keys: Annotated[list[Path], NoDecode] = Field(
+        default=[],
+        description="PEM files, by commas: public keys that sign provenance, or did; `GET /v1/provenance_keys` shows "
+        "them.",
+    )
+
+    @field_validator("provenance_keys", mode="before")
+    @classmethod
+    def _by_commas(cls, given: object) -> object:
+        return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+
+    @field_validator("provenance_keys")
+    @classmethod
+    def _readable(cls, given: list[Path]) -> list[Path]:
+        for path in given:
+            try:
+                load_public_key(path)
+            except InvalidParameter as error:
+                raise ValueError(error.message.rstrip(".")) from error
+        return given

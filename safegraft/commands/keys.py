@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from safegraft.commands.audit import audited
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.keys import DEFAULT_TENANT, Scope
 from safegraft.errors import InvalidParameter
@@ -35,6 +36,7 @@ def create(
 ) -> None:
     """Makes a key and shows it, this once."""
     key, text = _store(data).create(tenant, name=name, scopes=parse_scopes(scopes), seconds=parse_span(expires))
+    audited(settings_for(data), "keys.create", key.id, tenant=key.tenant)
     if as_json:
         print_json({**key.model_dump(mode="json"), "key": text})
         return
@@ -64,6 +66,7 @@ def list_(
 def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, key_…")], data: Data = Path("var")) -> None:
     """Ends a key. A gateway may accept it for some seconds more (SAFEGRAFT_KEY_CACHE_SECONDS)."""
     key = _store(data).revoke(key_id)
+    audited(settings_for(data), "keys.revoke", key.id, tenant=key.tenant)
     err.print(f"{key.id} of {key.tenant} is revoked.", highlight=False)
 
 
