@@ -115,11 +115,11 @@ def make_keys(folder: Path) -> tuple[Path, Path, str]:
     private, public = folder / PRIVATE, folder / PUBLIC
     key = Ed25519PrivateKey.generate()
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    try:
-        _create(private, pem, 0o600)
-        _create(public, _public_pem(key.public_key()), 0o644)
-    except FileExistsError as error:
-        raise Conflict(f"{error.filename} exists already.", code="key_exists", param="--out") from error
+    for path in (private, public):
+        if path.exists():
+            raise Conflict(f"{path} exists already.", code="key_exists", param="--out")
+    _create(private, pem, 0o600)
+    _create(public, _public_pem(key.public_key()), 0o644)
     sync_folder(folder)
     return private, public, keyid_of(key.public_key())
 
