@@ -11,7 +11,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
+from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
 from safegraft.stores.database import open_database
 from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
@@ -22,12 +24,24 @@ from safegraft.stores.uploads import UploadStore
 from safegraft.stores.webhooks import WebhookStore
 from safegraft.vault import open_vault
 from service import errors, openapi
+from service.audit import Audit
 from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.destinations import Destinations
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, files, health, realignments, uploads, webhooks
+from service.routes import (
+    adapters,
+    audit,
+    catalogue,
+    docs,
+    files,
+    health,
+    provenance,
+    realignments,
+    uploads,
+    webhooks,
+)
 from service.settings import GatewaySettings
 from service.validation import Limits, Validator
 from service.webhooks import Sender
@@ -69,12 +83,12 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, uploads, files, realignments, catalogue, health, docs):
+    for resource in (adapters, uploads, files, realignments, provenance, webhooks, catalogue, audit, health, docs):
         app.include_router(resource.router)
-    app.include_router(webhooks.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
+    app.add_middleware(Audit)
     app.add_middleware(RequestId)
     openapi.describe(app)
     return app
@@ -115,6 +129,8 @@ def open_services(settings: GatewaySettings) -> Services:
         webhooks=outbox,
         destinations=destinations,
         sender=sender,
+        audit=AuditLog(database),
+        provenance_keys=[load_public_key(path).shown for path in settings.provenance_keys],
     )
 
 

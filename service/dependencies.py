@@ -9,7 +9,9 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
 from safegraft.contracts.listing import PRINTABLE
+from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
 from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
@@ -47,6 +49,8 @@ class Services:
     webhooks: WebhookStore
     destinations: Destinations
     sender: Loop
+    audit: AuditLog
+    provenance_keys: list[ProvenanceKey]
 
 
 async def here_(request: Request) -> Services:

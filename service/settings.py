@@ -1,9 +1,13 @@
 """The gateway's settings, on top of the shared ones."""
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode
 
+from safegraft.dsse import load_public_key
+from safegraft.errors import InvalidParameter
 from safegraft.settings import SharedSettings
 
 
@@ -42,3 +46,23 @@ class GatewaySettings(SharedSettings):
         default=[5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400],
         description="Pauses before each further attempt to send a webhook; then it has failed.",
     )
+    provenance_keys: Annotated[list[Path], NoDecode] = Field(
+        default=[],
+        description="PEM files, by commas: public keys that sign provenance, or did; `GET /v1/provenance_keys` shows "
+        "them.",
+    )
+
+    @field_validator("provenance_keys", mode="before")
+    @classmethod
+    def _by_commas(cls, given: object) -> object:
+        return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+
+    @field_validator("provenance_keys")
+    @classmethod
+    def _readable(cls, given: list[Path]) -> list[Path]:
+        for path in given:
+            try:
+                load_public_key(path)
+            except InvalidParameter as error:
+                raise ValueError(error.message.rstrip(".")) from error
+        return given

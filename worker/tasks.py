@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,10 +24,21 @@ from safegraft.contracts.methods import strength_name
 from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.report import Report
+from safegraft.dsse import load_signing_key
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.files import sha256_file
 from safegraft.ids import new_id
+from safegraft.provenance import (
+    PROVENANCE,
+    REPORT,
+    Invocation,
+    input_digests,
+    make_statement,
+    record_digests,
+    write_provenance,
+)
 from safegraft.records import adapter_record
 from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
@@ -69,6 +81,7 @@ class Bench:
         self.adapters = AdapterStore(database)
         self.objects = open_objects(settings)
         self.registry = open_references(settings, self.objects)
+        self.signer = load_signing_key(settings.signing_key) if settings.signing_key is not None else None
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
 
     def warm(self) -> None:
@@ -225,6 +238,7 @@ def run_job(bench: Bench, job_id: str) -> None:
 
 
 def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
+    started = time.time()
     beat.report("fetch")
     reference = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
@@ -242,10 +256,10 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
         )
         beat.report("publish")
         render(report, desk.report / "report")
-        _publish(bench, claim, desk, customer, report)
+        _publish(bench, claim, desk, customer, report, started)
 
 
-def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report) -> None:
+def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report, started: float) -> None:
     prefix = result_prefix(claim.tenant, claim.id, claim.attempt)
     published: list[tuple[Adapter, str, str]] = []
     strengths = [variant.strength for variant in report.variants]
@@ -257,6 +271,7 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
         if names:
             bench.objects.publish(side_cars, f"{prefix}/side_car")
+        _attest(bench, claim, desk, [adapter for adapter, _, _ in published], report, started)
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
@@ -273,6 +288,23 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
     ):
         bench.objects.remove(prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
+
+
+def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], report: Report, started: float) -> None:
+    """Writes the result's provenance beside its report."""
+    names = [strength_name(variant.strength) for variant in report.variants] or [""]
+    outputs: dict[str, str] = {}
+    for adapter, name in zip(made, names, strict=False):  # none was made where the job only measured
+        outputs |= record_digests(adapter.files, name)
+    statement = make_statement(
+        report,
+        bench.reference(claim.reference_id).manifest,
+        invocation=Invocation(id=f"{claim.id}/{claim.attempt}", builder=bench.settings.builder_id, started=started),
+        outputs=outputs,
+        inputs=input_digests(desk.adapter, report),
+        report_sha256=sha256_file(desk.report / REPORT),
+    )
+    write_provenance(statement, desk.report / PROVENANCE, bench.signer)
 
 
 def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:

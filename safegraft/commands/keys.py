@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from safegraft.commands.audit import audited
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.keys import DEFAULT_TENANT, Scope
 from safegraft.errors import InvalidParameter
@@ -39,6 +40,7 @@ def create(
 ) -> None:
     """Makes a key and shows it, this once."""
     key, text = _store(data).create(tenant, name=name, scopes=parse_scopes(scopes), seconds=parse_span(expires))
+    audited(settings_for(data), "keys.create", key.id, tenant=key.tenant)
     if as_json:
         print_json({**key.model_dump(mode="json"), "key": text})
         return
@@ -73,6 +75,7 @@ def revoke(
 ) -> None:
     """Ends a key. A gateway may accept it for some seconds more (SAFEGRAFT_KEY_CACHE_SECONDS)."""
     key = _store(data).revoke(key_id)
+    audited(settings_for(data), "keys.revoke", key.id, tenant=key.tenant)
     if as_json:
         print_json(key.model_dump(mode="json"))
         return

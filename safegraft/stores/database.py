@@ -271,6 +271,38 @@ options = Table(
 )
 
 
+AUDIT_SQLITE = (
+    """CREATE TRIGGER IF NOT EXISTS audit_no_update BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    """CREATE TRIGGER IF NOT EXISTS audit_no_delete BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    # INSERT OR REPLACE deletes without the trigger above.
+    """CREATE TRIGGER IF NOT EXISTS audit_no_replace BEFORE INSERT ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE sequence = NEW.sequence)
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+)
+AUDIT_POSTGRES = (
+    """CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'audit rows are only ever added'; END $$""",
+    """CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()""",
+)
+AUDIT_GUARDED = "SELECT 1 FROM pg_trigger WHERE tgname = 'audit_append_only' AND tgrelid = 'audit'::regclass"
+
+
+@event.listens_for(metadata, "after_create")
+def _guard_audit(target: Any, connection: Connection, **_: Any) -> None:
+    """At every opening, not only when the table is made: databases that are older than the triggers get them too."""
+    if connection.dialect.name == "sqlite":
+        statements: tuple[str, ...] = AUDIT_SQLITE
+    elif connection.exec_driver_sql(AUDIT_GUARDED).first() is None:
+        statements = AUDIT_POSTGRES
+    else:
+        return  # making it again would wait for every transaction that uses the table
+    for statement in statements:
+        connection.exec_driver_sql(statement)
+
+
 class now(FunctionElement[float]):
     """Seconds since 1970 by the database's clock."""
 
