@@ -37,12 +37,25 @@ def objects_of(data: Path) -> Objects:
     )
 
 
-def start(data: Path, *, workers: int, log: Path, **environment: str) -> Running:
+def environment_of(data: Path) -> dict[str, str]:
+    """What a program needs to work on the installation in a data folder."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    return clean | scaled.environment(data)
+
+
+def operate(data: Path, *arguments: str) -> str:
+    """Runs `safegraft …` on the installation in a data folder; what it printed."""
+    command = [SAFEGRAFT, *arguments, "--data", str(data)]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment_of(data))
+    return ended.stdout.strip()
+
+
+def start(data: Path, *, workers: int, log: Path, dev: bool = True, **environment: str) -> Running:
     """Starts a service and waits until it is ready."""
     port = free_port()
-    command = [SAFEGRAFT, "serve", "--dev", "--port", str(port), "--data", str(data), "--workers", str(workers)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
-    clean |= scaled.environment(data)
+    command = [SAFEGRAFT, "serve", "--port", str(port), "--data", str(data), "--workers", str(workers)]
+    command += ["--dev"] if dev else []
+    clean = environment_of(data)
     if scaled.SCALED:
         # What the tests added to this data folder is to be found by all machines.
         for folder in (data / "references").glob("ref_*"):

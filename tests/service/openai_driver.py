@@ -121,7 +121,7 @@ def fine_tuning(client: openai.OpenAI, file_id: str, archive: Path, out: Path) -
     other = client.fine_tuning.jobs.create(model="auto", training_file=file_id, extra_body={"method": {"type": "gram"}})
     assert client.fine_tuning.jobs.cancel(other.id).status in ("cancelled", "running", "succeeded")
     assert ended(client, other.id).status in ("cancelled", "succeeded")
-    return job.id
+    return str(job.id)
 
 
 def webhooks(client: openai.OpenAI, raw: httpx.Client, file_id: str) -> None:

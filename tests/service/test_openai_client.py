@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.conftest import SAFEGRAFT, Running, start
+from tests.service.conftest import Running, operate, start
 
 DRIVER = Path(__file__).parent / "openai_driver.py"
 # Installed beside the newest one by `make setup`.
@@ -29,17 +29,13 @@ def platform(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """A service that asks for keys."""
     data = tmp_path_factory.mktemp("platform") / "data"
 
-    def safegraft(*arguments: str) -> str:
-        ended = subprocess.run([SAFEGRAFT, *arguments, "--data", str(data)], check=True, capture_output=True, text=True)
-        return ended.stdout.strip()
-
-    safegraft("reference", "add", str(bundle))
+    operate(data, "reference", "add", str(bundle))
     keys = {
-        "all": safegraft("keys", "create", "--tenant", "acme", "--scopes", "admin"),
-        "read": safegraft("keys", "create", "--tenant", "acme", "--name", "reader", "--scopes", "read"),
-        "limited": safegraft("keys", "create", "--tenant", "hasty"),
+        "all": operate(data, "keys", "create", "--tenant", "acme", "--scopes", "admin"),
+        "read": operate(data, "keys", "create", "--tenant", "acme", "--name", "reader", "--scopes", "read"),
+        "limited": operate(data, "keys", "create", "--tenant", "hasty"),
     }
-    safegraft("admin", "limits", "hasty", "--max-requests-per-second", "5")
+    operate(data, "admin", "limits", "hasty", "--max-requests-per-second", "5")
     running = start(data, workers=1, log=data / "serve.log", dev=False, SAFEGRAFT_WEBHOOK_ALLOW_PRIVATE="1")
     yield Platform(running, keys)
     running.process.terminate()

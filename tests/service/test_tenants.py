@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from safegraft.adapter import CONFIG, WEIGHTS
 from service.app import create_app
 from service.settings import GatewaySettings
-from tests.service.conftest import SAFEGRAFT, Running, finished, realign, start, upload
+from tests.service.conftest import Running, finished, operate, realign, start, upload
 
 METHODS = ("get", "head", "post", "put", "patch", "delete")
 # Ids that belong to the installation and not to a tenant.
@@ -43,12 +42,10 @@ def two(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A service with two tenants, of whom one has something of everything."""
     data = tmp_path_factory.mktemp("tenants") / "data"
 
-    def safegraft(*arguments: str) -> str:
-        ended = subprocess.run([SAFEGRAFT, *arguments, "--data", str(data)], check=True, capture_output=True, text=True)
-        return ended.stdout.strip()
-
-    safegraft("reference", "add", str(bundle))
-    keys = [safegraft("keys", "create", "--tenant", tenant, "--scopes", "admin") for tenant in ("owner", "stranger")]
+    operate(data, "reference", "add", str(bundle))
+    keys = [
+        operate(data, "keys", "create", "--tenant", tenant, "--scopes", "admin") for tenant in ("owner", "stranger")
+    ]
     running = start(
         data,
         workers=1,
@@ -135,7 +132,7 @@ def ask(client: httpx.Client, method: str, path: str, operation: str, ids: dict[
         content, kind = RAW[operation]
         return client.request(method, address, content=content, headers={"content-type": kind})
     body = BODIES.get(operation) if method == "post" else None
-    return client.request(method, address, **({} if body is None else {"json": body}))
+    return client.request(method, address, json=body)
 
 
 def told(answer: httpx.Response, ids: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
