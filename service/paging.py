@@ -13,7 +13,10 @@ class Identified(Protocol):
 Item = TypeVar("Item", bound=Identified)
 
 
-def page(data: list[Item], has_more: bool) -> Page[Item]:
+# The type is quoted: at run time pydantic would want a schema of Identified.
+def page(
+    data: list[Item], has_more: bool
+) -> "Page[Item]":
     """One page of items that are in the list's order already."""
     return Page(
         data=data,

@@ -642,7 +642,7 @@ def test_the_lists_filters_are_checked(client: httpx.Client) -> None:
 def test_a_job_tells_the_endpoint_that_its_request_names(bundle: Path, fresh: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], check=True, capture_output=True)
-    service = start(data, workers=1, log=tmp_path / "serve.log", **FAST)
+    service = start(data, workers=1, log=tmp_path / "serve.log", dev=True, **FAST)
     try:
         with receiving() as receiver, service.client() as client:
             adapter = upload(client, fresh)["id"]
