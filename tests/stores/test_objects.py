@@ -1,5 +1,8 @@
 """Folders of files under a prefix."""
 
+import io
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +100,35 @@ def test_prefixes_are_ids_and_slashes_only(objects: LocalObjects, tmp_path: Path
     with pytest.raises(ValueError, match="not a prefix"):
         objects.remove(prefix)
     assert source.is_dir()
+
+
+def test_single_files_are_put_measured_and_listed(objects: LocalObjects) -> None:
+    prefix = "tenants/t/uploads/upl_1"
+    assert objects.names(prefix) == []
+    objects.put(prefix, "part_b", io.BytesIO(b"first"))
+    objects.put(prefix, "part_b", io.BytesIO(b"second"))
+    objects.put(prefix, "part_a", io.BytesIO(b""))
+    assert objects.names(prefix) == ["part_a", "part_b"]
+    assert (objects.size(prefix, "part_a"), objects.size(prefix, "part_b")) == (0, 6)
+    with objects.open(prefix, "part_b") as file:
+        assert file.read() == b"second"
+    for missing in ("part_c", "..", ""):
+        with pytest.raises(NotFound):
+            objects.size(prefix, missing)
+    for wrong in ("", "..", ".hidden", "a/b", "a\0", "ä"):
+        with pytest.raises(ValueError, match="not a file's name"):
+            objects.put(prefix, wrong, io.BytesIO(b"x"))
+
+
+def test_prefixes_tell_when_something_was_written_last(objects: LocalObjects, tmp_path: Path) -> None:
+    old = folder(tmp_path / "made", one=b"1")
+    os.utime(old / "one", (1000, 1000))
+    os.utime(old, (1000, 1000))
+    began = time.time() - 1
+    objects.publish(old, "tenants/t/adapters/adp_1")
+    objects.put("tenants/t/adapters/adp_2/deep", "two", io.BytesIO(b"2"))
+    found = dict(objects.prefixes("tenants/t/adapters"))
+    assert list(found) == ["tenants/t/adapters/adp_1", "tenants/t/adapters/adp_2"]
+    assert all(began <= changed <= time.time() + 1 for changed in found.values())
+    assert [name for name, _ in objects.prefixes("tenants")] == ["tenants/t"]
+    assert list(objects.prefixes("nothing")) == []
