@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,19 +11,24 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
+from safegraft import logs, tracing
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
+from safegraft.stores.garbage import PERIOD, GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.workers import WorkerStore
 from safegraft.vault import open_vault
 from service import errors
 from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.loops import Loop
+from service.metrics import HttpMetrics, Slots
+from service.observer import Observer
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, realignments
+from service.routes import adapters, catalogue, docs, health, metrics, realignments
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.gateway")
@@ -40,6 +44,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         if settings.dev:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
+        app.state.metrics.watch(here.database, here.workers, here.upload_slots)
         here.objects.sweep(SCRATCH_SECONDS)
         for loop in here.loops:
             loop.start()
@@ -50,6 +55,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
                 loop.stop()
             here.queue.close()
             here.database.dispose()
+            tracing.stop()
 
     app = FastAPI(
         title="safegraft",
@@ -61,13 +67,29 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, catalogue, health, docs):
+    app.state.metrics = HttpMetrics()
+    for resource in (adapters, realignments, catalogue, health, metrics, docs):
         app.include_router(resource.router)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
+    app.add_middleware(Observer, metrics=app.state.metrics)
     app.add_middleware(RequestId)
+    _trace(app)
     _describe_errors(app)
     return app
+
+
+def _trace(app: FastAPI) -> None:
+    provider = tracing.start("safegraft-gateway")
+    if provider is not None:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+        FastAPIInstrumentor.instrument_app(
+            app,
+            tracer_provider=provider,
+            excluded_urls="/livez$,/readyz$,/metrics$",
+            exclude_spans=["receive", "send"],
+        )
 
 
 def _describe_errors(app: FastAPI) -> None:
@@ -90,23 +112,28 @@ def _describe_errors(app: FastAPI) -> None:
 def open_services(settings: GatewaySettings) -> Services:
     settings.data.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
-    jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+    retention = settings.retention_seconds
+    jobs = JobStore(
+        database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts, retention=retention
+    )
+    objects = open_objects(settings)
     queue = Queue(settings.redis_url)
     keys = KeyStore(database, open_vault(settings))
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     return Services(
         settings=settings,
         database=database,
-        adapters=AdapterStore(database),
+        adapters=AdapterStore(database, retention=retention),
         jobs=jobs,
-        objects=open_objects(settings),
+        objects=objects,
+        workers=WorkerStore(database, lease_seconds=settings.lease_seconds),
         keys=keys,
         gatekeeper=Gatekeeper(settings, keys),
         references=ReferenceRegistry(settings.references),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher],
-        upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        loops=[dispatcher, Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)],
+        upload_slots=Slots(settings.max_active_uploads),
     )
 
 
@@ -122,6 +149,10 @@ class RequestId:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+        tracing.arrived(given)
+        # Until the request's task ends: also for what is logged outside of all middleware.
+        logs.bind(request_id=request_id, trace_id=tracing.trace_id(tracing.current()))
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

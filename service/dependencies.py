@@ -1,7 +1,6 @@
 """What routes ask for, as annotated aliases."""
 
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from typing import Annotated
 
 from fastapi import Depends, Header, Query, Request, Security
@@ -14,8 +13,10 @@ from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
 from service.loops import Loop
+from service.metrics import Slots
 from service.queue import Queue
 from service.settings import GatewaySettings
 
@@ -35,7 +36,8 @@ class Services:
     queue: Queue
     dispatcher: Loop
     loops: list[Loop]
-    upload_slots: BoundedSemaphore
+    workers: WorkerStore
+    upload_slots: Slots
 
 
 async def here_(request: Request) -> Services:

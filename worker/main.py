@@ -1,9 +1,9 @@
 """What Celery loads: `celery -A worker.main worker`. Reads the environment once."""
 
-import logging
-
+from safegraft import logs
 from worker.app import create_worker
 from worker.settings import WorkerSettings
 
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-app = create_worker(WorkerSettings())
+settings = WorkerSettings()
+logs.setup(settings.log_format)
+app = create_worker(settings)

@@ -34,6 +34,11 @@ def result_prefix(tenant: str, job_id: str, attempt: int) -> str:
     return f"tenants/{tenant}/realignments/{job_id}/{attempt}"
 
 
+def job_prefix(tenant: str, job_id: str) -> str:
+    """All attempts of a job."""
+    return f"tenants/{tenant}/realignments/{job_id}"
+
+
 def file_prefix(tenant: str, file_id: str) -> str:
     return f"tenants/{tenant}/files/{file_id}"
 
@@ -188,7 +193,15 @@ class LocalObjects:
 
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
-        shutil.rmtree(self._folder(prefix), ignore_errors=True)
+        folder = self._folder(prefix)
+        shutil.rmtree(folder, ignore_errors=True)
+        # Folders of a job that are empty now; `tenants/x/adapters` and the like stay, where others write.
+        while len(folder.relative_to(self._root).parts) > 4:
+            folder = folder.parent
+            try:
+                folder.rmdir()
+            except OSError:
+                break
 
     def sweep(self, age: float) -> None:
         """Deletes what killed processes left in scratch more than `age` seconds ago."""

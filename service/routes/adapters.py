@@ -55,7 +55,7 @@ async def create(request: Request, response: Response, here: Here, tenant: Tenan
             prefix = adapter_prefix(tenant, adapter.id)
             await asyncio.to_thread(here.objects.publish, folder, prefix)
             try:
-                await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
+                adapter = await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
             except BaseException:
                 # No record names these files, and none will.
                 await asyncio.to_thread(here.objects.remove, prefix)

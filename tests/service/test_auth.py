@@ -88,7 +88,7 @@ def test_what_machines_look_at_needs_no_key(client: httpx.Client, path: str) -> 
 
 
 def test_readiness_needs_no_key(client: httpx.Client) -> None:
-    assert client.get("/readyz").json()["checks"] == {"database": True, "broker": False, "reference": False}
+    assert client.get("/readyz").json()["checks"]["reference"] is False
 
 
 @pytest.mark.parametrize("path", ["/v1/adapters", "/v1/realignments"])
