@@ -5,7 +5,6 @@ Exit status: 0 done, 2 bad usage or bad input, 1 our failure. SAFEGRAFT_TRACEBAC
 """
 
 import json
-import logging
 import math
 import os
 import re
@@ -22,10 +21,10 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from safegraft import __version__
+from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
-from safegraft.commands import keys, provenance
+from safegraft.commands import admin, keys, provenance
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.dsse import load_public_key, load_signing_key
@@ -59,6 +58,7 @@ reference_app = typer.Typer(help="Build, install and check references.", no_args
 app.add_typer(reference_app, name="reference")
 app.add_typer(keys.app, name="keys")
 app.add_typer(provenance.app, name="provenance")
+app.add_typer(admin.app, name="admin")
 
 KNOWN_PARAMETERS = " ".join(
     f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
@@ -173,8 +173,7 @@ def serve(
     from safegraft.launch import Plan
     from safegraft.launch import serve as run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.setup(settings_for(data).log_format)
     if dev and host not in ("127.0.0.1", "::1", "localhost"):
         raise InvalidParameter(
             f"--dev asks for no keys, so it only listens on loopback, not on {host}.", param="--host"

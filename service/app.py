@@ -2,7 +2,6 @@
 
 import logging
 import secrets
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -11,17 +10,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
+from safegraft import logs, tracing
 from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.audit import AuditLog
 from safegraft.stores.database import open_database
 from safegraft.stores.files import FileStore
+from safegraft.stores.garbage import PERIOD, GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
 from safegraft.stores.references import open_references
 from safegraft.stores.uploads import UploadStore
 from safegraft.stores.webhooks import WebhookStore
+from safegraft.stores.workers import WorkerStore
 from safegraft.vault import open_vault
 from service import errors, openapi
 from service.audit import Audit
@@ -29,6 +31,8 @@ from service.auth import Gatekeeper
 from service.dependencies import Services
 from service.destinations import Destinations
 from service.loops import Loop
+from service.metrics import HttpMetrics, Slots
+from service.observer import Observer
 from service.queue import Dispatcher, Queue
 from service.routes import (
     adapters,
@@ -37,6 +41,7 @@ from service.routes import (
     docs,
     files,
     health,
+    metrics,
     provenance,
     realignments,
     uploads,
@@ -59,6 +64,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         if settings.dev:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
+        app.state.metrics.watch(here.database, here.workers, here.upload_slots)
         here.objects.sweep(SCRATCH_SECONDS)
         here.validator.start()
         for loop in here.loops:
@@ -72,6 +78,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             await here.gatekeeper.close()
             here.queue.close()
             here.database.dispose()
+            tracing.stop()
 
     app = FastAPI(
         title="safegraft",
@@ -83,23 +90,43 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, uploads, files, realignments, provenance, webhooks, catalogue, audit, health, docs):
+    app.state.metrics = HttpMetrics()
+    resources = (adapters, uploads, files, realignments, provenance, webhooks, catalogue, audit, health, metrics, docs)
+    for resource in resources:
         app.include_router(resource.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(Audit)
+    app.add_middleware(Observer, metrics=app.state.metrics)
     app.add_middleware(RequestId)
+    _trace(app)
     openapi.describe(app)
     return app
+
+
+def _trace(app: FastAPI) -> None:
+    provider = tracing.start("safegraft-gateway")
+    if provider is not None:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+        FastAPIInstrumentor.instrument_app(
+            app,
+            tracer_provider=provider,
+            excluded_urls="/livez$,/readyz$,/metrics$",
+            exclude_spans=["receive", "send"],
+        )
 
 
 def open_services(settings: GatewaySettings) -> Services:
     settings.data.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
-    jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
-    queue = Queue(settings.redis_url)
+    retention = settings.retention_seconds
+    jobs = JobStore(
+        database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts, retention=retention
+    )
     objects = open_objects(settings)
+    queue = Queue(settings.redis_url)
     vault = open_vault(settings)
     keys = KeyStore(database, vault)
     # The lease: long enough for an attempt, and for its outcome to be recorded by a machine that is busy.
@@ -107,19 +134,21 @@ def open_services(settings: GatewaySettings) -> Services:
     destinations = Destinations(allow_private=settings.webhook_allow_private)
     sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
+    garbage = Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)
     return Services(
         settings=settings,
         database=database,
-        adapters=AdapterStore(database),
+        adapters=AdapterStore(database, retention=retention),
         jobs=jobs,
         objects=objects,
+        workers=WorkerStore(database, lease_seconds=settings.lease_seconds),
         keys=keys,
         gatekeeper=Gatekeeper(settings, keys),
         references=open_references(settings, objects),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher, sender],
-        upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        loops=[dispatcher, sender, garbage],
+        upload_slots=Slots(settings.max_active_uploads),
         files=FileStore(database),
         uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
         validator=Validator(
@@ -146,6 +175,10 @@ class RequestId:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+        tracing.arrived(given)
+        # Until the request's task ends: also for what is logged outside of all middleware.
+        logs.bind(request_id=request_id, trace_id=tracing.trace_id(tracing.current()))
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,7 +1,6 @@
 """What routes ask for, as annotated aliases."""
 
 from dataclasses import dataclass
-from threading import BoundedSemaphore
 from typing import Annotated
 
 from fastapi import Depends, Header, Query, Request, Security
@@ -19,9 +18,11 @@ from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
 from safegraft.stores.uploads import UploadStore
 from safegraft.stores.webhooks import WebhookStore
+from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
 from service.destinations import Destinations
 from service.loops import Loop
+from service.metrics import Slots
 from service.queue import Queue
 from service.settings import GatewaySettings
 from service.validation import Validator
@@ -42,7 +43,6 @@ class Services:
     queue: Queue
     dispatcher: Loop
     loops: list[Loop]
-    upload_slots: BoundedSemaphore
     files: FileStore
     uploads: UploadStore
     validator: Validator
@@ -51,6 +51,8 @@ class Services:
     sender: Loop
     audit: AuditLog
     provenance_keys: list[ProvenanceKey]
+    workers: WorkerStore
+    upload_slots: Slots
 
 
 async def here_(request: Request) -> Services:

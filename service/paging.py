@@ -14,9 +14,7 @@ Item = TypeVar("Item", bound=Identified)
 
 
 # The type is quoted: at run time pydantic would want a schema of Identified.
-def page(
-    data: list[Item], has_more: bool
-) -> "Page[Item]":
+def page(data: list[Item], has_more: bool) -> "Page[Item]":
     """One page of items that are in the list's order already."""
     return Page(
         data=data,

@@ -1,19 +1,23 @@
 """From a request to a queued job: what both job APIs and batches do, once."""
 
+import logging
 import re
 from dataclasses import replace
 
 from starlette.requests import Request
 
+from safegraft import logs, tracing
 from safegraft.compatibility import check_compatible
 from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
+from safegraft.stores import options
 from safegraft.stores.jobs import Created, Origins
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
 from service.dependencies import Services
 
+log = logging.getLogger("safegraft.gateway")
 METADATA = re.compile(r"metadata\[(?P<key>[^\]]{1,64})\]")
 
 
@@ -37,7 +41,8 @@ def submit(
         return Created(first, replayed=True)
     description = describe_stored(here.objects, here.adapters.prefix(tenant, request.adapter_id))
     if request.reference_id is None:
-        reference = here.references.choose(description)
+        preferred = options.get(here.database, options.DEFAULT_REFERENCE)
+        reference = here.references.choose(description, preferred)
     else:
         reference = here.references.get(request.reference_id)
     check_compatible(description, reference.manifest, request.method)
@@ -50,10 +55,12 @@ def submit(
         reference.id,
         request,
         idempotency_key,
-        origins=origins,
+        origins=replace(origins, traceparent=origins.traceparent or tracing.current()),
         retried=retried,
         max_open=here.settings.max_jobs_per_tenant if own is None else own,
     )
+    with logs.bound(job_id=created.job.id):
+        log.info("replayed" if created.replayed else "queued")
     here.dispatcher.wake()
     return created
 

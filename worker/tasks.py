@@ -1,5 +1,6 @@
 """The one task: claim → fetch → realign → render → publish, under a heartbeat."""
 
+import contextvars
 import logging
 import os
 import socket
@@ -16,8 +17,17 @@ from typing import Any
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, shared_task
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.signals import task_failure, worker_init, worker_process_init
+from celery.signals import (
+    setup_logging,
+    task_failure,
+    worker_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+    worker_shutdown,
+)
 
+from safegraft import logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.methods import strength_name
@@ -46,6 +56,7 @@ from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, result_prefix
 from safegraft.stores.references import open_references
+from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
 
@@ -70,6 +81,8 @@ def _parent() -> int:
 class Cancelled(Exception):
     """The client asked for the job to stop."""
 
+    fault = "user"
+
 
 class Bench:
     """What one pool process keeps between jobs: stores, and the references in memory."""
@@ -77,7 +90,12 @@ class Bench:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         database = open_database(settings.database)
-        self.jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        self.jobs = JobStore(
+            database,
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            retention=settings.retention_seconds,
+        )
         self.adapters = AdapterStore(database)
         self.objects = open_objects(settings)
         self.registry = open_references(settings, self.objects)
@@ -114,14 +132,17 @@ class Bench:
 class Heartbeat:
     """Renews a job's lease from a thread and carries its progress; `report` raises where the work must stop."""
 
-    def __init__(self, jobs: JobStore, claim: Claim, period: float) -> None:
+    def __init__(self, jobs: JobStore, claim: Claim, period: float, attempt: tracing.Attempt) -> None:
         self._jobs = jobs
         self._claim = claim
         self._period = period
+        self._attempt = attempt
         self._progress = Progress(stage="fetch", done=0, total=0)
         self._cancelled = self._lost = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        # With the context of the job, so that its log lines name it.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         self._thread.start()
@@ -135,6 +156,7 @@ class Heartbeat:
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Notes where the work is. Raises Cancelled or LostLease."""
+        self._attempt.stage(stage)
         self._progress = Progress(stage=stage, done=done, total=total)
         if self._lost:
             raise LostLease(f"{self._claim.id}: attempt {self._claim.attempt} was taken over.")
@@ -175,10 +197,40 @@ def realign_job(task: BenchTask, job_id: str) -> None:
     run_job(task.bench, job_id)
 
 
+@setup_logging.connect
+def configure_logging(**_: Any) -> None:
+    """In every process of the worker, instead of Celery's own handlers."""
+    logs.setup(WorkerSettings().log_format)
+
+
 @worker_process_init.connect
 def warm(**_: Any) -> None:
     """Loads the references before the first job, in the pool process."""
+    tracing.start("safegraft-worker")
     realign_job.bench.warm()
+
+
+@worker_process_shutdown.connect
+def send_traces(**_: Any) -> None:
+    """In a pool process that ends by itself: what was not sent yet."""
+    tracing.stop()
+
+
+_presence: list[Presence] = []
+
+
+@worker_ready.connect
+def arrive(sender: Any = None, **_: Any) -> None:
+    """In the parent, once it takes messages: the worker is on the list."""
+    _presence.append(Presence(WorkerSettings(), worker_name(), sender))
+    _presence[-1].start()
+
+
+@worker_shutdown.connect
+def depart(**_: Any) -> None:
+    """In the parent, when it has stopped."""
+    while _presence:
+        _presence.pop().stop()
 
 
 @task_failure.connect
@@ -192,8 +244,10 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 
 
 @worker_init.connect
-def recover(**_: Any) -> None:
+def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
+    if WorkerSettings().log_format == "json":
+        sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
         with _job_store() as jobs:
             for job_id in jobs.release_all(worker_name(), "Its worker was killed."):
@@ -206,7 +260,12 @@ def _job_store() -> Iterator[JobStore]:
     settings = WorkerSettings()
     engine = open_database(settings.database)
     try:
-        yield JobStore(engine, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        yield JobStore(
+            engine,
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            retention=settings.retention_seconds,
+        )
     finally:
         engine.dispose()
 
@@ -216,11 +275,24 @@ def run_job(bench: Bench, job_id: str) -> None:
     claim = bench.jobs.claim(job_id, worker_name())
     if claim is None:
         log.info("%s: nothing to do", job_id)
+        # Where this worker is draining the job still waits: another one hears of it in the dispatcher's next turn.
+        bench.jobs.unannounce([job_id])
         return
+    with logs.bound(job_id=job_id, attempt=claim.attempt, trace_id=tracing.trace_id(claim.traceparent)):
+        _run_claimed(bench, claim)
+
+
+def _run_claimed(bench: Bench, claim: Claim) -> None:
+    job_id = claim.id
     log.info("%s: attempt %d", job_id, claim.attempt)
+    began = time.monotonic()
     try:
-        with Heartbeat(bench.jobs, claim, bench.settings.lease_seconds / 4) as beat:
+        with (
+            tracing.Attempt(claim.traceparent, job_id, claim.attempt) as attempt,
+            Heartbeat(bench.jobs, claim, bench.settings.lease_seconds / 4, attempt) as beat,
+        ):
             _attempt(bench, claim, beat)
+        log.info("%s: succeeded in %.3f s", job_id, time.monotonic() - began)
     except UserError as error:
         log.info("%s: %s %s", job_id, error.code, error)
         bench.jobs.fail(job_id, claim.attempt, error)
@@ -240,10 +312,12 @@ def run_job(bench: Bench, job_id: str) -> None:
 def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
     started = time.time()
     beat.report("fetch")
+    began = time.monotonic()
     reference = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
     with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
         patching = claim.request.mode == "patch"
+        fetched = time.monotonic()
         report = realign(
             desk.adapter,
             reference,
@@ -255,13 +329,24 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
             progress=beat.report,
         )
         beat.report("publish")
+        publishing = time.monotonic()
         render(report, desk.report / "report")
-        _publish(bench, claim, desk, customer, report, started)
+        timings = {**report.timings, "fetch": fetched - began, "render": time.monotonic() - publishing}
+        _publish(bench, claim, desk, customer, report, timings, started)
 
 
-def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report, started: float) -> None:
+def _publish(
+    bench: Bench,
+    claim: Claim,
+    desk: Workspace,
+    customer: Adapter,
+    report: Report,
+    timings: dict[str, float],
+    started: float,
+) -> None:
     prefix = result_prefix(claim.tenant, claim.id, claim.attempt)
     published: list[tuple[Adapter, str, str]] = []
+    began = time.monotonic()
     strengths = [variant.strength for variant in report.variants]
     try:
         if report.mode == "patch":
@@ -277,6 +362,7 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
         bench.objects.remove(prefix)
         raise
+    timings = {**timings, "publish": time.monotonic() - began}
     # The commit point: files without this row are never shown, and this row is only written once.
     if not bench.jobs.succeed(
         claim.id,
@@ -285,6 +371,8 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
         strengths=strengths,
         side_cars=names,
         modules=report.summary.modules,
+        method=report.method.type,
+        timings=timings,
     ):
         bench.objects.remove(prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")

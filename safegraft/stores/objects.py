@@ -30,6 +30,11 @@ def adapter_prefix(tenant: str, adapter_id: str) -> str:
     return f"tenants/{tenant}/adapters/{adapter_id}"
 
 
+def job_prefix(tenant: str, job_id: str) -> str:
+    """Everything of all attempts."""
+    return f"tenants/{tenant}/realignments/{job_id}"
+
+
 def result_prefix(tenant: str, job_id: str, attempt: int) -> str:
     """Results lie under job *and* attempt: a late zombie can leave an orphan, never a wrong result."""
     return f"tenants/{tenant}/realignments/{job_id}/{attempt}"
@@ -189,7 +194,15 @@ class LocalObjects:
 
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
-        shutil.rmtree(self._folder(prefix), ignore_errors=True)
+        folder = self._folder(prefix)
+        shutil.rmtree(folder, ignore_errors=True)
+        # Folders of a job that are empty now; `tenants/x/adapters` and the like stay, where others write.
+        while len(folder.relative_to(self._root).parts) > 4:
+            folder = folder.parent
+            try:
+                folder.rmdir()
+            except OSError:
+                break
 
     def sweep(self, age: float) -> None:
         sweep_folder(self.scratch, age)

@@ -7,6 +7,7 @@ keeps copies of those that it uses.
 import fcntl
 import logging
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -97,11 +98,20 @@ class ReferenceRegistry:
                     shutil.copyfile(folder / name, beside / name)
         return self._read(target)
 
-    def choose(self, adapter: AdapterDescription) -> Installed:
+    def remove(self, wanted: str) -> None:
+        """Uninstalls a reference. Raises NotFound."""
+        folder = self.get(wanted).folder
+        # Renamed first: nobody finds half of one.
+        gone = folder.with_name(f".removed-{folder.name}-{secrets.token_hex(4)}")
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def choose(self, adapter: AdapterDescription, default: str | None = None) -> Installed:
         """The installed reference whose base model has every module of the adapter.
 
-        Of several, those that know the adapter's base label count before the others. Raises Incompatible where none
-        fits (with the reason of the only one there is), or where more than one fits equally.
+        Of several, those that know the adapter's base label count before the others, and of these the one whose id is
+        `default`. Raises Incompatible where none fits (with the reason of the only one there is), or where more than
+        one fits equally.
         """
         installed = self.installed()
         fitting, reasons = [], []
@@ -122,6 +132,7 @@ class ReferenceRegistry:
             )
         labelled = [i for i in fitting if adapter.config.base_model_name_or_path in i.manifest.base_model.labels]
         best = labelled or fitting
+        best = [item for item in best if item.id == default] or best
         if len(best) > 1:
             raise Incompatible(
                 f"{len(best)} installed references fit this adapter: {', '.join(item.id for item in best)}.",

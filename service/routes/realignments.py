@@ -10,9 +10,10 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, Status
+from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, RealignmentDeleted, Status
 from safegraft.contracts.report import Report
 from safegraft.errors import Conflict, NotFound
+from safegraft.stores import garbage
 from safegraft.stores.jobs import Filters
 from safegraft.stores.objects import result_prefix
 from service import downloads
@@ -86,6 +87,18 @@ def list_(
 def get(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
     """The job's state, progress, result or error."""
     return here.jobs.get(tenant, realignment_id)
+
+
+@router.delete("/{realignment_id}", operation_id="deleteRealignment")
+def delete(
+    realignment_id: RealignmentId,
+    here: Here,
+    tenant: Tenant,
+    adapters: Annotated[bool, Query(description="Delete the adapters that it made, too.")] = False,
+) -> RealignmentDeleted:
+    """Deletes an ended job: its record, events, report and side-cars. The adapters it made stay unless asked for."""
+    garbage.clear(here.objects, here.jobs.delete(tenant, realignment_id, with_adapters=adapters))
+    return RealignmentDeleted(id=realignment_id)
 
 
 @router.post("/{realignment_id}/cancel", operation_id="cancelRealignment")
