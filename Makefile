@@ -7,11 +7,12 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test check bench openapi format clean
+.PHONY: help setup demo test test-scaled check bench openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the whole test suite"
+	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side"
 	@echo "make methods  writes the tables of docs/methods.md"
@@ -37,6 +38,9 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	@$(BIN)/python -m pytest
+
+test-scaled: .venv/.ready
+	@$(BIN)/python -m tests.scaled -- tests/stores tests/service tests/worker
 
 check: .venv/.check
 	$(BIN)/ruff format --check .

@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def installation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def installation(request: pytest.FixtureRequest) -> Iterator[None]:
     """On the scaled backend: settings that a test makes in this process name a database and a prefix of its own."""
-    if scaled.SCALED and "tmp_path" in request.fixturenames:
+    if not scaled.SCALED or "tmp_path" not in request.fixturenames:
+        yield
+        return
+    # Not the fixture of that name, which tests undo.
+    with pytest.MonkeyPatch.context() as patch, scaled.disposed_engines():
         for name, value in scaled.environment(request.getfixturevalue("tmp_path")).items():
-            monkeypatch.setenv(name, value)
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

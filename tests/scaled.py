@@ -25,11 +25,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pytest
 import redis
 from sqlalchemy import create_engine, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import OperationalError
 
 SCALED = os.environ.get("SAFEGRAFT_TEST_BACKEND") == "scaled"
@@ -61,6 +63,24 @@ def environment(data: Path) -> dict[str, str]:
         "SAFEGRAFT_STORAGE_URL": f"{os.environ['SAFEGRAFT_TEST_STORAGE_URL']}/{name}",
         "SAFEGRAFT_REDIS_URL": f"{os.environ['SAFEGRAFT_TEST_REDIS_URL']}/{number}",
     }
+
+
+@contextlib.contextmanager
+def disposed_engines() -> Iterator[None]:
+    """Closes what is opened within: a connection to Postgres complains when it is only forgotten."""
+    from safegraft.stores import database
+
+    engines = []
+
+    def create(*args: Any, **options: Any) -> Engine:
+        engines.append(create_engine(*args, **options))
+        return engines[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "create_engine", create)
+        yield
+    for engine in engines:
+        engine.dispose()
 
 
 def free_port() -> int:

@@ -27,7 +27,8 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        # With object storage, files are one step further.
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, follow_redirects=scaled.SCALED)
 
 
 def objects_of(data: Path) -> Objects:
