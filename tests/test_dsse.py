@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import stat
+import string
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_no_character_of_payload_type_or_signature_is_free(keys: tuple[SigningKe
                 assert not accepted(put(text[:at] + other + text[at + 1 :])), (text, at, other)
             assert not accepted(put(text[:at] + text[at + 1 :]))
             assert not accepted(put(text[:at] + "\n" + text[at:]))
+    # The last digits carry bits that mean nothing to a lenient decoder.
+    for text, put in ((envelope.payload, payload), (sig, signature)):
+        at = len(text.rstrip("=")) - 1
+        assert at < len(text) - 2
+        for digit in set(string.ascii_letters + string.digits + "+/") - {text[at]}:
+            assert not accepted(put(text[:at] + digit + text[at + 1 :]))
 
 
 def test_url_safe_base64_is_read_too(keys: tuple[SigningKey, PublicKey]) -> None:

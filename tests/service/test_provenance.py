@@ -1,5 +1,6 @@
 """Provenance from a real service, signed by its worker and checked offline by whoever got the adapter."""
 
+import base64
 import io
 import json
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import service.main
+from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.dsse import load_public_key, make_keys
 from safegraft.stores.objects import LocalObjects, result_prefix
 from service.app import create_app
@@ -93,15 +95,13 @@ def test_what_a_service_hands_out_is_checked_offline(
     weights = patched[1] / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
     assert not verify(*common, "--adapter", patched[1], status=1)["ok"]
-    statement = verify_payload(answer.json())
+    statement = statement_in(answer.json())
     run = statement["predicate"]["runDetails"]
     assert run["builder"]["id"] == "https://example.com/safegraft"
     assert run["metadata"]["invocationId"] == f"{job['id']}/1"
 
 
-def verify_payload(envelope: dict[str, Any]) -> dict[str, Any]:
-    import base64
-
+def statement_in(envelope: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(base64.b64decode(envelope["payload"]))
     return found
 
@@ -140,17 +140,25 @@ def test_what_has_no_provenance_says_so(client: httpx.Client, service: Running, 
 
 
 def test_other_tenants_see_nothing(tmp_path: Path) -> None:
-    from safegraft.contracts.realignment import RealignmentCreate
-
     app = create_app(GatewaySettings(data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0"))
     with TestClient(app) as client:
         here = app.state.services
         job = here.jobs.create("acme", "ref_1", RealignmentCreate(adapter_id="adp_1")).job
-        for tenant, status, code in (("acme", 409, "no_provenance"), ("other", 404, "realignment_not_found")):
+        address = f"/v1/realignments/{job.id}/provenance"
+        headers = {}
+        for tenant in ("acme", "other"):
             _, given = here.keys.create(tenant, scopes=["read"])
-            headers = {"authorization": f"Bearer {given}"}
-            refused(client.get(f"/v1/realignments/{job.id}/provenance", headers=headers), status, code)
-        refused(client.get(f"/v1/realignments/{job.id}/provenance"), 401, "unauthorized")
+            headers[tenant] = {"authorization": f"Bearer {given}"}
+        refused(client.get(address, headers=headers["acme"]), 409, "no_provenance")
+        refused(client.get(address, headers=headers["other"]), 404, "realignment_not_found")
+        here.jobs.claim(job.id, "w1")
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "provenance.json").write_text('{"predicateType": ""}')
+        here.objects.publish(tmp_path / "report", f"{result_prefix('acme', job.id, 1)}/report")
+        assert here.jobs.succeed(job.id, 1)
+        assert client.get(address, headers=headers["acme"]).status_code == 200
+        refused(client.get(address, headers=headers["other"]), 404, "realignment_not_found")
+        refused(client.get(address), 401, "unauthorized")
 
 
 def test_published_keys_are_listed_and_bad_ones_stop_the_gateway(
