@@ -18,7 +18,8 @@ from service.auth import Principal
 from service.dependencies import Services
 
 log = logging.getLogger("safegraft.gateway")
-METADATA = re.compile(r"metadata\[(?P<key>[^\]]{1,64})\]")
+METADATA = re.compile(r"metadata\[(?P<key>.{1,64})\]", re.DOTALL)
+MAX_METADATA = 16
 
 
 def submit(
@@ -82,11 +83,19 @@ def metadata_filters(request: Request) -> dict[str, str]:
     """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
+        if not name.startswith("metadata"):
+            continue
         match = METADATA.fullmatch(name)
-        if match:
-            if match["key"] in found:
-                raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
-            found[match["key"]] = value
+        if match is None:
+            # Ignored, it would answer with everything.
+            raise InvalidParameter(
+                f"{name[:80]!r} is no filter.", code="bad_filter", param="metadata", hint="Write metadata[key]=value."
+            )
+        if match["key"] in found:
+            raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
+        found[match["key"]] = value
     if any("\0" in key + value for key, value in found.items()):
         raise InvalidParameter("A filter holds a NUL character.", code="bad_filter", param="metadata")
+    if len(found) > MAX_METADATA:
+        raise InvalidParameter(f"A job has at most {MAX_METADATA} metadata.", code="bad_filter", param="metadata")
     return found

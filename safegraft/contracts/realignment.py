@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import AutoParameters, MethodParameters
@@ -46,6 +46,14 @@ class RealignmentCreate(Shown):
         description="The address of a registered webhook endpoint; it hears of this job's end, whatever it subscribes "
         "to.",
     )
+
+    @field_validator("metadata")
+    @classmethod
+    def _no_nul(cls, metadata: dict[str, str]) -> dict[str, str]:
+        # Postgres keeps a NUL, and then refuses to read any of the tenant's metadata.
+        if any("\0" in key + value for key, value in metadata.items()):
+            raise ValueError("metadata holds a NUL character")
+        return metadata
 
 
 class Progress(Shown):

@@ -78,6 +78,9 @@ realignments = Table(
     Index("realignments_by_tenant", "tenant", "id"),
     Index("realignments_due", "state", "next_at"),
     Index("realignments_by_batch", "batch_id"),
+    # Asked with every new job: how many are open, and was this sent before. By the tenant alone it would read them all.
+    Index("realignments_by_state", "tenant", "state", "id"),
+    Index("realignments_by_request", "tenant", "request_hash", "idempotency_key", "id"),
     Index("realignments_expiring", "expires_at"),
 )
 

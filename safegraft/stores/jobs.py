@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 
@@ -156,8 +156,12 @@ class JobStore:
             with self._engine.begin() as connection:
                 if retried or max_open:
                     _one_at_a_time(connection, tenant)
-                if retried and (first_id := _sent_before(connection, tenant, request, origins.api)):
-                    return Created(_shown(_find(connection, tenant, first_id)), replayed=True)
+                # With a key it is the key that tells: another key's job is another order, however alike.
+                alike = (
+                    _sent_before(connection, tenant, request, origins.api) if retried and not idempotency_key else None
+                )
+                if alike is not None:
+                    return Created(_shown(_find(connection, tenant, alike)), replayed=True)
                 if max_open and _open(connection, tenant) >= max_open:
                     raise QuotaExceeded(
                         f"{max_open} jobs are queued or running already.",
@@ -211,7 +215,9 @@ class JobStore:
         filters: Filters = Filters(),
     ) -> tuple[list[Realignment], bool]:
         """Newest first; and whether there are more."""
-        query = select(realignments).where(realignments.c.tenant == tenant, *_narrowed(filters))
+        query = select(realignments).where(
+            realignments.c.tenant == tenant, *_narrowed(filters, self._engine.dialect.name)
+        )
         if after is not None:
             query = query.where(realignments.c.id < after)
         with reading(self._engine) as connection:
@@ -254,14 +260,26 @@ class JobStore:
         """
         c = realignments.c
         is_due = and_(c.state == "queued", c.next_at <= now())
-        # In turns: a tenant's second job comes after everybody's first.
+        # In turns: a tenant's second job comes after everybody's first. What it has announced or running counts, or who
+        # came first with a thousand jobs would get every place that comes free.
+        has = or_(c.state == "running", and_(c.state == "queued", c.announced > 0, c.next_at > now()))
+        busy = select(c.tenant, func.count().label("number")).where(has).group_by(c.tenant).subquery()
         turn = func.row_number().over(partition_by=c.tenant, order_by=(c.next_at, c.id)).label("turn")
-        queue = select(c.id, turn, c.next_at).where(is_due).subquery()
-        first = select(queue.c.id).order_by(queue.c.turn, queue.c.next_at, queue.c.id).limit(limit)
+        queue = select(c.id, c.tenant, turn, c.next_at).where(is_due).subquery()
+        first = (
+            select(queue.c.id)
+            .outerjoin(busy, busy.c.tenant == queue.c.tenant)
+            .order_by(queue.c.turn + func.coalesce(busy.c.number, 0), queue.c.next_at, queue.c.id)
+            .limit(limit)
+        )
+        with reading(self._engine) as connection:  # the long part; nobody has to wait for it
+            chosen = list(connection.execute(first).scalars())
+        if not chosen:
+            return []
         with self._engine.begin() as connection:
             rows = connection.execute(
                 select(c.id, c.announced)
-                .where(c.id.in_(list(connection.execute(first).scalars())), is_due)
+                .where(c.id.in_(chosen), is_due)
                 .with_for_update(skip_locked=True)  # Postgres: two gateways share the work instead of doubling it
             ).all()
             for row in rows:
@@ -271,7 +289,7 @@ class JobStore:
                     .where(realignments.c.id == row.id, realignments.c.state == "queued")
                     .values(next_at=now() + pause, announced=row.announced + 1)
                 )
-        return [row.id for row in rows]
+        return sorted((row.id for row in rows), key=chosen.index)
 
     def unannounce(self, job_ids: list[str]) -> None:
         """Makes jobs due again whose announcement could not be sent: their pauses are for messages that got lost."""
@@ -664,7 +682,7 @@ def _estimate(row: Row[Any]) -> int | None:
     return int(row.attempt_started_at + elapsed / share) + 1
 
 
-def _narrowed(filters: Filters) -> list[ColumnElement[bool]]:
+def _narrowed(filters: Filters, dialect: str) -> list[ColumnElement[bool]]:
     c = realignments.c
     found: list[ColumnElement[bool]] = []
     match filters.status:
@@ -686,8 +704,17 @@ def _narrowed(filters: Filters) -> list[ColumnElement[bool]]:
     ):
         if value is not None:
             found.append(column == value)
-    found += [c.request[("metadata", key)].as_string() == value for key, value in filters.metadata.items()]
+    found += [_has_metadata(dialect, key, value) for key, value in filters.metadata.items()]
     return found
+
+
+def _has_metadata(dialect: str, key: str, value: str) -> ColumnElement[bool]:
+    # The key as a value of its own, never within a path: there quotes, commas, braces and dots have a meaning.
+    if dialect == "postgresql":
+        found: ColumnElement[str] = realignments.c.request.op("->")("metadata").op("->>")(bindparam(None, key))
+        return found == value
+    pairs = func.json_each(realignments.c.request, "$.metadata").table_valued("key", "value")
+    return exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
 
 
 def _one_at_a_time(connection: Connection, tenant: str) -> None:
@@ -704,6 +731,7 @@ def _sent_before(connection: Connection, tenant: str, request: RealignmentCreate
             c.tenant == tenant,
             c.api == api,
             c.request_hash == _request_hash(request),
+            c.idempotency_key.is_(None),
             c.created_at > now() - RETRY_WINDOW,
         )
         .order_by(c.id.desc())

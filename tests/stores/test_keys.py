@@ -260,3 +260,21 @@ def test_keys_made_at_the_same_time_are_two_at_most(url: str, existing: bool) ->
     assert all(store.find(given) is not None for given in made)
     assert len([key for key in store.list("acme") if key.name == "ci"]) == 2
     first.dispose()
+
+
+def test_a_use_that_cannot_be_noted_locks_nobody_out(
+    keys: KeyStore, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk, say: those who want to read, or to delete something, still can."""
+    if engine.dialect.name != "sqlite":
+        pytest.skip("a trigger of SQLite's stands for the full disk")
+    made, key = keys.create("t")
+    with engine.begin() as connection:
+        connection.execute(
+            text("CREATE TRIGGER full BEFORE UPDATE ON api_keys BEGIN SELECT RAISE(FAIL, 'disk is full'); END")
+        )
+    holder = keys.find(key)
+    assert holder is not None
+    assert holder.key_id == made.id
+    assert "was not noted" in caplog.text
+    assert key not in caplog.text

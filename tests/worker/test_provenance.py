@@ -34,7 +34,9 @@ def shop(tmp_path: Path, bundle: Path, public: Path, monkeypatch: pytest.MonkeyP
 
 def provenance(shop: Shop, job_id: str) -> Path:
     attempt = shop.job(job_id).attempt
-    return shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/{attempt}/report", "provenance.json")
+    path = shop.bench.objects.local(f"tenants/{TENANT}/realignments/{job_id}/{attempt}/report", "provenance.json")
+    assert path is not None
+    return path
 
 
 @pytest.mark.parametrize("strengths", [[], [0.3, 3.0]])
