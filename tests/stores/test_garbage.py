@@ -229,7 +229,7 @@ def test_uploads_that_came_to_nothing(attic: Attic) -> None:
     assert attic.collector.collect(dry_run=True).kinds == {"uploads": Removed(1, 7), "upload_records": Removed(1, 0)}
     assert attic.collector.collect().kinds == {"uploads": Removed(1, 7), "upload_records": Removed(1, 0)}
     with attic.engine.connect() as connection:
-        states = dict(connection.execute(select(uploads.c.id, uploads.c.state)).all())  # type: ignore[arg-type]
+        states = dict(connection.execute(select(uploads.c.id, uploads.c.state)).all())
         parts = set(connection.execute(select(upload_parts.c.upload_id)).scalars())
     assert states == {late: "expired", pending: "pending", done: "completed"}
     assert parts == {pending, done}
