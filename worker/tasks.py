@@ -18,6 +18,7 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, shared_task
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.signals import (
+    celeryd_after_setup,
     setup_logging,
     task_failure,
     worker_init,
@@ -201,6 +202,12 @@ def realign_job(task: BenchTask, job_id: str) -> None:
 def configure_logging(**_: Any) -> None:
     """In every process of the worker, instead of Celery's own handlers."""
     logs.setup(WorkerSettings().log_format)
+
+
+@celeryd_after_setup.connect
+def quiet_spawning(**_: Any) -> None:
+    """In the parent: else its children, before they have set up their logging, say in text that they were spawned."""
+    os.environ["_MP_FORK_LOGLEVEL_"] = ""  # billiard's
 
 
 @worker_process_init.connect

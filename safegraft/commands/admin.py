@@ -116,8 +116,8 @@ def drain(
     if as_json:
         print_json({"workers": names, "draining": not undo})
     else:
-        word = "take jobs again" if undo else "take no new jobs"
-        err.print(f"{', '.join(names)} {word}." if names else "There is no worker.", highlight=False)
+        word = "takes jobs again" if undo else "takes no new jobs"
+        err.print("\n".join(f"{name} {word}." for name in names) or "There is no worker.", highlight=False)
 
 
 @app.command("limits")
