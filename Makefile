@@ -48,7 +48,9 @@ check: .venv/.check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint --failure-threshold style docker/gateway.Dockerfile docker/worker.Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker/compose.scaled.yml
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard docker/kubernetes/*.yaml))
+	$(BIN)/check-jsonschema --schemafile docker/kubernetes/keda/scaledobject.schema.json docker/kubernetes/keda/*.yaml
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign
