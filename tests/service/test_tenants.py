@@ -23,7 +23,7 @@ VALUES = {"name": WEIGHTS, "form": "json"}
 # Bodies that their operations accept; those without one take none, or anything.
 BODIES: dict[str, dict[str, Any]] = {
     "completeUpload": {"part_ids": ["part_1"]},
-    "updateWebhookEndpoint": {"events": ["realignment.failed"]},
+    "updateWebhookEndpoint": {"event_types": ["realignment.failed"]},
 }
 RAW = {"addUploadPart": (b"0123456789", "application/octet-stream")}
 
@@ -77,7 +77,7 @@ def belongings(owner: httpx.Client, fresh: Path) -> dict[str, str]:
     new = {"purpose": "fine-tune", "filename": "a.tar", "bytes": 10, "mime_type": "application/x-tar"}
     pending = made(owner.post("/v1/uploads", json=new))
     made(owner.post(f"/v1/uploads/{pending['id']}/parts", files={"data": ("a", b"01234")}))
-    hook = {"url": "http://127.0.0.1:9/hook", "events": ["realignment.succeeded"]}
+    hook = {"url": "http://127.0.0.1:9/hook", "name": "ends", "event_types": ["realignment.succeeded"]}
     endpoint = made(owner.post("/v1/webhook_endpoints", json=hook))
     made(owner.post(f"/v1/webhook_endpoints/{endpoint['id']}/test"))
     deliveries = made(owner.get("/v1/webhook_deliveries"))["data"]
