@@ -7,14 +7,14 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-scaled check bench openapi format clean
+.PHONY: help setup demo test test-scaled check bench bench-load openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the whole test suite"
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make check    lint, types, import contracts, container files"
-	@echo "make bench    timings, side by side"
+	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
@@ -61,6 +61,9 @@ check: .venv/.check
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign
 	@$(BIN)/python -m benchmarks.memory
+
+bench-load: .venv/.ready
+	@$(BIN)/python -m benchmarks.load
 
 openapi: .venv/.ready
 	@$(BIN)/python -m service.export openapi/openapi.json
