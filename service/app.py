@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.batches import BatchStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
@@ -21,10 +22,11 @@ from safegraft.stores.references import ReferenceRegistry
 from safegraft.vault import open_vault
 from service import errors
 from service.auth import Gatekeeper
+from service.batches import Batches
 from service.dependencies import Services
 from service.loops import Loop
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, realignments
+from service.routes import adapters, batches, catalogue, docs, fine_tuning, health, realignments
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.gateway")
@@ -61,7 +63,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, catalogue, health, docs):
+    for resource in (adapters, realignments, batches, fine_tuning, catalogue, health, docs):
         app.include_router(resource.router)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
@@ -94,7 +96,7 @@ def open_services(settings: GatewaySettings) -> Services:
     queue = Queue(settings.redis_url)
     keys = KeyStore(database, open_vault(settings))
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
-    return Services(
+    here = Services(
         settings=settings,
         database=database,
         adapters=AdapterStore(database),
@@ -107,7 +109,10 @@ def open_services(settings: GatewaySettings) -> Services:
         dispatcher=dispatcher,
         loops=[dispatcher],
         upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        batches=BatchStore(database),
     )
+    here.loops.append(Loop("batches", Batches(here).turn, settings.batch_seconds))
+    return here
 
 
 class RequestId:

@@ -1,15 +1,19 @@
 """What routes ask for, as annotated aliases."""
 
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from threading import BoundedSemaphore
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
+from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.listing import PRINTABLE
+from safegraft.errors import UserError
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.batches import BatchStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
@@ -18,6 +22,16 @@ from service.auth import Gatekeeper, Principal
 from service.loops import Loop
 from service.queue import Queue
 from service.settings import GatewaySettings
+
+
+async def no_files(here: "Services", asking: Principal, file_ids: list[str], name: str) -> Adapter:
+    """Stands where uploaded files are not offered."""
+    raise UserError(
+        "Uploaded files are not offered here.",
+        code="files_not_offered",
+        param="file_ids",
+        hint="Upload the adapter with POST /v1/adapters and name its id.",
+    )
 
 
 @dataclass
@@ -36,6 +50,9 @@ class Services:
     dispatcher: Loop
     loops: list[Loop]
     upload_slots: BoundedSemaphore
+    batches: BatchStore
+    # Makes an adapter from uploaded files: checked, stored and recorded as by POST /v1/adapters.
+    adapter_from_files: Callable[["Services", Principal, list[str], str], Coroutine[Any, Any, Adapter]] = no_files
 
 
 async def here_(request: Request) -> Services:

@@ -3,10 +3,24 @@
 from typing import TypeVar
 
 from safegraft.contracts.adapter import Adapter
+from safegraft.contracts.batch import BatchAdapter, RealignmentBatch
+from safegraft.contracts.fine_tuning import FineTuningCheckpoint, FineTuningEvent, FineTuningJob
 from safegraft.contracts.listing import Method, Page, Reference
 from safegraft.contracts.realignment import Event, Realignment
 
-Item = TypeVar("Item", Adapter, Realignment, Event, Reference, Method)
+Item = TypeVar(
+    "Item",
+    Adapter,
+    Realignment,
+    Event,
+    Reference,
+    Method,
+    RealignmentBatch,
+    BatchAdapter,
+    FineTuningJob,
+    FineTuningEvent,
+    FineTuningCheckpoint,
+)
 
 
 def page(data: list[Item], has_more: bool) -> Page[Item]:
