@@ -12,7 +12,7 @@ from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
 from safegraft.stores import options
-from safegraft.stores.jobs import Created, Origins
+from safegraft.stores.jobs import Created, Origins, hash_of
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
 from service.dependencies import Services
@@ -36,7 +36,8 @@ def submit(
     Raises NotFound, Incompatible, InvalidParameter, Conflict, QuotaExceeded.
     """
     tenant = asking.tenant
-    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
+    sent = origins.request_hash or hash_of(request)
+    first = here.jobs.replay(tenant, sent, idempotency_key) if idempotency_key else None
     if first is not None:
         # Before anything is judged: what was true of the first request may have changed since.
         return Created(first, replayed=True)

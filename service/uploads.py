@@ -63,6 +63,22 @@ async def create_adapter(request: Request, here: Services, asking: Principal, *,
             return adapter
 
 
+async def adapter_from_files(here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
+    """Makes an adapter from files that were uploaded before. Raises like `create_adapter`, and NotFound."""
+    with slot(here):
+        allowed = await asyncio.to_thread(allowance, here, asking, here.settings.max_upload_bytes)
+        async with scratch(here) as folder:
+            delivery = Delivery(folder / "adapter", name=name, sha256="")
+            try:
+                delivery.folder.mkdir()
+            except OSError as error:
+                raise storage_fault(error) from error
+            await asyncio.to_thread(_collect, here, asking.tenant, file_ids, delivery, allowed)
+            adapter = await here.validator.judge(new_id("adp"), delivery)
+            await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
+            return adapter
+
+
 async def _receive(request: Request, here: Services, asking: Principal, delivery: Delivery, allowed: Allowance) -> None:
     kind = kind_of(request)
     if kind == "multipart/form-data":

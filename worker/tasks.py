@@ -377,6 +377,7 @@ def _publish(
         published,
         strengths=strengths,
         side_cars=names,
+        summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
         method=report.method.type,
         timings=timings,
@@ -404,9 +405,10 @@ def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], re
 
 def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:
     """Puts one patched adapter among the objects; returns its record, tenant and prefix."""
+    wanted = claim.request.name
     adapter = adapter_record(
         new_id("adp"),
-        f"{customer.name[:180]} ({how.strip()})",
+        wanted if wanted and not claim.request.strengths else f"{(wanted or customer.name)[:180]} ({how.strip()})",
         folder,
         describe(folder, own=True),
         dropped=[],

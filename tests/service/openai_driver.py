@@ -101,7 +101,7 @@ def fine_tuning(client: openai.OpenAI, file_id: str, archive: Path, out: Path) -
     assert job.id in [item.id for item in client.fine_tuning.jobs.list(metadata={"team": "blue"})]
     assert job.id not in [item.id for item in client.fine_tuning.jobs.list(metadata={"team": "red"})]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=1))
-    assert {"created", "succeeded"} <= {event.data["type"] for event in events if isinstance(event.data, dict)}, events
+    assert {"created", "succeeded"} <= {event.data["event"] for event in events if isinstance(event.data, dict)}, events
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert len(checkpoints) == 2
     assert job.fine_tuned_model in {item.fine_tuned_model_checkpoint for item in checkpoints}
