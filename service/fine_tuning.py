@@ -23,7 +23,13 @@ from service.uploads import adapter_from_files
 
 AUTO = "auto"
 # How the client named what the core names otherwise, and what it can do about it.
-PARAMS = {"adapter_id": "training_file", "file_ids": "training_file", "reference_id": "model", "name": "suffix"}
+PARAMS = {
+    "adapter_id": "training_file",
+    "file_ids": "training_file",
+    "file_id": "training_file",
+    "reference_id": "model",
+    "name": "suffix",
+}
 HINTS = {
     "reference_ambiguous": "Name one as model.",
 }

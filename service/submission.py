@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 from starlette.requests import Request
@@ -80,11 +81,14 @@ def _check_strengths(request: RealignmentCreate) -> None:
     parameters_by_strength(request.method, request.strengths)
 
 
-def metadata_filters(request: Request) -> dict[str, str]:
-    """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
+def metadata_filters(request: Request, besides: Collection[str] = ()) -> dict[str, str]:
+    """`?metadata[team]=a&metadata[run]=7` as a mapping; besides: names that mean something else.
+
+    Raises InvalidParameter.
+    """
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if not name.startswith("metadata"):
+        if not name.startswith("metadata") or name in besides:
             continue
         match = METADATA.fullmatch(name)
         if match is None:

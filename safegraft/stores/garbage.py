@@ -18,7 +18,7 @@ from safegraft.contracts.keys import DEFAULT_TENANT
 from safegraft.stores import options
 from safegraft.stores.database import (
     adapters,
-    batches,
+    batch_adapters,
     events,
     files,
     now,
@@ -236,11 +236,8 @@ class GarbageCollector:
 
     def _waiting(self) -> set[str]:
         """Adapters that a batch will still make jobs for."""
-        query = select(batches.c.waiting).where(batches.c.state.in_(("canary", "running")))
-        found = set()
-        for row in self._all(query):
-            found |= {item if isinstance(item, str) else str(item.get("adapter_id")) for item in row.waiting}
-        return found
+        query = select(batch_adapters.c.adapter_id).where(batch_adapters.c.state == "waiting")
+        return {row.adapter_id for row in self._all(query)}
 
     def _all(self, query: Any) -> list[Any]:
         with reading(self._engine) as connection:

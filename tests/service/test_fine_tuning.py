@@ -356,7 +356,6 @@ def test_a_file_becomes_an_adapter_and_stays_the_training_file(gateway: TestClie
 
 @pytest.mark.parametrize("headers", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}], ids=lambda h: min(h))
 def test_a_repeat_makes_no_second_adapter(gateway: TestClient, ingest: Ingest, headers: dict[str, str]) -> None:
-    here = here_of(gateway)
     body = {"model": "auto", "training_file": ingest.file}
     jobs = {gateway.post("/v1/fine_tuning/jobs", json=body, headers=headers).json()["id"] for _ in range(3)}
     assert len(jobs) == len(ingest.made) == 1

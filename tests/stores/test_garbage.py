@@ -14,7 +14,7 @@ from safegraft.stores import options
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import (
     adapters,
-    batches,
+    batch_adapters,
     events,
     files,
     now,
@@ -167,14 +167,14 @@ def test_what_has_expired_goes_with_its_bytes_and_the_rest_stays(attic: Attic) -
 def test_an_adapter_that_is_needed_outlives_its_time(attic: Attic) -> None:
     read, waiting = attic.adapter(1, expired=True), attic.adapter(2, expired=True)
     job = attic.jobs.create("t", REFERENCE, request(read)).job.id
-    batch = {"tenant": "t", "state": "canary", "request": {}, "waiting": [waiting], "total": 2}
+    item = {"batch_id": "batch_1", "adapter_id": waiting, "position": 0, "canary": 0, "state": "waiting"}
     with attic.engine.begin() as connection:
-        connection.execute(insert(batches).values(id="batch_1", **batch, created_at=now()))
+        connection.execute(insert(batch_adapters).values(**item))
     assert attic.collector.collect().kinds == {}
     assert attic.ids(adapters) == {read, waiting}
     attic.jobs.cancel("t", job)
     with attic.engine.begin() as connection:
-        connection.execute(update(batches).values(state="succeeded"))
+        connection.execute(update(batch_adapters).values(state="succeeded"))
     assert attic.collector.collect().kinds == {"adapters": Removed(2, 3)}
 
 
