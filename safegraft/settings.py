@@ -19,6 +19,12 @@ class SharedSettings(BaseSettings):
     storage_url: str = Field(
         default="", description="`s3://bucket/prefix` for adapters and results; empty: files in the data folder."
     )
+    storage_public_url: str = Field(
+        default="", description="The object store's address for clients, where they reach it under another one."
+    )
+    presign_seconds: int = Field(
+        default=900, gt=0, le=604800, description="So long an address works that lets a client past the gateway."
+    )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("SAFEGRAFT_REDIS_URL", "REDIS_URL"),

@@ -4,7 +4,6 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -12,24 +11,49 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
 from safegraft import logs, tracing
+from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
+from safegraft.stores.batches import BatchStore
 from safegraft.stores.database import open_database
+from safegraft.stores.files import FileStore
 from safegraft.stores.garbage import PERIOD, GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
+from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
 from safegraft.stores.workers import WorkerStore
 from safegraft.vault import open_vault
-from service import errors
+from service import errors, openapi
+from service.audit import Audit
 from service.auth import Gatekeeper
+from service.batches import Batches
 from service.dependencies import Services
+from service.destinations import Destinations
 from service.loops import Loop
 from service.metrics import HttpMetrics, Slots
 from service.observer import Observer
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, catalogue, docs, health, metrics, realignments
+from service.routes import (
+    adapters,
+    audit,
+    batches,
+    catalogue,
+    docs,
+    files,
+    fine_tuning,
+    health,
+    metrics,
+    provenance,
+    realignments,
+    uploads,
+    webhooks,
+)
 from service.settings import GatewaySettings
+from service.validation import Limits, Validator
+from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
 # Longer than any upload or job may take.
@@ -46,6 +70,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         app.state.services = here = open_services(settings)
         app.state.metrics.watch(here.database, here.workers, here.upload_slots)
         here.objects.sweep(SCRATCH_SECONDS)
+        here.validator.start()
         for loop in here.loops:
             loop.start()
         try:
@@ -53,6 +78,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         finally:
             for loop in here.loops:
                 loop.stop()
+            here.validator.close()
+            await here.gatekeeper.close()
             here.queue.close()
             here.database.dispose()
             tracing.stop()
@@ -68,14 +95,17 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
     app.state.metrics = HttpMetrics()
-    for resource in (adapters, realignments, catalogue, health, metrics, docs):
+    ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
+    for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
+    app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
+    app.add_middleware(Audit)
     app.add_middleware(Observer, metrics=app.state.metrics)
     app.add_middleware(RequestId)
     _trace(app)
-    _describe_errors(app)
+    openapi.describe(app)
     return app
 
 
@@ -92,23 +122,6 @@ def _trace(app: FastAPI) -> None:
         )
 
 
-def _describe_errors(app: FastAPI) -> None:
-    """FastAPI documents every body as application/json; errors are sent as application/problem+json."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        for path in document["paths"].values():
-            for operation in path.values():
-                for status in ("4XX", "5XX"):
-                    content = operation["responses"][status].get("content", {})
-                    if "application/json" in content:
-                        content["application/problem+json"] = content.pop("application/json")
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
 def open_services(settings: GatewaySettings) -> Services:
     settings.data.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
@@ -118,9 +131,15 @@ def open_services(settings: GatewaySettings) -> Services:
     )
     objects = open_objects(settings)
     queue = Queue(settings.redis_url)
-    keys = KeyStore(database, open_vault(settings))
+    vault = open_vault(settings)
+    keys = KeyStore(database, vault)
+    # The lease: long enough for an attempt, and for its outcome to be recorded by a machine that is busy.
+    outbox = WebhookStore(database, vault, lease_seconds=4 * settings.webhook_timeout_seconds)
+    destinations = Destinations(allow_private=settings.webhook_allow_private)
+    sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
-    return Services(
+    garbage = Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)
+    here = Services(
         settings=settings,
         database=database,
         adapters=AdapterStore(database, retention=retention),
@@ -129,12 +148,26 @@ def open_services(settings: GatewaySettings) -> Services:
         workers=WorkerStore(database, lease_seconds=settings.lease_seconds),
         keys=keys,
         gatekeeper=Gatekeeper(settings, keys),
-        references=ReferenceRegistry(settings.references),
+        references=open_references(settings, objects),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher, Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)],
+        loops=[dispatcher, sender, garbage],
         upload_slots=Slots(settings.max_active_uploads),
+        files=FileStore(database),
+        uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
+        validator=Validator(
+            Limits(settings.validation_memory_bytes, settings.validation_seconds, settings.max_upload_bytes),
+            settings.max_active_validations,
+        ),
+        webhooks=outbox,
+        destinations=destinations,
+        sender=sender,
+        audit=AuditLog(database),
+        provenance_keys=[load_public_key(path).shown for path in settings.provenance_keys],
+        batches=BatchStore(database),
     )
+    here.loops.append(Loop("batches", Batches(here).turn, settings.batch_seconds))
+    return here
 
 
 class RequestId:

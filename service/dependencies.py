@@ -8,17 +8,25 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
 from safegraft.contracts.listing import PRINTABLE
+from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
+from safegraft.stores.batches import BatchStore
+from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
 from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
+from service.destinations import Destinations
 from service.loops import Loop
 from service.metrics import Slots
 from service.queue import Queue
 from service.settings import GatewaySettings
+from service.validation import Validator
 
 
 @dataclass
@@ -36,8 +44,17 @@ class Services:
     queue: Queue
     dispatcher: Loop
     loops: list[Loop]
+    files: FileStore
+    uploads: UploadStore
+    validator: Validator
+    webhooks: WebhookStore
+    destinations: Destinations
+    sender: Loop
+    audit: AuditLog
+    provenance_keys: list[ProvenanceKey]
     workers: WorkerStore
     upload_slots: Slots
+    batches: BatchStore
 
 
 async def here_(request: Request) -> Services:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from safegraft import errors
 
@@ -43,11 +44,13 @@ STATUS_BY_CODE = {
     "upload_stalled": 408,
     "insufficient_scope": 403,
     "storage_quota_exceeded": 403,
+    "storage_unavailable": 503,
 }
 # Codes of what the framework itself refuses.
 HTTP_CODES = {
     404: "route_not_found",
     405: "method_not_allowed",
+    412: "precondition_failed",
     413: "request_too_large",
     416: "range_not_satisfiable",
 }
@@ -146,6 +149,8 @@ def install(app: FastAPI) -> None:
         code = HTTP_CODES.get(error.status_code, "http_error")
         answer = problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}.")
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["allow"] = ", ".join(sorted(_methods(app, request)))
         return answer
 
     @app.exception_handler(Exception)
@@ -155,6 +160,16 @@ def install(app: FastAPI) -> None:
         # This handler answers outside of all middleware.
         answer.headers["x-request-id"] = request.state.request_id
         return answer
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """All methods of the request's path. Starlette names those of one route, and each method here is a route."""
+    found: set[str] = set()
+    for route in app.routes:
+        matched, _ = route.matches(request.scope)
+        if matched is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return found
 
 
 def _named(request: Request) -> str:

@@ -12,13 +12,14 @@ from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
 from safegraft.stores import options
-from safegraft.stores.jobs import Created, Origins
+from safegraft.stores.jobs import Created, Origins, hash_of
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
 from service.dependencies import Services
 
 log = logging.getLogger("safegraft.gateway")
-METADATA = re.compile(r"metadata\[(?P<key>[^\]]{1,64})\]")
+METADATA = re.compile(r"metadata\[(?P<key>.{1,64})\]", re.DOTALL)
+MAX_METADATA = 16
 
 
 def submit(
@@ -35,7 +36,8 @@ def submit(
     Raises NotFound, Incompatible, InvalidParameter, Conflict, QuotaExceeded.
     """
     tenant = asking.tenant
-    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
+    sent = origins.request_hash or hash_of(request)
+    first = here.jobs.replay(tenant, sent, idempotency_key) if idempotency_key else None
     if first is not None:
         # Before anything is judged: what was true of the first request may have changed since.
         return Created(first, replayed=True)
@@ -47,6 +49,8 @@ def submit(
         reference = here.references.get(request.reference_id)
     check_compatible(description, reference.manifest, request.method)
     _check_strengths(request)
+    if request.webhook_url is not None:
+        origins = replace(origins, webhook_endpoint_id=here.webhooks.registered(tenant, request.webhook_url))
     own = asking.limits.max_jobs
     created = here.jobs.create(
         tenant,
@@ -80,11 +84,19 @@ def metadata_filters(request: Request) -> dict[str, str]:
     """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
+        if not name.startswith("metadata"):
+            continue
         match = METADATA.fullmatch(name)
-        if match:
-            if match["key"] in found:
-                raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
-            found[match["key"]] = value
+        if match is None:
+            # Ignored, it would answer with everything.
+            raise InvalidParameter(
+                f"{name[:80]!r} is no filter.", code="bad_filter", param="metadata", hint="Write metadata[key]=value."
+            )
+        if match["key"] in found:
+            raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
+        found[match["key"]] = value
     if any("\0" in key + value for key, value in found.items()):
         raise InvalidParameter("A filter holds a NUL character.", code="bad_filter", param="metadata")
+    if len(found) > MAX_METADATA:
+        raise InvalidParameter(f"A job has at most {MAX_METADATA} metadata.", code="bad_filter", param="metadata")
     return found

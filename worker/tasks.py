@@ -35,17 +35,28 @@ from safegraft.contracts.methods import strength_name
 from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.report import Report
+from safegraft.dsse import load_signing_key
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.files import sha256_file
 from safegraft.ids import new_id
+from safegraft.provenance import (
+    PROVENANCE,
+    REPORT,
+    Invocation,
+    input_digests,
+    make_statement,
+    record_digests,
+    write_provenance,
+)
 from safegraft.records import adapter_record
 from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, result_prefix
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
 from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
@@ -88,7 +99,8 @@ class Bench:
         )
         self.adapters = AdapterStore(database)
         self.objects = open_objects(settings)
-        self.registry = ReferenceRegistry(settings.references)
+        self.registry = open_references(settings, self.objects)
+        self.signer = load_signing_key(settings.signing_key) if settings.signing_key is not None else None
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
 
     def warm(self) -> None:
@@ -102,13 +114,17 @@ class Bench:
         """From memory, or verified and loaded; the one that was not used for longest makes room."""
         if reference_id not in self._loaded:
             try:
-                folder = self.registry.get(reference_id).folder
+                folder = self.registry.folder(reference_id)
             except NotFound as error:
                 # It was there when the job was accepted: the operator's move, not the customer's.
                 raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
             while len(self._loaded) >= self.settings.loaded_references:
                 self._loaded.popitem(last=False)
-            self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            try:
+                self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            except CorruptReference:
+                self.registry.discard_copy(reference_id)
+                raise
             log.info("%s loaded", reference_id)
         self._loaded.move_to_end(reference_id)
         return self._loaded[reference_id]
@@ -301,6 +317,7 @@ def _run_claimed(bench: Bench, claim: Claim) -> None:
 
 
 def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
+    started = time.time()
     beat.report("fetch")
     began = time.monotonic()
     reference = bench.reference(claim.reference_id)
@@ -322,11 +339,17 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
         publishing = time.monotonic()
         render(report, desk.report / "report")
         timings = {**report.timings, "fetch": fetched - began, "render": time.monotonic() - publishing}
-        _publish(bench, claim, desk, customer, report, timings)
+        _publish(bench, claim, desk, customer, report, timings, started)
 
 
 def _publish(
-    bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report, timings: dict[str, float]
+    bench: Bench,
+    claim: Claim,
+    desk: Workspace,
+    customer: Adapter,
+    report: Report,
+    timings: dict[str, float],
+    started: float,
 ) -> None:
     prefix = result_prefix(claim.tenant, claim.id, claim.attempt)
     published: list[tuple[Adapter, str, str]] = []
@@ -340,6 +363,7 @@ def _publish(
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
         if names:
             bench.objects.publish(side_cars, f"{prefix}/side_car")
+        _attest(bench, claim, desk, [adapter for adapter, _, _ in published], report, started)
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
@@ -353,6 +377,7 @@ def _publish(
         published,
         strengths=strengths,
         side_cars=names,
+        summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
         method=report.method.type,
         timings=timings,
@@ -361,11 +386,29 @@ def _publish(
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
 
 
+def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], report: Report, started: float) -> None:
+    """Writes the result's provenance beside its report."""
+    names = [strength_name(variant.strength) for variant in report.variants] or [""]
+    outputs: dict[str, str] = {}
+    for adapter, name in zip(made, names, strict=False):  # none was made where the job only measured
+        outputs |= record_digests(adapter.files, name)
+    statement = make_statement(
+        report,
+        bench.reference(claim.reference_id).manifest,
+        invocation=Invocation(id=f"{claim.id}/{claim.attempt}", builder=bench.settings.builder_id, started=started),
+        outputs=outputs,
+        inputs=input_digests(desk.adapter, report),
+        report_sha256=sha256_file(desk.report / REPORT),
+    )
+    write_provenance(statement, desk.report / PROVENANCE, bench.signer)
+
+
 def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:
     """Puts one patched adapter among the objects; returns its record, tenant and prefix."""
+    wanted = claim.request.name
     adapter = adapter_record(
         new_id("adp"),
-        f"{customer.name[:180]} ({how.strip()})",
+        wanted if wanted and not claim.request.strengths else f"{(wanted or customer.name)[:180]} ({how.strip()})",
         folder,
         describe(folder, own=True),
         dropped=[],

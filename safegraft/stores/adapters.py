@@ -9,6 +9,7 @@ from safegraft.contracts.adapter import Adapter
 from safegraft.errors import Conflict, NotFound
 from safegraft.stores import totals
 from safegraft.stores.database import adapters, reading, realignments
+from safegraft.stores.quotas import claim_room
 
 
 class AdapterStore:
@@ -19,10 +20,14 @@ class AdapterStore:
         self._engine = engine
         self._retention = retention
 
-    def add(self, adapter: Adapter, tenant: str, prefix: str) -> Adapter:
-        """Adds what was received; returns it with the time of its end."""
+    def add(self, adapter: Adapter, tenant: str, prefix: str, *, max_bytes: int = 0) -> Adapter:
+        """Adds what was received; returns it with the time of its end.
+
+        max_bytes: what the tenant may store in all; 0: no limit. Raises QuotaExceeded.
+        """
         adapter = expiring(adapter, self._retention)
         with self._engine.begin() as connection:
+            claim_room(connection, tenant, adapter.bytes, max_bytes)
             insert_adapter(connection, adapter, tenant, prefix)
             totals.add(connection, "bytes_received", value=adapter.bytes)
         return adapter

@@ -63,6 +63,7 @@ realignments = Table(
     Column("batch_id", String(64)),
     Column("webhook_endpoint_id", String(64)),  # hears of this job's end, whatever it subscribes to
     Column("traceparent", String(64)),  # W3C trace context of the request that made it
+    Column("training_file", String(80)),  # the upload that its adapter was made from, if one was named
     Column("idempotency_key", String(255)),
     Column("request_hash", String(64)),
     Column("progress", JSON),
@@ -78,6 +79,9 @@ realignments = Table(
     Index("realignments_by_tenant", "tenant", "id"),
     Index("realignments_due", "state", "next_at"),
     Index("realignments_by_batch", "batch_id"),
+    # Asked with every new job: how many are open, and was this sent before. By the tenant alone it would read them all.
+    Index("realignments_by_state", "tenant", "state", "id"),
+    Index("realignments_by_request", "tenant", "request_hash", "idempotency_key", "id"),
     Index("realignments_expiring", "expires_at"),
 )
 
@@ -150,6 +154,7 @@ upload_parts = Table(
     Column("sha256", String(64)),  # null: sent past the gateway, to a presigned address
     Column("created_at", Float, nullable=False),
     Index("upload_parts_by_upload", "upload_id", "id"),
+    Index("upload_parts_by_tenant", "tenant"),
 )
 
 files = Table(
@@ -174,6 +179,7 @@ webhook_endpoints = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(40), nullable=False),
     Column("url", String(2000), nullable=False),
+    Column("name", String(100), nullable=False, default=""),
     Column("events", JSON, nullable=False),  # types that it hears of
     Column("secret", String(500), nullable=False),  # sealed
     Column("previous_secret", String(500)),  # sealed; signs as well until previous_until
@@ -181,6 +187,7 @@ webhook_endpoints = Table(
     Column("created_at", Float, nullable=False),
     Column("disabled_at", Float),
     Column("disabled_reason", String(200)),
+    Column("failing_since", Float),  # the first failure since something was delivered
     Index("webhook_endpoints_by_tenant", "tenant", "id"),
 )
 
@@ -194,10 +201,13 @@ webhook_deliveries = Table(
     Column("type", String(60), nullable=False),
     Column("payload", JSON, nullable=False),
     Column("state", String(16), nullable=False),  # pending delivered failed
-    Column("attempts", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),  # only grows: the fencing token of who sends
+    Column("step", Integer, nullable=False, default=0),  # failures since the first try or the last replay
     Column("next_at", Float),
+    Column("lease_until", Float),  # somebody is sending it until then
     Column("last_status", Integer),
     Column("last_error", String(300)),
+    Column("history", JSON),  # contracts.webhooks.WebhookAttempt of the last attempts
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Index("webhook_deliveries_due", "state", "next_at"),
@@ -210,14 +220,35 @@ batches = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(40), nullable=False),
     Column("state", String(16), nullable=False),  # canary running succeeded stopped cancelled
-    Column("request", JSON, nullable=False),
-    Column("waiting", JSON, nullable=False),  # adapters that no job was made for yet
-    Column("total", Integer, nullable=False),
+    Column("request", JSON, nullable=False),  # contracts.batch.BatchCreate, without its adapters
     Column("reason", String(300)),
+    Column("webhook_endpoint_id", String(64)),  # hears of its end, whatever it subscribes to
+    Column("idempotency_key", String(255)),
+    Column("request_hash", String(64)),
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
+    UniqueConstraint("tenant", "idempotency_key", name="one_batch_per_idempotency_key"),
     Index("batches_by_tenant", "tenant", "id"),
     Index("batches_by_state", "state"),
+)
+
+# One row an adapter of a batch. A row and not a list in the batch: ten thousand of them change one by one.
+batch_adapters = Table(
+    "batch_adapters",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("adapter_id", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("canary", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # waiting open succeeded failed cancelled
+    Column("realignment_id", String(64)),  # null: no job was made
+    Column("tries", Integer, nullable=False, default=0),  # at making its job, that failed on our side
+    Column("next_at", Float),  # when the next try is due
+    Column("error", JSON),  # contracts.realignment.Failure
+    Column("similarity", Float),  # what its job measured: for the batch's stop rule
+    Column("edit", Float),
+    Index("batch_adapters_by_batch", "batch_id", "state", "position"),
+    Index("batch_adapters_by_state", "state"),
 )
 
 # Who did what. Rows are only ever added: triggers refuse anything else.
@@ -263,6 +294,38 @@ options = Table(
     Column("name", String(60), primary_key=True),
     Column("value", JSON, nullable=False),
 )
+
+
+AUDIT_SQLITE = (
+    """CREATE TRIGGER IF NOT EXISTS audit_no_update BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    """CREATE TRIGGER IF NOT EXISTS audit_no_delete BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    # INSERT OR REPLACE deletes without the trigger above.
+    """CREATE TRIGGER IF NOT EXISTS audit_no_replace BEFORE INSERT ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE sequence = NEW.sequence)
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+)
+AUDIT_POSTGRES = (
+    """CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'audit rows are only ever added'; END $$""",
+    """CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()""",
+)
+AUDIT_GUARDED = "SELECT 1 FROM pg_trigger WHERE tgname = 'audit_append_only' AND tgrelid = 'audit'::regclass"
+
+
+@event.listens_for(metadata, "after_create")
+def _guard_audit(target: Any, connection: Connection, **_: Any) -> None:
+    """At every opening, not only when the table is made: databases that are older than the triggers get them too."""
+    if connection.dialect.name == "sqlite":
+        statements: tuple[str, ...] = AUDIT_SQLITE
+    elif connection.exec_driver_sql(AUDIT_GUARDED).first() is None:
+        statements = AUDIT_POSTGRES
+    else:
+        return  # making it again would wait for every transaction that uses the table
+    for statement in statements:
+        connection.exec_driver_sql(statement)
 
 
 class now(FunctionElement[float]):

@@ -10,11 +10,12 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterDescription, pair_modules, parse_config
-from safegraft.errors import NotFound, StorageFault
+from safegraft.errors import InvalidParameter, NotFound, StorageFault
 from safegraft.files import CHUNK, atomic_file, sync_folder, sync_tree
 from safegraft.header import header_of
 from safegraft.settings import SharedSettings
@@ -29,14 +30,14 @@ def adapter_prefix(tenant: str, adapter_id: str) -> str:
     return f"tenants/{tenant}/adapters/{adapter_id}"
 
 
+def job_prefix(tenant: str, job_id: str) -> str:
+    """Everything of all attempts."""
+    return f"tenants/{tenant}/realignments/{job_id}"
+
+
 def result_prefix(tenant: str, job_id: str, attempt: int) -> str:
     """Results lie under job *and* attempt: a late zombie can leave an orphan, never a wrong result."""
     return f"tenants/{tenant}/realignments/{job_id}/{attempt}"
-
-
-def job_prefix(tenant: str, job_id: str) -> str:
-    """All attempts of a job."""
-    return f"tenants/{tenant}/realignments/{job_id}"
 
 
 def file_prefix(tenant: str, file_id: str) -> str:
@@ -204,17 +205,17 @@ class LocalObjects:
                 break
 
     def sweep(self, age: float) -> None:
-        """Deletes what killed processes left in scratch more than `age` seconds ago."""
-        if not self.scratch.is_dir():
-            return
-        for path in self.scratch.iterdir():
-            if time.time() - path.stat().st_mtime > age:
-                shutil.rmtree(path, ignore_errors=True)
+        sweep_folder(self.scratch, age)
 
     def _folder(self, prefix: str) -> Path:
-        if not PREFIX.fullmatch(prefix):
-            raise ValueError(f"not a prefix: {prefix!r}")
-        return self._root / prefix
+        return self._root / checked_prefix(prefix)
+
+
+def checked_prefix(prefix: str) -> str:
+    """Raises ValueError for what is no prefix."""
+    if not PREFIX.fullmatch(prefix):
+        raise ValueError(f"not a prefix: {prefix!r}")
+    return prefix
 
 
 def checked_name(name: str) -> str:
@@ -228,6 +229,16 @@ def not_stored(prefix: str, error: OSError) -> StorageFault:
     if error.errno in NO_SPACE:
         return StorageFault(f"The disk is full; {prefix} was not stored.", code="disk_full")
     return StorageFault(f"Could not store {prefix} ({error.strerror}).", code="storage_fault")
+
+
+def sweep_folder(folder: Path, age: float) -> None:
+    """Deletes what lies in a scratch folder and is older than `age` seconds."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # its own process ended meanwhile and took it along
+            if time.time() - path.stat().st_mtime > age:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _newest(folder: Path) -> float | None:
@@ -247,7 +258,18 @@ def _newest(folder: Path) -> float | None:
 
 
 def open_objects(settings: SharedSettings) -> Objects:
-    """The place that the settings name."""
+    """The place that the settings name. Raises InvalidParameter for an address that is none."""
+    if settings.storage_url:
+        try:
+            from safegraft.stores.s3 import S3Objects
+        except ImportError as error:
+            raise InvalidParameter(
+                f"Bytes are to lie in {settings.storage_url}, but the package obstore is missing.",
+                code="no_object_store",
+                param="SAFEGRAFT_STORAGE_URL",
+                hint="pip install 'safegraft[scaled]'",
+            ) from error
+        return S3Objects(settings)
     return LocalObjects(settings.objects)
 
 

@@ -120,6 +120,8 @@ def test_the_methods_are_the_same_everywhere(client: httpx.Client) -> None:
         b'{"adapter_id": "%s", "\\ud800": 1}',
         b'{"adapter_id": "%s", "metadata": {"x": "' + b"y" * 513 + b'"}}',
         b'{"adapter_id": "%s", "metadata": {"x": 1}}',
+        b'{"adapter_id": "%s", "metadata": {"x": "a\\u0000b"}}',
+        b'{"adapter_id": "%s", "metadata": {"\\u0000": "x"}}',
         b'{"adapter_id": "%s", "mode": NaN}',
         b"[]",
         b"null",
