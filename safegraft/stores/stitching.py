@@ -3,6 +3,7 @@
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import BinaryIO, NoReturn, cast
 
@@ -13,6 +14,9 @@ from safegraft.ids import new_id
 from safegraft.stores.files import CONTENT
 from safegraft.stores.objects import Objects, file_prefix, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
+
+# Of the parts: in an object store each piece is one request.
+PIECE = 2**23
 
 
 def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
@@ -64,14 +68,13 @@ def _stitch(objects: Objects, tenant: str, parts: Sequence[UploadPart], prefix: 
     """Writes the file and returns its SHA-256."""
     source = Stitched(objects, tenant, parts, md5=request.md5 is not None)
     try:
-        objects.put(prefix, CONTENT, cast(BinaryIO, source))
+        with ReadAhead(source) as ahead:
+            objects.put(prefix, CONTENT, cast(BinaryIO, ahead))
     except Exception:
         if source.failure is not None:
             raise source.failure from None
         raise
-    finally:
-        source.close()
-    if not source.finished:
+    if not ahead.finished:
         raise StorageFault(f"{prefix} was not stored whole.")
     _compare("sha256", request.sha256, source.sha256.hexdigest())
     _compare("md5", request.md5, source.md5.hexdigest() if source.md5 else "")
@@ -94,6 +97,41 @@ def _remove(objects: Objects, prefix: str) -> None:
         objects.remove(prefix)
 
 
+class ReadAhead:
+    """Reads in a thread of its own, one piece ahead, and closes the source at the end.
+
+    A client of an object store cannot be called from within its own call, which is where a store that is written to
+    reads its source. And so the bytes are fetched and hashed while those before them are written.
+    """
+
+    def __init__(self, source: "Stitched") -> None:
+        self.finished = False  # everything was read by the store, not only by us
+        self._source = source
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stitching")
+        self._next = self._thread.submit(source.read, PIECE)
+        self._rest = memoryview(b"")
+
+    def __enter__(self) -> "ReadAhead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._source.close()
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """At most `size` bytes, none at the end. Raises what the source raises."""
+        if not self._rest:
+            piece = self._next.result()
+            if piece:
+                self._next = self._thread.submit(self._source.read, PIECE)
+            else:
+                self.finished = True
+            self._rest = memoryview(piece)
+        part = self._rest[: size if size > 0 else CHUNK]
+        self._rest = self._rest[len(part) :]
+        return bytes(part)
+
+
 class Stitched:
     """The parts one after another, as one file that is read once; each is checked against its record.
 
@@ -112,10 +150,6 @@ class Stitched:
         self._file: BinaryIO | None = None
         self._seen = 0
         self._part_sha256 = hashlib.sha256()
-
-    @property
-    def finished(self) -> bool:
-        return not self._left and self._file is None
 
     def read(self, size: int = CHUNK) -> bytes:
         """At most `size` bytes (CHUNK where it is negative), none at the end."""

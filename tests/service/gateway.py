@@ -1,6 +1,5 @@
 """A gateway of its own, as uvicorn runs it: without broker and workers, and a test may kill it."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 
-from tests.service.conftest import free_port
+from tests.service.conftest import environment_of, free_port, objects_of
 
 
 class Gateway:
@@ -22,9 +21,8 @@ class Gateway:
         self.faulty = False  # its log may hold stack traces
         self.url = f"http://127.0.0.1:{free_port()}"
         self._preexec = preexec
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("SAFEGRAFT_") and k != "REDIS_URL"}
         given = {"SAFEGRAFT_DEV": "1", "SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": "redis://127.0.0.1:1/0"}
-        self._environment = kept | given | environment
+        self._environment = environment_of(data) | given | environment
         self.start()
 
     def start(self) -> None:
@@ -50,7 +48,8 @@ class Gateway:
         return self.data / "gateway.log"
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        # With object storage, files are one step further.
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, follow_redirects=True)
 
     def openai(self, retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=retries)
@@ -68,10 +67,15 @@ class Gateway:
     def scratch(self) -> list[Path]:
         return list((self.data / "objects" / "scratch").glob("*"))
 
-    def stored(self, kind: str) -> list[Path]:
-        """Files below the tenant's `files`, `uploads` or `adapters`."""
-        folder = self.data / "objects" / "tenants" / "default" / kind
-        return sorted(path for path in folder.rglob("*") if path.is_file())
+    def stored(self, kind: str) -> list[str]:
+        """What lies below the tenant's `files`, `uploads` or `adapters`."""
+        objects, found = objects_of(self.data), []
+        waiting = [f"tenants/default/{kind}"]
+        while waiting:
+            prefix = waiting.pop()
+            found += [f"{prefix}/{name}" for name in objects.names(prefix)]
+            waiting += [inner for inner, _ in objects.prefixes(prefix)]
+        return sorted(found)
 
     def memory(self, field: str) -> int:
         """Bytes: VmRSS now, VmHWM at its highest. Linux."""

@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from safegraft.adapter import CONFIG, WEIGHTS
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import files_of
 from tests.service.gateway import Gateway
@@ -58,7 +59,8 @@ def http(gateway: Gateway) -> Iterator[httpx.Client]:
         yield client
         for file in client.get("/v1/files").json()["data"]:
             client.delete(f"/v1/files/{file['id']}")
-    assert gateway.scratch() == gateway.stored("files") == []
+    assert gateway.stored("files") == []
+    assert gateway.scratch() == []
 
 
 def noise(size: int, seed: int = 0) -> bytes:
@@ -173,7 +175,8 @@ def test_parts_arrive_in_any_order_and_at_once(gateway: Gateway, http: httpx.Cli
     assert http.get(f"/v1/uploads/{upload}").json() == done.json()
     answer = http.get(f"/v1/files/{done.json()['file']['id']}/content", headers={"range": f"bytes={MIB - 5}-{MIB + 4}"})
     assert (answer.status_code, answer.content) == (206, data[MIB - 5 : MIB + 5])
-    assert answer.headers["etag"] == f'"sha256-{hashlib.sha256(data).hexdigest()}"'
+    head = http.head(f"/v1/files/{done.json()['file']['id']}/content")
+    assert head.headers["etag"] == f'"sha256-{hashlib.sha256(data).hexdigest()}"'
 
 
 def test_a_part_by_form_is_one_by_stream(http: httpx.Client) -> None:
@@ -194,7 +197,8 @@ def test_bad_parts_are_refused(gateway: Gateway, http: httpx.Client) -> None:
     refused(http.post(url, data={"data": "abc"}), 415, "unsupported_media_type")
     refused(http.post(url, files=[("data", b"abc"), ("data", b"abc")]), 422, "duplicate_file")
     refused(http.post(url, content=b"abc", headers={"content-type": "text/plain"}), 415, "unsupported_media_type")
-    refused(http.post(url, json={"bytes": 3}), 422, "direct_upload_unavailable")
+    if not SCALED:
+        refused(http.post(url, json={"bytes": 3}), 422, "direct_upload_unavailable")
     refused(http.post(url, json={"bytes": 2**26 + 1}), 422, "invalid_request")
     refused(http.post("/v1/uploads/upload_none/parts", content=b"abc", headers=stream), 404, "upload_not_found")
     # As large as a part may be, announced and not, by form and by stream; and a byte more.
@@ -266,13 +270,12 @@ def test_a_files_name_comes_back_and_decides_nothing(gateway: Gateway, http: htt
     part = send(http, upload, b"abc")
     file = http.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [part]}).json()["file"]
     assert file["filename"] == name
-    answer = http.get(f"/v1/files/{file['id']}/content")
-    assert answer.headers["content-disposition"].startswith("attachment; filename")
-    assert "\n" not in answer.headers["content-disposition"]
-    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert http.get(f"/v1/files/{file['id']}/content").content == b"abc"
     head = http.head(f"/v1/files/{file['id']}/content")
     assert head.headers["content-length"] == "3"
-    assert [path.name for path in gateway.stored("files")] == ["content"]
+    assert head.headers["content-disposition"].startswith("attachment; filename")
+    assert head.headers["x-content-type-options"] == "nosniff"
+    assert [path.rpartition("/")[2] for path in gateway.stored("files")] == ["content"]
     http.delete(f"/v1/files/{file['id']}")
 
 
@@ -422,22 +425,16 @@ def test_after_a_kill_in_the_middle_of_completing_it_can_be_completed(own: Calla
         upload = begin(client, len(data))
         ids = [send(client, upload, data[at : at + 64 * MIB]) for at in range(0, len(data), 64 * MIB)]
         body = {"part_ids": ids, "sha256": hashlib.sha256(data).hexdigest()}
-        interrupted = 0
         for _ in range(3):
-            killer = threading.Thread(target=_kill_while_stitching, args=(gateway, len(data)))
-            killer.start()
-            with suppress(httpx.TransportError):
-                answer = client.post(f"/v1/uploads/{upload}/complete", json=body)
-                assert answer.status_code == 200
-                interrupted -= 1
-            killer.join(60)
-            interrupted += 1
-            assert gateway.process.poll() is not None
+            known = set(half_written(gateway))
+            with ThreadPoolExecutor(1) as pool:
+                killed = pool.submit(kill_while_stitching, gateway, known)
+                with pytest.raises(httpx.TransportError):
+                    client.post(f"/v1/uploads/{upload}/complete", json=body)
+                killed.result(60)
             gateway.start()
-            if interrupted:
-                assert client.get(f"/v1/uploads/{upload}").json()["status"] == "pending"
-                assert len(client.get(f"/v1/uploads/{upload}/parts").json()["data"]) == len(ids)
-        assert interrupted == 3
+            assert client.get(f"/v1/uploads/{upload}").json()["status"] == "pending"
+            assert len(client.get(f"/v1/uploads/{upload}/parts").json()["data"]) == len(ids)
         done = client.post(f"/v1/uploads/{upload}/complete", json=body)
         assert done.status_code == 200, done.text
         assert client.post(f"/v1/uploads/{upload}/complete", json=body).json() == done.json()
@@ -448,18 +445,26 @@ def test_after_a_kill_in_the_middle_of_completing_it_can_be_completed(own: Calla
         assert digest.hexdigest() == body["sha256"]
         assert len(client.get("/v1/files").json()["data"]) == 1
     assert gateway.stored("uploads") == []
+    assert len(gateway.stored("files")) == 1
 
 
-def _kill_while_stitching(gateway: Gateway, size: int) -> None:
-    before = {path: path.stat().st_size for path in gateway.stored("files")}
-    while gateway.process.poll() is None:
-        for path in gateway.stored("files"):
-            with suppress(FileNotFoundError):
-                if path not in before and 0 < path.stat().st_size < size:
-                    gateway.kill()
-                    return
+def half_written(gateway: Gateway) -> list[Path]:
+    return list((gateway.data / "objects" / "tenants" / "default" / "files").rglob(".writing-*"))
 
 
+def kill_while_stitching(gateway: Gateway, known: set[Path]) -> None:
+    """As soon as some of the bytes are written; with object storage, where nobody can see that, after a moment."""
+    began = time.monotonic()
+    while time.monotonic() - began < 30:
+        with suppress(FileNotFoundError):
+            if any(path.stat().st_size for path in half_written(gateway) if path not in known):
+                break
+        if SCALED and time.monotonic() - began > 0.3:
+            break
+    gateway.kill()
+
+
+@pytest.mark.skipif(SCALED, reason="a store elsewhere knows no such limit")
 def test_a_full_disk_is_our_fault_and_leaves_nothing(own: Callable[..., Gateway], fresh: Path) -> None:
     """A gateway that may write no file above 8 MiB: to it a disk that is full in the middle of a file."""
 
@@ -481,7 +486,8 @@ def test_a_full_disk_is_our_fault_and_leaves_nothing(own: Callable[..., Gateway]
         refused(client.post("/v1/adapters", content=large, headers=raw), 507, "storage_fault")
         refused(client.post("/v1/adapters", files={"files": (WEIGHTS, large)}), 507, "storage_fault")
         assert gateway.stored("uploads") == parts
-        assert gateway.stored("files") == gateway.stored("adapters") == gateway.scratch() == []
+        assert gateway.stored("files") == gateway.stored("adapters") == []
+        assert gateway.scratch() == []
         assert client.get(f"/v1/uploads/{upload}").json()["status"] == "pending"
         assert client.post("/v1/adapters", files=files_of(fresh)).status_code == 201
 
@@ -503,7 +509,8 @@ def test_hundreds_of_megabytes_cost_disk_and_no_memory(own: Callable[..., Gatewa
         assert file.bytes == size
         with client.files.with_streaming_response.content(file.id) as answer:
             assert sum(len(piece) for piece in answer.iter_bytes(MIB)) == size
-    assert gateway.memory("VmHWM") - before < 64 * 10**6
+    # With object storage some pieces are on their way at the same time.
+    assert gateway.memory("VmHWM") - before < (128 if SCALED else 64) * 10**6
 
 
 def test_parts_share_the_slots_of_uploads(own: Callable[..., Gateway]) -> None:
@@ -568,7 +575,8 @@ def test_what_does_not_fit_is_refused_before_it_is_read(own: Callable[..., Gatew
         done = client.post(f"/v1/uploads/{upload}/complete", json={"part_ids": parts})
         assert done.status_code == 200, done.text
         refused(client.post("/v1/adapters", files=files_of(fresh)), 403, "storage_quota_exceeded")
-        assert gateway.stored("adapters") == gateway.scratch() == []
+        assert gateway.stored("adapters") == []
+        assert gateway.scratch() == []
         client.delete(f"/v1/files/{done.json()['file']['id']}")
         assert client.post("/v1/adapters", files=files_of(fresh)).status_code == 201
 

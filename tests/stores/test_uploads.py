@@ -3,7 +3,6 @@
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -397,13 +396,27 @@ def test_the_pieces_are_those_of_the_parts(objects: LocalObjects) -> None:
         objects.put(part_prefix(TENANT, part.upload_id, part.id), PART, io.BytesIO(data))
         parts.append(part)
 
-    def pieces() -> Iterator[bytes]:
-        source = stitching.Stitched(objects, TENANT, parts, md5=True)
-        while piece := source.read(4):
-            assert not source.finished
-            yield piece
-        assert source.finished
-        assert source.read(4) == b""
-        assert source.sha256.digest() == hashlib.sha256(b"a" * 10 + b"b" * 5).digest()
+    source = stitching.Stitched(objects, TENANT, parts, md5=True)
+    with stitching.ReadAhead(source) as ahead:
+        found = []
+        while piece := ahead.read(4):
+            assert not ahead.finished
+            assert len(piece) <= 4
+            found.append(piece)
+        assert ahead.finished
+        assert ahead.read(4) == b""
+    assert b"".join(found) == b"a" * 10 + b"b" * 5
+    assert source.sha256.digest() == hashlib.sha256(b"a" * 10 + b"b" * 5).digest()
 
-    assert b"".join(pieces()) == b"a" * 10 + b"b" * 5
+
+def test_a_store_that_stops_reading_makes_no_file(store: UploadStore, tmp_path: Path) -> None:
+    class Lazy(LocalObjects):
+        def put(self, prefix: str, name: str, source: Any) -> None:
+            super().put(prefix, name, io.BytesIO(source.read(2)) if "/files/" in prefix else source)
+
+    objects = Lazy(tmp_path / "objects")
+    upload = begun(store, 3)
+    part = sent(store, objects, upload, b"abc")
+    with refused("storage_fault"):
+        completed(store, objects, upload, part)
+    assert store.get(TENANT, upload.id).status == "pending"
