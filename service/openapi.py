@@ -5,7 +5,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-PROBLEM = "application/problem+json"
+from service.examples import PROBLEM, REQUESTS, RESPONSES
+
+PROBLEM_TYPE = "application/problem+json"
 
 
 def describe(app: FastAPI) -> None:
@@ -24,6 +26,7 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
     for operation in operations(document):
         _errors_are_problems(operation)
         _parameters_are_not_null(operation)
+        _has_examples(operation)
     _kinds_are_required(document)
     _unions_have_no_default(document["components"]["schemas"])
     return document
@@ -39,7 +42,20 @@ def _errors_are_problems(operation: dict[str, Any]) -> None:
     for status in ("4XX", "5XX"):
         content = operation["responses"][status].get("content", {})
         if "application/json" in content:
-            content[PROBLEM] = content.pop("application/json")
+            content[PROBLEM_TYPE] = content.pop("application/json")
+
+
+def _has_examples(operation: dict[str, Any]) -> None:
+    name = operation["operationId"]
+    shown = {key: {"summary": summary, "value": value} for key, (summary, value) in REQUESTS.get(name, {}).items()}
+    if shown:
+        operation["requestBody"]["content"]["application/json"]["examples"] = shown
+    for status, response in operation["responses"].items():
+        content = response.get("content", {})
+        if status.startswith("2") and name in RESPONSES and "application/json" in content:
+            content["application/json"]["example"] = RESPONSES[name]
+        if status == "4XX" and PROBLEM_TYPE in content:
+            content[PROBLEM_TYPE]["example"] = PROBLEM
 
 
 def _parameters_are_not_null(operation: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class ReportForm(StrEnum):
     png = "png"
 
 
+AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
 MEDIA = {
     ReportForm.json: "application/json",
     ReportForm.html: "text/html; charset=utf-8",
@@ -162,7 +163,12 @@ def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: 
     "/{realignment_id}/report.{form}",
     operation_id="getReportAs",
     response_class=Response,
-    responses={200: {"content": {media: {} for media in MEDIA.values()}}, **downloads.CONDITIONS},
+    responses={
+        200: {
+            "content": {media: {"schema": AS_TEXT if media != "image/png" else AS_BYTES} for media in MEDIA.values()}
+        },
+        **downloads.CONDITIONS,
+    },
 )
 def report_as(
     realignment_id: RealignmentId, form: ReportForm, request: Request, here: Here, tenant: Tenant
