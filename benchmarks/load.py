@@ -302,6 +302,25 @@ def run(data: Path, key: str, folder: Path, uploads: int, polls: float) -> dict[
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The rows of docs/operations.md."""
+    rows = {
+        "uploads at once, half of them cut off": f"{result['uploads']} of {result['bytes_each'] / 1e6:.1f} MB",
+        "arrived, each with the SHA-256 that was sent": f"{result['checked']} of {result['arrived']}",
+        "told to wait (429) and sent again": result["told_to_wait"],
+        "files or objects left by those cut off": len(result["left_in_scratch"]) + result["objects_without_a_record"],
+        "polls a second, asked and answered": f"{result['polls_asked_per_second']:.0f}, "
+        f"{result['polls_answered_per_second']:.0f}",
+        "polls that failed": len(result["failed"]),
+        "`/livez`, median and p99": f"{result['health_p50_ms']:.0f} ms, {result['health_p99_ms']:.0f} ms",
+        "polls, median and p99 (waiting for a turn included)": f"{result['poll_p50_ms']:.0f} ms, "
+        f"{result['poll_p99_ms']:.0f} ms",
+        "gateway's resident memory, before and at its peak": f"{result['gateway_resident_mb_before']:.0f} MB, "
+        f"{result['gateway_resident_mb_peak']:.0f} MB",
+    }
+    return "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
 def check(client: httpx.Client, seen: Seen) -> int:
     """Downloads every adapter that arrived and compares it with what was sent."""
     for adapter_id, sha256 in seen.stored.items():

@@ -122,7 +122,14 @@ def check_base(adapter: AdapterDescription, manifest: ReferenceManifest) -> None
 def _check_method(
     adapter: AdapterDescription, manifest: ReferenceManifest, parameters: object, lineage: Lineage | None
 ) -> None:
-    name = str(getattr(parameters, "type", ""))
+    check_offered(manifest, str(getattr(parameters, "type", "")))
+    check = _CHECKS.get(type(parameters))
+    if check is not None:
+        check(adapter, manifest, parameters, lineage)
+
+
+def check_offered(manifest: ReferenceManifest, name: str) -> None:
+    """Raises Incompatible unless the reference was built for this method, whatever the adapter."""
     if name not in manifest.methods:
         raise Incompatible(
             f"The reference {manifest.name!r} was not built for the method {name!r}.",
@@ -130,9 +137,6 @@ def _check_method(
             param="method.type",
             hint=f"It offers: {', '.join(manifest.methods)}.",
         )
-    check = _CHECKS.get(type(parameters))
-    if check is not None:
-        check(adapter, manifest, parameters, lineage)
 
 
 def _check_reach(adapter: AdapterDescription, manifest: ReferenceManifest) -> None:

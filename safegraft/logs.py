@@ -15,8 +15,16 @@ from typing import Any, Literal
 
 _bound: ContextVar[dict[str, str | int]] = ContextVar("safegraft_log", default={})  # noqa: B039 - never changed
 # What libraries would otherwise say in their own way, or too often.
-OWN_HANDLERS = ("uvicorn", "uvicorn.error", "uvicorn.asgi", "celery", "celery.task", "celery.redirected")
-CHATTY = ("httpx", "httpcore", "urllib3", "opentelemetry")
+OWN_HANDLERS = (
+    "uvicorn",
+    "uvicorn.error",
+    "uvicorn.asgi",
+    "celery",
+    "celery.task",
+    "celery.redirected",
+    "multiprocessing",
+)
+CHATTY = ("httpx", "httpcore", "urllib3", "opentelemetry", "multiprocessing")
 CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)} | {9: "\t", 10: "\\n", 13: "\\r"}
 
 

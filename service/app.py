@@ -14,6 +14,7 @@ from safegraft import logs, tracing
 from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.audit import AuditLog
+from safegraft.stores.batches import BatchStore
 from safegraft.stores.database import open_database
 from safegraft.stores.files import FileStore
 from safegraft.stores.garbage import PERIOD, GarbageCollector
@@ -28,6 +29,7 @@ from safegraft.vault import open_vault
 from service import errors, openapi
 from service.audit import Audit
 from service.auth import Gatekeeper
+from service.batches import Batches
 from service.dependencies import Services
 from service.destinations import Destinations
 from service.loops import Loop
@@ -37,9 +39,11 @@ from service.queue import Dispatcher, Queue
 from service.routes import (
     adapters,
     audit,
+    batches,
     catalogue,
     docs,
     files,
+    fine_tuning,
     health,
     metrics,
     provenance,
@@ -91,8 +95,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
     app.state.metrics = HttpMetrics()
-    resources = (adapters, uploads, files, realignments, provenance, webhooks, catalogue, audit, health, metrics, docs)
-    for resource in resources:
+    ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
+    for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
@@ -135,7 +139,7 @@ def open_services(settings: GatewaySettings) -> Services:
     sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
     garbage = Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)
-    return Services(
+    here = Services(
         settings=settings,
         database=database,
         adapters=AdapterStore(database, retention=retention),
@@ -160,7 +164,10 @@ def open_services(settings: GatewaySettings) -> Services:
         sender=sender,
         audit=AuditLog(database),
         provenance_keys=[load_public_key(path).shown for path in settings.provenance_keys],
+        batches=BatchStore(database),
     )
+    here.loops.append(Loop("batches", Batches(here).turn, settings.batch_seconds))
+    return here
 
 
 class RequestId:

@@ -11,6 +11,7 @@ from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.audit import AuditLog
+from safegraft.stores.batches import BatchStore
 from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
@@ -53,6 +54,7 @@ class Services:
     provenance_keys: list[ProvenanceKey]
     workers: WorkerStore
     upload_slots: Slots
+    batches: BatchStore
 
 
 async def here_(request: Request) -> Services:

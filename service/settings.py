@@ -32,6 +32,10 @@ class GatewaySettings(SharedSettings):
     announce_limit: int = Field(default=32, gt=0, description="How many jobs may wait in the broker at a time.")
     max_bytes_per_tenant: int = Field(default=2**40, ge=0, description="Bytes a tenant may store; 0: no limit.")
     max_jobs_per_tenant: int = Field(default=1000, ge=0, description="Jobs a tenant may have open; 0: no limit.")
+    batch_seconds: float = Field(default=1.0, gt=0, description="How often batches are looked after.")
+    batch_open_jobs: int = Field(
+        default=16, gt=0, description="Jobs of one batch that are queued or running at a time, at most."
+    )
     max_requests_per_second: int = Field(
         default=100,
         ge=0,

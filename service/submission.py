@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Collection
 from dataclasses import replace
 
 from starlette.requests import Request
@@ -12,7 +13,7 @@ from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
 from safegraft.stores import options
-from safegraft.stores.jobs import Created, Origins
+from safegraft.stores.jobs import Created, Origins, hash_of
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
 from service.dependencies import Services
@@ -36,7 +37,8 @@ def submit(
     Raises NotFound, Incompatible, InvalidParameter, Conflict, QuotaExceeded.
     """
     tenant = asking.tenant
-    first = here.jobs.replay(tenant, request, idempotency_key) if idempotency_key else None
+    sent = origins.request_hash or hash_of(request)
+    first = here.jobs.replay(tenant, sent, idempotency_key) if idempotency_key else None
     if first is not None:
         # Before anything is judged: what was true of the first request may have changed since.
         return Created(first, replayed=True)
@@ -79,11 +81,14 @@ def _check_strengths(request: RealignmentCreate) -> None:
     parameters_by_strength(request.method, request.strengths)
 
 
-def metadata_filters(request: Request) -> dict[str, str]:
-    """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
+def metadata_filters(request: Request, besides: Collection[str] = ()) -> dict[str, str]:
+    """`?metadata[team]=a&metadata[run]=7` as a mapping; besides: names that mean something else.
+
+    Raises InvalidParameter.
+    """
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
-        if not name.startswith("metadata"):
+        if not name.startswith("metadata") or name in besides:
             continue
         match = METADATA.fullmatch(name)
         if match is None:

@@ -59,8 +59,22 @@ async def create_adapter(request: Request, here: Services, asking: Principal, *,
                 raise storage_fault(error) from error
             await _receive(request, here, asking, delivery, allowed)
             adapter = await here.validator.judge(new_id("adp"), delivery)
-            await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
-            return adapter
+            return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
+
+
+async def adapter_from_files(here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
+    """Makes an adapter from files that were uploaded before. Raises like `create_adapter`, and NotFound."""
+    with slot(here):
+        allowed = await asyncio.to_thread(allowance, here, asking, here.settings.max_upload_bytes)
+        async with scratch(here) as folder:
+            delivery = Delivery(folder / "adapter", name=name, sha256="")
+            try:
+                delivery.folder.mkdir()
+            except OSError as error:
+                raise storage_fault(error) from error
+            await asyncio.to_thread(_collect, here, asking.tenant, file_ids, delivery, allowed)
+            adapter = await here.validator.judge(new_id("adp"), delivery)
+            return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
 
 
 async def _receive(request: Request, here: Services, asking: Principal, delivery: Delivery, allowed: Allowance) -> None:
@@ -82,12 +96,12 @@ async def _receive(request: Request, here: Services, asking: Principal, delivery
         raise unsupported_kind(KINDS)
 
 
-def _keep(here: Services, asking: Principal, adapter: Adapter, folder: Path) -> None:
+def _keep(here: Services, asking: Principal, adapter: Adapter, folder: Path) -> Adapter:
     """Bytes first, then the record that names them."""
     prefix = adapter_prefix(asking.tenant, adapter.id)
     here.objects.publish(folder, prefix)
     try:
-        here.adapters.add(adapter, asking.tenant, prefix, max_bytes=quota_of(here, asking))
+        return here.adapters.add(adapter, asking.tenant, prefix, max_bytes=quota_of(here, asking))
     except BaseException:
         # No record names these files, and none will.
         here.objects.remove(prefix)

@@ -14,6 +14,7 @@ A data folder stands for an installation: `environment(data)` gives what makes a
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -33,6 +34,8 @@ import redis
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine, make_url
 from sqlalchemy.exc import OperationalError
+
+from safegraft.launch import _die_with_parent, find_broker
 
 SCALED = os.environ.get("SAFEGRAFT_TEST_BACKEND") == "scaled"
 READY_SECONDS = 60.0
@@ -113,8 +116,6 @@ def make_bucket(endpoint: str, name: str) -> str:
 @contextlib.contextmanager
 def redis_server() -> Iterator[str]:
     """Debian's redis-server where there is one, else the embedded Valkey; its address without a database."""
-    from safegraft.launch import find_broker
-
     found = shutil.which("redis-server") or str(find_broker())
     print(f"broker: {found}", flush=True)  # noqa: T201
     port = free_port()
@@ -190,7 +191,10 @@ def _running(
     last: signal.Signals = signal.SIGTERM,
 ) -> Iterator[None]:
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, user=user, cwd=cwd)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, user=user, cwd=cwd, start_new_session=True,
+            preexec_fn=functools.partial(_die_with_parent, last),
+        )  # fmt: skip
         try:
             deadline = time.monotonic() + READY_SECONDS
             while not _is(ready):
@@ -217,6 +221,7 @@ def _is(ready: Callable[[], bool]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Runs pytest with these arguments on the scaled backend. Exit status 3: a server is missing."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is cleaned up
     try:
         with postgres_server() as database, redis_server() as broker, s3_server() as aws:
             given = {

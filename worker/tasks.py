@@ -18,6 +18,7 @@ from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, shared_task
 from celery.exceptions import SoftTimeLimitExceeded
 from celery.signals import (
+    celeryd_after_setup,
     setup_logging,
     task_failure,
     worker_init,
@@ -203,6 +204,12 @@ def configure_logging(**_: Any) -> None:
     logs.setup(WorkerSettings().log_format)
 
 
+@celeryd_after_setup.connect
+def quiet_spawning(**_: Any) -> None:
+    """In the parent: else its children, before they have set up their logging, say in text that they were spawned."""
+    os.environ["_MP_FORK_LOGLEVEL_"] = ""  # billiard's
+
+
 @worker_process_init.connect
 def warm(**_: Any) -> None:
     """Loads the references before the first job, in the pool process."""
@@ -370,6 +377,7 @@ def _publish(
         published,
         strengths=strengths,
         side_cars=names,
+        summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
         method=report.method.type,
         timings=timings,
@@ -397,9 +405,10 @@ def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], re
 
 def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:
     """Puts one patched adapter among the objects; returns its record, tenant and prefix."""
+    wanted = claim.request.name
     adapter = adapter_record(
         new_id("adp"),
-        f"{customer.name[:180]} ({how.strip()})",
+        wanted if wanted and not claim.request.strengths else f"{(wanted or customer.name)[:180]} ({how.strip()})",
         folder,
         describe(folder, own=True),
         dropped=[],

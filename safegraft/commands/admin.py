@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from safegraft.commands.audit import audited
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.keys import Limits
 from safegraft.errors import Conflict, InvalidParameter
@@ -18,7 +19,7 @@ from safegraft.stores.garbage import GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import ReferenceRegistry, open_references
 from safegraft.stores.workers import WorkerStore
 from safegraft.vault import open_vault
 
@@ -74,6 +75,7 @@ def requeue(
     settings = settings_for(data)
     store = JobStore(database_of(settings), lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
     attempts = store.requeue(job_id)
+    audited(settings, "admin.requeue", job_id)
     if as_json:
         print_json({"id": job_id, "state": "queued", "attempts_before": attempts})
     else:
@@ -113,11 +115,13 @@ def drain(
     if bool(worker) == every:
         raise InvalidParameter("Name one worker, or --all.", param="worker")
     names = _workers(data).drain(worker or None, undo=undo)
+    for name in names:
+        audited(settings_for(data), "admin.undrain" if undo else "admin.drain", name)
     if as_json:
         print_json({"workers": names, "draining": not undo})
     else:
-        word = "take jobs again" if undo else "take no new jobs"
-        err.print(f"{', '.join(names)} {word}." if names else "There is no worker.", highlight=False)
+        word = "takes jobs again" if undo else "takes no new jobs"
+        err.print("\n".join(f"{name} {word}." for name in names) or "There is no worker.", highlight=False)
 
 
 @app.command("limits")
@@ -155,6 +159,7 @@ def limits(
             raise InvalidParameter("Name a limit to set, or --show.", param="--show")
         found = found.model_copy(update=changes)
         store.set_limits(tenant, found)
+        audited(settings, "admin.limits", tenant, tenant=tenant)
     _print_limits(tenant, found, as_json)
 
 
@@ -197,6 +202,7 @@ def add_reference(
 ) -> None:
     """Verifies a bundle and installs it; the service sees it at once."""
     installed = _registry(data).add(folder)
+    audited(settings_for(data), "admin.references.add", installed.id)
     if as_json:
         print_json({"id": installed.id, "name": installed.manifest.name})
     else:
@@ -217,6 +223,7 @@ def remove_reference(reference: Identity, data: Data = Path("var"), as_json: Jso
             hint="Wait until its jobs have ended: safegraft admin jobs.",
         )
     registry.remove(reference)
+    audited(settings_for(data), "admin.references.remove", reference)
     if options.get(database, options.DEFAULT_REFERENCE) == reference:
         options.put(database, options.DEFAULT_REFERENCE, None)
     if as_json:
@@ -234,6 +241,7 @@ def default_reference(
     """The reference that is taken where a request names none and several fit."""
     identity = None if reference == "none" else _registry(data).get(reference).id
     options.put(database_of(settings_for(data)), options.DEFAULT_REFERENCE, identity)
+    audited(settings_for(data), "admin.references.default", identity)
     if as_json:
         print_json({"default": identity})
     else:
@@ -241,7 +249,7 @@ def default_reference(
 
 
 def _registry(data: Path) -> ReferenceRegistry:
-    return ReferenceRegistry(settings_for(data).references)
+    return open_references(settings_for(data))
 
 
 def _workers(data: Path) -> WorkerStore:

@@ -2,12 +2,32 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import AutoParameters, MethodParameters
+from safegraft.contracts.report import Summary
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+# Postgres holds no NUL, and refuses it as late as when a value is taken out of a JSON column.
+NO_NUL = r"^[^\x00]*$"
+Metadata = Annotated[
+    dict[
+        Annotated[str, Field(max_length=64, pattern=NO_NUL)],
+        Annotated[str, Field(max_length=512, pattern=NO_NUL)],
+    ],
+    Field(max_length=16),
+]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise PydanticCustomError("printable", "only printable characters are accepted")
+    return text
+
+
+Name = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 
 
 class Shown(BaseModel):
@@ -36,9 +56,10 @@ class RealignmentCreate(Shown):
         default="customer",
         description="`customer`: the adapter's own rank and configuration; `exact`: the rank that the repair needs.",
     )
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
-        default={}, max_length=16
+    name: Name | None = Field(
+        default=None, description="The patched adapter's; left out: the adapter's own name and what was done to it."
     )
+    metadata: Metadata = {}
     webhook_url: str | None = Field(
         default=None,
         max_length=2000,
@@ -46,14 +67,6 @@ class RealignmentCreate(Shown):
         description="The address of a registered webhook endpoint; it hears of this job's end, whatever it subscribes "
         "to.",
     )
-
-    @field_validator("metadata")
-    @classmethod
-    def _no_nul(cls, metadata: dict[str, str]) -> dict[str, str]:
-        # Postgres keeps a NUL, and then refuses to read any of the tenant's metadata.
-        if any("\0" in key + value for key, value in metadata.items()):
-            raise ValueError("metadata holds a NUL character")
-        return metadata
 
 
 class Progress(Shown):
@@ -67,13 +80,15 @@ class Progress(Shown):
 class StrengthResult(Shown):
     strength: float
     adapter_id: str
+    summary: Summary | None = None
 
 
 class Result(Shown):
     """`adapter_id` is null for `analyze`; with several strengths it is that of the first. side_car_urls: files that a
-    method delivers beside the adapter."""
+    method delivers beside the adapter. summary: that of the report."""
 
     adapter_id: str | None
+    summary: Summary | None = None
     variants: list[StrengthResult] = []
     side_car_urls: list[str] = []
     report_url: str
@@ -101,6 +116,10 @@ class Realignment(Shown):
     output_rank: Literal["customer", "exact"]
     reference_id: str
     adapter_id: str
+    training_file: str | None = Field(
+        default=None, description="The uploaded file that its adapter was made from, where the job was made with one."
+    )
+    batch_id: str | None = None
     metadata: dict[str, str]
     result: Result | None
     error: Failure | None

@@ -63,6 +63,7 @@ realignments = Table(
     Column("batch_id", String(64)),
     Column("webhook_endpoint_id", String(64)),  # hears of this job's end, whatever it subscribes to
     Column("traceparent", String(64)),  # W3C trace context of the request that made it
+    Column("training_file", String(80)),  # the upload that its adapter was made from, if one was named
     Column("idempotency_key", String(255)),
     Column("request_hash", String(64)),
     Column("progress", JSON),
@@ -219,14 +220,35 @@ batches = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(40), nullable=False),
     Column("state", String(16), nullable=False),  # canary running succeeded stopped cancelled
-    Column("request", JSON, nullable=False),
-    Column("waiting", JSON, nullable=False),  # adapters that no job was made for yet
-    Column("total", Integer, nullable=False),
+    Column("request", JSON, nullable=False),  # contracts.batch.BatchCreate, without its adapters
     Column("reason", String(300)),
+    Column("webhook_endpoint_id", String(64)),  # hears of its end, whatever it subscribes to
+    Column("idempotency_key", String(255)),
+    Column("request_hash", String(64)),
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
+    UniqueConstraint("tenant", "idempotency_key", name="one_batch_per_idempotency_key"),
     Index("batches_by_tenant", "tenant", "id"),
     Index("batches_by_state", "state"),
+)
+
+# One row an adapter of a batch. A row and not a list in the batch: ten thousand of them change one by one.
+batch_adapters = Table(
+    "batch_adapters",
+    metadata,
+    Column("batch_id", String(64), primary_key=True),
+    Column("adapter_id", String(64), primary_key=True),
+    Column("position", Integer, nullable=False),
+    Column("canary", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # waiting open succeeded failed cancelled
+    Column("realignment_id", String(64)),  # null: no job was made
+    Column("tries", Integer, nullable=False, default=0),  # at making its job, that failed on our side
+    Column("next_at", Float),  # when the next try is due
+    Column("error", JSON),  # contracts.realignment.Failure
+    Column("similarity", Float),  # what its job measured: for the batch's stop rule
+    Column("edit", Float),
+    Index("batch_adapters_by_batch", "batch_id", "state", "position"),
+    Index("batch_adapters_by_state", "state"),
 )
 
 # Who did what. Rows are only ever added: triggers refuse anything else.

@@ -7,17 +7,20 @@ one finds. Every row is deleted by a statement that names why, so that several c
 import logging
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.engine import Connection, Engine
 
 from safegraft.contracts.keys import DEFAULT_TENANT
+from safegraft.errors import NotFound
 from safegraft.stores import options
 from safegraft.stores.database import (
     adapters,
+    batch_adapters,
     batches,
     events,
     files,
@@ -25,12 +28,13 @@ from safegraft.stores.database import (
     reading,
     realignments,
     tenants,
-    upload_parts,
     uploads,
     webhook_deliveries,
 )
+from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import Erased, erase, made_adapters
 from safegraft.stores.objects import Objects, job_prefix, result_prefix
+from safegraft.stores.uploads import UploadStore
 
 log = logging.getLogger("safegraft.garbage")
 DAY = 86400.0
@@ -110,58 +114,65 @@ class GarbageCollector:
         read = select(realignments.c.id).where(
             realignments.c.adapter_id == c.id, realignments.c.state.in_(("queued", "running"))
         )
-        due = and_(c.expires_at < now(), ~read.exists())
-        waiting = self._waiting()
+        # A batch will still make a job for it.
+        wanted = (
+            select(batch_adapters.c.batch_id)
+            .join(batches, batches.c.id == batch_adapters.c.batch_id)
+            .where(
+                batch_adapters.c.adapter_id == c.id,
+                batch_adapters.c.state == "waiting",
+                batches.c.state.in_(("canary", "running")),
+            )
+        )
+        due = and_(c.expires_at < now(), ~read.exists(), ~wanted.exists())
         for row in self._all(select(c.id, c.prefix).where(due)):
-            if row.id not in waiting:
-                self._row(found, "adapters", adapters, and_(due, c.id == row.id), row.prefix, dry_run)
-
-    def _files(self, found: Collected, dry_run: bool) -> None:
-        for row in self._all(select(files.c.id, files.c.prefix).where(files.c.expires_at < now())):
-            due = and_(files.c.expires_at < now(), files.c.id == row.id)
-            self._row(found, "files", files, due, row.prefix, dry_run)
-
-    def _uploads(self, found: Collected, dry_run: bool) -> None:
-        """Unfinished ones lose their parts when they expire; the record stays for a while, to say so."""
-        c = uploads.c
-        for row in self._all(select(c.id, c.prefix).where(c.state == "pending", c.expires_at < now())):
-            if not dry_run and not self._expire(row.id):
-                continue
-            found.add("uploads", size=self._weight(row.prefix))
-            if not dry_run:
-                self._objects.remove(row.prefix)
-        old = and_(c.state != "pending", c.expires_at < now() - HISTORY_SECONDS)
-        for row in self._all(select(c.id, c.prefix).where(old)):
+            size = weight(self._objects, row.prefix)
             if not dry_run:
                 with self._engine.begin() as connection:
-                    connection.execute(delete(upload_parts).where(upload_parts.c.upload_id == row.id))
-                    connection.execute(delete(uploads).where(old, c.id == row.id))
+                    if not connection.execute(delete(adapters).where(due, c.id == row.id)).rowcount:
+                        continue  # a job reads it now
                 self._objects.remove(row.prefix)
-            found.add("upload_records")
+            found.add("adapters", size=size)
 
-    def _expire(self, upload_id: str) -> bool:
-        with self._engine.begin() as connection:
-            changed = connection.execute(
-                update(uploads)
-                .where(uploads.c.id == upload_id, uploads.c.state == "pending", uploads.c.expires_at < now())
-                .values(state="expired")
-            )
-            if changed.rowcount:
-                connection.execute(delete(upload_parts).where(upload_parts.c.upload_id == upload_id))
-            return bool(changed.rowcount)
+    def _files(self, found: Collected, dry_run: bool) -> None:
+        due = select(files.c.prefix).where(files.c.expires_at <= now())
+        self._expired(
+            found, "files", self._listed(due) if dry_run else _until_none(FileStore(self._engine).expire), dry_run
+        )
+
+    def _uploads(self, found: Collected, dry_run: bool) -> None:
+        """Ended ones lose their parts when their time is over; their records stay for a while, to say so."""
+        c = uploads.c
+        due = select(c.prefix).where(c.expires_at <= now(), or_(c.state == "pending", c.prefix != ""))
+        store = UploadStore(self._engine, seconds=0.0)
+        for prefixes in self._listed(due) if dry_run else _until_none(store.expire):
+            self._expired(found, "uploads", [prefixes], dry_run)
+            if not dry_run:
+                store.emptied(prefixes)
+        old = and_(c.state != "pending", c.prefix == "", c.expires_at < now() - HISTORY_SECONDS)
+        self._delete(found, "upload_records", uploads, old, dry_run)
+
+    def _expired(self, found: Collected, kind: str, batches: Iterable[list[str]], dry_run: bool) -> None:
+        for prefix in (prefix for prefixes in batches for prefix in prefixes):
+            found.add(kind, size=weight(self._objects, prefix))
+            if not dry_run:
+                self._objects.remove(prefix)
 
     def _rows(self, found: Collected, dry_run: bool) -> None:
         d = webhook_deliveries.c
         old = and_(d.state != "pending", d.finished_at < now() - HISTORY_SECONDS)
         left = ~select(realignments.c.id).where(realignments.c.id == events.c.realignment_id).exists()
-        for kind, table, where in (("webhook_deliveries", webhook_deliveries, old), ("events", events, left)):
-            with self._engine.begin() as connection:
-                if dry_run:
-                    count = connection.execute(select(func.count()).select_from(table).where(where)).scalar_one()
-                else:
-                    count = connection.execute(delete(table).where(where)).rowcount
-            if count:
-                found.add(kind, count)
+        self._delete(found, "webhook_deliveries", webhook_deliveries, old, dry_run)
+        self._delete(found, "events", events, left, dry_run)
+
+    def _delete(self, found: Collected, kind: str, table: Any, where: ColumnElement[bool], dry_run: bool) -> None:
+        with self._engine.begin() as connection:
+            if dry_run:
+                count = connection.execute(select(func.count()).select_from(table).where(where)).scalar_one()
+            else:
+                count = connection.execute(delete(table).where(where)).rowcount
+        if count:
+            found.add(kind, count)
 
     def _orphans(self, found: Collected, dry_run: bool) -> None:
         """Bytes that no record names: what a process left that was killed between the one and the other."""
@@ -200,7 +211,7 @@ class GarbageCollector:
                 yield from self._below(inner, known, above, before)
 
     def _orphan(self, found: Collected, prefix: str, dry_run: bool) -> None:
-        found.add("orphans", size=self._weight(prefix))
+        found.add("orphans", size=weight(self._objects, prefix))
         if not dry_run:
             log.warning("%s belongs to no record", prefix)
             self._objects.remove(prefix)
@@ -223,31 +234,18 @@ class GarbageCollector:
             else:
                 path.unlink(missing_ok=True)
 
-    def _row(
-        self, found: Collected, kind: str, table: Any, where: ColumnElement[bool], prefix: str, dry_run: bool
-    ) -> None:
-        size = self._weight(prefix)
-        if not dry_run:
-            with self._engine.begin() as connection:
-                if not connection.execute(delete(table).where(where)).rowcount:
-                    return
-            self._objects.remove(prefix)
-        found.add(kind, size=size)
-
-    def _waiting(self) -> set[str]:
-        """Adapters that a batch will still make jobs for."""
-        query = select(batches.c.waiting).where(batches.c.state.in_(("canary", "running")))
-        found = set()
-        for row in self._all(query):
-            found |= {item if isinstance(item, str) else str(item.get("adapter_id")) for item in row.waiting}
-        return found
-
     def _all(self, query: Any) -> list[Any]:
         with reading(self._engine) as connection:
             return list(connection.execute(query).all())
 
-    def _weight(self, prefix: str) -> int:
-        return weight(self._objects, prefix)
+    def _listed(self, query: Any) -> Iterator[list[str]]:
+        yield [row.prefix for row in self._all(query)]
+
+
+def _until_none(expire: Callable[[], list[str]]) -> Iterator[list[str]]:
+    """What a store expires, some at a time; each of them is to be dealt with before the next are asked for."""
+    while prefixes := expire():
+        yield prefixes
 
 
 def clear(objects: Objects, erased: Erased, *, dry_run: bool = False) -> int:
@@ -273,7 +271,10 @@ def clear(objects: Objects, erased: Erased, *, dry_run: bool = False) -> int:
 
 def weight(objects: Objects, prefix: str) -> int:
     """The bytes below a prefix."""
-    own = sum(objects.size(prefix, name) for name in objects.names(prefix))
+    own = 0
+    for name in objects.names(prefix):
+        with suppress(NotFound):  # removed while we look
+            own += objects.size(prefix, name)
     return own + sum(weight(objects, inner) for inner, _ in list(objects.prefixes(prefix)))
 
 

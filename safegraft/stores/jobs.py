@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
 from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
@@ -32,6 +33,7 @@ from safegraft.contracts.realignment import (
     Status,
     StrengthResult,
 )
+from safegraft.contracts.report import Summary
 from safegraft.errors import Conflict, LostLease, NotFound, QuotaExceeded, SafegraftError
 from safegraft.ids import new_id
 from safegraft.stores import outbox, totals
@@ -82,17 +84,24 @@ class Created:
 
 @dataclass(frozen=True)
 class Origins:
-    """Where a job comes from, beside its request."""
+    """Where a job comes from, beside its request.
+
+    training_file: the upload that its adapter was made from. request_hash: of what the client sent, where that was not
+    the request itself: repeats are told by it.
+    """
 
     api: Api = "realignments"
     batch_id: str | None = None
     webhook_endpoint_id: str | None = None
     traceparent: str | None = None
+    training_file: str | None = None
+    request_hash: str | None = None
 
 
 @dataclass(frozen=True)
 class Filters:
-    """What a list of jobs is narrowed to; None does not narrow. metadata: all of these values."""
+    """What a list of jobs is narrowed to; None does not narrow. metadata: all of these values; without_metadata: only
+    jobs that have none."""
 
     status: Status | None = None
     adapter_id: str | None = None
@@ -100,6 +109,7 @@ class Filters:
     batch_id: str | None = None
     api: Api | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    without_metadata: bool = False
 
 
 class JobStore:
@@ -134,6 +144,7 @@ class JobStore:
         (`too_many_jobs`).
         """
         job_id = new_id("rlg")
+        sent = origins.request_hash or hash_of(request)
         row = {
             "id": job_id,
             "tenant": tenant,
@@ -147,8 +158,9 @@ class JobStore:
             "batch_id": origins.batch_id,
             "webhook_endpoint_id": origins.webhook_endpoint_id,
             "traceparent": origins.traceparent,
+            "training_file": origins.training_file,
             "idempotency_key": idempotency_key,
-            "request_hash": _request_hash(request),
+            "request_hash": sent,
             "progress": WAITING,
             "created_at": now(),
         }
@@ -157,9 +169,7 @@ class JobStore:
                 if retried or max_open:
                     _one_at_a_time(connection, tenant)
                 # With a key it is the key that tells: another key's job is another order, however alike.
-                alike = (
-                    _sent_before(connection, tenant, request, origins.api) if retried and not idempotency_key else None
-                )
+                alike = _sent_before(connection, tenant, sent, origins.api) if retried and not idempotency_key else None
                 if alike is not None:
                     return Created(_shown(_find(connection, tenant, alike)), replayed=True)
                 if max_open and _open(connection, tenant) >= max_open:
@@ -171,14 +181,17 @@ class JobStore:
                 connection.execute(insert(realignments).values(**row))
                 _note(connection, job_id, "created", "Queued.")
         except IntegrityError:
-            first = self.replay(tenant, request, idempotency_key) if idempotency_key is not None else None
+            first = self.replay(tenant, sent, idempotency_key) if idempotency_key is not None else None
             if first is None:
                 raise
             return Created(first, replayed=True)
         return Created(self.get(tenant, job_id), replayed=False)
 
-    def replay(self, tenant: str, request: RealignmentCreate, idempotency_key: str) -> Realignment | None:
-        """The job that this key made before, None where it is new. Raises Conflict like `create`."""
+    def replay(self, tenant: str, request_hash: str, idempotency_key: str) -> Realignment | None:
+        """The job that this key made before, None where it is new. request_hash: `hash_of` what was sent now.
+
+        Raises Conflict like `create`.
+        """
         with reading(self._engine) as connection:
             found = connection.execute(
                 select(realignments).where(
@@ -187,7 +200,7 @@ class JobStore:
             ).one_or_none()
         if found is None:
             return None
-        if found.request_hash != _request_hash(request):
+        if found.request_hash != request_hash:
             raise Conflict(
                 "This Idempotency-Key was used with another request.",
                 code="idempotency_key_reused",
@@ -195,6 +208,12 @@ class JobStore:
                 hint="Use a new key for a new request.",
             )
         return _shown(found)
+
+    def sent_before(self, tenant: str, request_hash: str, api: Api) -> Realignment | None:
+        """The job that the same request made within RETRY_WINDOW seconds."""
+        with reading(self._engine) as connection:
+            found = _sent_before(connection, tenant, request_hash, api)
+            return _shown(_find(connection, tenant, found)) if found else None
 
     def get(self, tenant: str, job_id: str) -> Realignment:
         with reading(self._engine) as connection:
@@ -246,10 +265,17 @@ class JobStore:
                 .order_by(events.c.sequence)
                 .limit(limit)
             ).all()
-        return [
-            Event(id=str(r.sequence), type=r.type, message=r.message, data=r.data, created_at=int(r.created_at))
-            for r in rows
-        ]
+        return [_event(row) for row in rows]
+
+    def latest_events(self, tenant: str, job_id: str, *, before: int | None, limit: int) -> list[Event]:
+        """The job's events with a sequence number below `before`, newest first."""
+        query = select(events).where(events.c.realignment_id == job_id)
+        if before is not None:
+            query = query.where(events.c.sequence < before)
+        with reading(self._engine) as connection:
+            _find(connection, tenant, job_id)
+            rows = connection.execute(query.order_by(events.c.sequence.desc()).limit(limit)).all()
+        return [_event(row) for row in rows]
 
     # What the dispatcher asks
 
@@ -382,6 +408,7 @@ class JobStore:
         *,
         strengths: Sequence[float] = (),
         side_cars: Sequence[str] = (),
+        summaries: Sequence[Summary] = (),
         modules: int = 0,
         method: str = "",
         timings: Mapping[str, float] | None = None,
@@ -389,15 +416,17 @@ class JobStore:
         """Publishes the result of this attempt: the job's end and the new adapters' rows, in one transaction.
 
         published: (adapter, tenant, prefix of its files), one a strength where there are several; side_cars: names of
-        files beside them; modules: how many were treated; method: the one that ran; timings: seconds by stage, for
-        the totals. False where the attempt no longer owns the job.
+        files beside them; summaries: the report's, one a strength, or one; modules: how many were treated; method: the
+        one that ran; timings: seconds by stage, for the totals. False where the attempt no longer owns the job.
         """
         made = [adapter.id for adapter, _, _ in published]
+        found: list[Any] = [summary.model_dump() for summary in summaries]
         result = {
             "adapter_id": made[0] if made else None,
+            "summary": found[0] if found else None,
             "variants": [
-                {"strength": strength, "adapter_id": adapter_id}
-                for strength, adapter_id in zip(strengths, made, strict=False)
+                {"strength": strength, "adapter_id": adapter_id, "summary": summary}
+                for strength, adapter_id, summary in zip(strengths, made, found or [None] * len(made), strict=False)
             ],
             "side_cars": list(side_cars),
         }
@@ -543,7 +572,8 @@ class JobStore:
         return True
 
 
-def _request_hash(request: RealignmentCreate) -> str:
+def hash_of(request: BaseModel) -> str:
+    """What tells one request from another: SHA-256 of what was sent, with defaults filled in."""
     return hashlib.sha256(json.dumps(request.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
@@ -628,6 +658,12 @@ def _note(connection: Connection, job_id: str, kind: str, message: str, data: di
     )
 
 
+def _event(row: Row[Any]) -> Event:
+    return Event(
+        id=str(row.sequence), type=row.type, message=row.message, data=row.data, created_at=int(row.created_at)
+    )
+
+
 def _shown(row: Row[Any]) -> Realignment:
     request = RealignmentCreate.model_validate(row.request)
     status = {"dead": "failed"}.get(row.state, row.state)
@@ -638,6 +674,7 @@ def _shown(row: Row[Any]) -> Realignment:
         own = f"/v1/realignments/{row.id}"
         result = Result(
             adapter_id=row.result["adapter_id"],
+            summary=row.result.get("summary"),
             variants=[StrengthResult.model_validate(item) for item in row.result.get("variants", [])],
             side_car_urls=[f"{own}/side_car/{name}" for name in row.result.get("side_cars", [])],
             report_url=f"{own}/report",
@@ -654,6 +691,8 @@ def _shown(row: Row[Any]) -> Realignment:
             "output_rank": request.output_rank,
             "reference_id": row.reference_id,
             "adapter_id": row.adapter_id,
+            "training_file": row.training_file,
+            "batch_id": row.batch_id,
             "metadata": request.metadata,
             "result": result,
             "error": Failure.model_validate(row.error) if row.error else None,
@@ -705,6 +744,8 @@ def _narrowed(filters: Filters, dialect: str) -> list[ColumnElement[bool]]:
         if value is not None:
             found.append(column == value)
     found += [_has_metadata(dialect, key, value) for key, value in filters.metadata.items()]
+    if filters.without_metadata:
+        found.append(c.request["metadata"].as_string() == "{}")
     return found
 
 
@@ -723,14 +764,14 @@ def _one_at_a_time(connection: Connection, tenant: str) -> None:
         connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(tenant))))
 
 
-def _sent_before(connection: Connection, tenant: str, request: RealignmentCreate, api: Api) -> str | None:
+def _sent_before(connection: Connection, tenant: str, request_hash: str, api: Api) -> str | None:
     c = realignments.c
     found: str | None = connection.execute(
         select(c.id)
         .where(
             c.tenant == tenant,
             c.api == api,
-            c.request_hash == _request_hash(request),
+            c.request_hash == request_hash,
             c.idempotency_key.is_(None),
             c.created_at > now() - RETRY_WINDOW,
         )

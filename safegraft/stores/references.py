@@ -179,6 +179,13 @@ class SharedReferences(ReferenceRegistry):
         self._listed = None
         return added
 
+    def remove(self, wanted: str) -> None:
+        self.get(wanted)
+        self._objects.remove(f"{SHARED}/{wanted}")
+        self.discard_copy(wanted)
+        self._known.pop(wanted, None)
+        self._listed = None
+
     def manifest(self, wanted: str) -> bytes:
         self.get(wanted)
         return self._raw_manifest(wanted)

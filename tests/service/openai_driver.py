@@ -101,7 +101,7 @@ def fine_tuning(client: openai.OpenAI, file_id: str, archive: Path, out: Path) -
     assert job.id in [item.id for item in client.fine_tuning.jobs.list(metadata={"team": "blue"})]
     assert job.id not in [item.id for item in client.fine_tuning.jobs.list(metadata={"team": "red"})]
     events = list(client.fine_tuning.jobs.list_events(job.id, limit=1))
-    assert {"created", "succeeded"} <= {event.data["type"] for event in events if isinstance(event.data, dict)}, events
+    assert {"created", "succeeded"} <= {event.data["event"] for event in events if isinstance(event.data, dict)}, events
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job.id))
     assert len(checkpoints) == 2
     assert job.fine_tuned_model in {item.fine_tuned_model_checkpoint for item in checkpoints}
@@ -129,7 +129,11 @@ def webhooks(client: openai.OpenAI, raw: httpx.Client, file_id: str) -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = raw.post(
         "/webhook_endpoints",
-        json={"url": f"http://127.0.0.1:{server.server_port}/hook", "events": ["fine_tuning.job.succeeded"]},
+        json={
+            "url": f"http://127.0.0.1:{server.server_port}/hook",
+            "name": "end of jobs",
+            "event_types": ["fine_tuning.job.succeeded"],
+        },
     )
     assert endpoint.status_code == 201, endpoint.text
     job = client.fine_tuning.jobs.create(model="auto", training_file=file_id, extra_body={"method": {"type": "none"}})
@@ -139,7 +143,7 @@ def webhooks(client: openai.OpenAI, raw: httpx.Client, file_id: str) -> None:
         assert time.monotonic() < deadline, "no webhook came"
         time.sleep(0.1)
     body, headers = received[0]
-    event: Any = client.webhooks.unwrap(body, headers, secret=endpoint.json()["secret"])
+    event: Any = client.webhooks.unwrap(body, headers, secret=endpoint.json()["signing_secret"])
     assert event.type == "fine_tuning.job.succeeded"
     assert event.data.id == job.id
     wrong = "whsec_" + "A" * 43 + "="

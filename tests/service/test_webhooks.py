@@ -16,6 +16,7 @@ from typing import Any, get_args
 import httpx
 import pytest
 from openai import InvalidWebhookSignatureError, OpenAI
+from sqlalchemy.engine import Engine
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from safegraft.contracts.webhooks import EventType, WebhookEndpointCreate
@@ -23,7 +24,7 @@ from safegraft.settings import SharedSettings
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore, Origins
 from safegraft.stores.keys import KeyStore
-from safegraft.stores.webhooks import WebhookStore
+from safegraft.stores.webhooks import PER_ENDPOINT, WebhookStore
 from safegraft.vault import open_vault
 from service import export
 from service.destinations import Destinations
@@ -139,10 +140,21 @@ def ended(client: httpx.Client, delivery_id: str) -> dict[str, Any]:
     return when(client, delivery_id, lambda found: found["state"] != "pending")
 
 
+opened: list[Engine] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    while opened:
+        opened.pop().dispose()
+
+
 def stores(data: Path) -> tuple[WebhookStore, JobStore]:
     """The gateway's own records, as another process sees them."""
     settings = SharedSettings(data=data)
     engine = open_database(settings.database)
+    opened.append(engine)
     webhooks = WebhookStore(engine, open_vault(settings), lease_seconds=4 * TIMEOUT)
     return webhooks, JobStore(engine, lease_seconds=30, max_attempts=3)
 
@@ -347,6 +359,16 @@ def test_a_slow_receiver_holds_up_nobody_else(client: httpx.Client, receiver: Re
         assert found["history"][0]["seconds"] < 2 * TIMEOUT
 
 
+def test_one_endpoint_takes_only_its_own_places(client: httpx.Client, receiver: Receiver) -> None:
+    receiver.always = hang
+    endpoint = register(client, receiver.url)
+    late = [ping(client, endpoint) for _ in range(12)]
+    receiver.wait(1)
+    time.sleep(0.7 * TIMEOUT)
+    assert len(receiver.received) <= PER_ENDPOINT
+    when(client, late[0], lambda found: bool(found["history"]))
+
+
 def test_an_answers_body_is_not_read(client: httpx.Client, receiver: Receiver) -> None:
     receiver.always = endless
     found = ended(client, ping(client, register(client, receiver.url)))
@@ -459,7 +481,8 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def keyed(running: Running, tenant: str, scope: str = "admin") -> httpx.Client:
     settings = SharedSettings(data=running.data)
     scopes: Any = [scope]
-    _, key = KeyStore(open_database(settings.database), open_vault(settings)).create(tenant, name=scope, scopes=scopes)
+    opened.append(open_database(settings.database))
+    _, key = KeyStore(opened[-1], open_vault(settings)).create(tenant, name=scope, scopes=scopes)
     return httpx.Client(base_url=running.url, timeout=30, trust_env=False, headers={"authorization": f"Bearer {key}"})
 
 

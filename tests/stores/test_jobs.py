@@ -109,13 +109,16 @@ def test_only_the_same_request_of_the_same_tenant_and_route_was_sent_before(stor
 def test_a_key_tells_orders_apart_that_are_alike(store: JobStore) -> None:
     """OpenAI's client counts its retries also where its user names a key."""
     asked = request("adp_1")
-    first = store.create("t", REFERENCE, asked, "order-1")
+    keyless = store.create("t", REFERENCE, asked).job.id
+    first = store.create("t", REFERENCE, asked, "order-1", retried=True)
+    assert not first.replayed
     second = store.create("t", REFERENCE, asked, "order-2", retried=True)
     assert not second.replayed
     assert store.create("t", REFERENCE, asked, "order-2", retried=True).job == second.job
-    bare = store.create("t", REFERENCE, asked, retried=True)
-    assert bare.job.id not in (first.job.id, second.job.id)
-    assert store.create("t", REFERENCE, asked, retried=True).job == bare.job
+    assert store.create("t", REFERENCE, asked, retried=True).job.id == keyless
+    alone = request("adp_2")
+    keyed = store.create("t", REFERENCE, alone, "order-3").job.id
+    assert store.create("t", REFERENCE, alone, retried=True).job.id != keyed
 
 
 @pytest.mark.parametrize("max_open", [0, 100])
