@@ -548,6 +548,20 @@ def test_parts_share_the_slots_of_uploads(own: Callable[..., Gateway]) -> None:
     assert gateway.scratch() == []
 
 
+def test_a_part_that_arrives_too_late_leaves_nothing(gateway: Gateway, http: httpx.Client) -> None:
+    upload = begin(http, 3)
+
+    def slowly() -> Iterator[bytes]:
+        yield b"a"
+        assert gateway.openai().uploads.cancel(upload).status == "cancelled"
+        yield b"bc"
+
+    kind = {"content-type": "application/octet-stream"}
+    late = http.post(f"/v1/uploads/{upload}/parts", content=slowly(), headers=kind)
+    refused(late, 409, "upload_not_pending")
+    assert upload not in str(gateway.stored("uploads"))
+
+
 # Quotas
 
 

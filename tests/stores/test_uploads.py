@@ -19,7 +19,7 @@ from safegraft.stores import uploads as uploads_module
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import files, now, reading, uploads
 from safegraft.stores.files import CONTENT, FileStore, NewFile
-from safegraft.stores.objects import LocalObjects, file_prefix, upload_prefix
+from safegraft.stores.objects import LocalObjects, file_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
 from tests.stores.records import adapter
 
@@ -237,35 +237,50 @@ def test_one_tenants_uploads_are_no_other_ones(store: UploadStore, kept: FileSto
     assert kept.page("other", limit=10) == ([], False)
 
 
-def test_an_upload_expires_with_its_parts(engine: Engine, objects: LocalObjects) -> None:
-    brief, store = UploadStore(engine, seconds=-1), UploadStore(engine, seconds=3600)
-    late, alive = begun(brief, 3), begun(store, 3)
-    assert late.status == "expired"
-    with pytest.raises(Conflict):
-        brief.add_part(TENANT, late.id, new_id("part"), 1, None)
-    sent(store, objects, alive, b"abc")
-    over = begun(store, 3)
-    sent(store, objects, over, b"abc")
-    _let_expire(engine, over)
-    assert sorted(store.expire()) == sorted([upload_prefix(TENANT, late.id), upload_prefix(TENANT, over.id)])
-    # Until it is told that the bytes are gone: a collector may be killed in between.
-    assert len(store.expire()) == 2
-    store.emptied(store.expire())
-    assert store.expire() == []
-    assert store.get(TENANT, over.id).status == "expired"
-    assert store.parts(TENANT, over.id, limit=10) == ([], False)
-    assert len(store.parts(TENANT, alive.id, limit=10)[0]) == 1
-
-
-def test_what_a_crash_left_of_ended_uploads_is_named_when_their_time_is_over(
+def test_an_upload_whose_time_is_over_takes_nothing_more(
     engine: Engine, store: UploadStore, objects: LocalObjects
 ) -> None:
+    """Whether or not the garbage collector has been there."""
+    upload = begun(store, 3)
+    part = sent(store, objects, upload, b"abc")
+    _let_expire(engine, upload)
+    assert store.get(TENANT, upload.id).status == "expired"
+    for again in (
+        lambda: store.require_pending(TENANT, upload.id),
+        lambda: store.add_part(TENANT, upload.id, new_id("part"), 1, None),
+        lambda: completed(store, objects, upload, part),
+        lambda: store.cancel(TENANT, upload.id),
+    ):
+        with refused("upload_not_pending"):
+            again()
     done = begun(store, 3)
-    completed(store, objects, done, sent(store, objects, done, b"abc"))
-    assert store.expire() == []
+    part = sent(store, objects, done, b"abc")
+    completed(store, objects, done, part)
     _let_expire(engine, done)
-    assert store.expire() == [upload_prefix(TENANT, done.id)]
-    assert store.get(TENANT, done.id).status == "completed"
+    assert completed(store, objects, done, part).status == "completed"
+
+
+@pytest.mark.parametrize("end", ["cancel", "expire"])
+def test_an_upload_that_ends_while_it_is_stitched_makes_no_file(
+    engine: Engine, store: UploadStore, kept: FileStore, tmp_path: Path, end: str
+) -> None:
+    class Interrupted(LocalObjects):
+        def put(self, prefix: str, name: str, source: Any) -> None:
+            super().put(prefix, name, source)
+            if "/files/" not in prefix:
+                return
+            if end == "cancel":
+                store.cancel(TENANT, upload.id)
+            else:
+                _let_expire(engine, upload)
+
+    objects = Interrupted(tmp_path / "objects")
+    upload = begun(store, 3)
+    part = sent(store, objects, upload, b"abc")
+    with refused("upload_not_pending"):
+        completed(store, objects, upload, part)
+    assert kept.page(TENANT, limit=9) == ([], False)
+    assert not [path for path in stored(objects) if "files" in path.parts]
 
 
 def _let_expire(engine: Engine, upload: Upload) -> None:
@@ -318,19 +333,15 @@ def test_files_are_listed_by_age_and_purpose(kept: FileStore) -> None:
     assert len(listed) == 2
 
 
-def test_a_file_expires(kept: FileStore) -> None:
+def test_a_file_expires(engine: Engine, kept: FileStore) -> None:
     stays, goes = file(kept, seconds=3600), file(kept, seconds=3600)
     assert kept.get(TENANT, stays).shown.expires_at == kept.get(TENANT, stays).shown.created_at + 3600
-    assert kept.expire() == []
-    with kept._engine.begin() as connection:
+    with engine.begin() as connection:
         connection.execute(update(files).where(files.c.id == goes).values(expires_at=now() - 1))
-    with pytest.raises(NotFound):
-        kept.get(TENANT, goes)
-    with pytest.raises(NotFound):
-        kept.delete(TENANT, goes)
+    for ask in (lambda: kept.get(TENANT, goes), lambda: kept.delete(TENANT, goes)):
+        with pytest.raises(NotFound):
+            ask()
     assert [item.id for item in kept.page(TENANT, limit=9)[0]] == [stays]
-    assert kept.expire() == [file_prefix(TENANT, goes)]
-    assert kept.expire() == []
 
 
 def test_what_the_client_wanted_of_the_file_outlives_the_upload(
