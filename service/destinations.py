@@ -77,6 +77,7 @@ class Destinations:
         try:
             parsed = httpx.URL(url)
             parsed.raw_host.decode("ascii")
+            _ = parsed.host  # decodes international names, and fails on those that are none
         except (httpx.InvalidURL, UnicodeError, ValueError) as error:
             raise _refused_url(f"It cannot be read: {error}.") from error
         if parsed.scheme not in schemes:

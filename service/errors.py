@@ -11,6 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -68,6 +70,8 @@ class RateLimited(errors.QuotaExceeded):
     default_code = "rate_limit_exceeded"
 
 
+# So many of a request's faults are told.
+MAX_ERRORS = 20
 # Seconds after which it is worth to try again; never above the 120 that clients accept.
 RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_jobs": 30}
 # OpenAI's client chooses its exception by status; its users read this.
@@ -134,11 +138,18 @@ def install(app: FastAPI) -> None:
                 return problem(status, error.code, "Something failed on our side; the request id names it in our log.")
         return problem(status, error.code, str(error), param=error.param)
 
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def away(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s: the database did not answer", _named(request), exc_info=error)
+        return problem(503, "database_unavailable", "The database did not answer. Try again in a few seconds.")
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = [
             {"loc": [str(part) for part in item["loc"]], "message": item["msg"], "type": item["type"]}
-            for item in error.errors()
+            for item in error.errors()[:MAX_ERRORS]
         ]
         first = found[0]
         where = ".".join(part for part in first["loc"] if part != "body") or "body"

@@ -15,6 +15,9 @@ class GatewaySettings(SharedSettings):
     dev: bool = Field(default=False, description="Ask for no keys. Only for loopback addresses.")
     key_cache_seconds: float = Field(default=5.0, ge=0, description="So long a revoked key may still be accepted.")
     key_cache_size: int = Field(default=4096, gt=0)
+    metrics_tenant: str = Field(
+        default="", description="Whose admin keys may read /metrics; empty: every tenant's. It tells of all of them."
+    )
     max_upload_bytes: int = Field(default=8 * 2**30, gt=0)
     max_active_uploads: int = Field(default=32, gt=0)
     upload_expiry_seconds: float = Field(

@@ -12,7 +12,7 @@ from safegraft.compatibility import check_compatible
 from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
-from safegraft.stores import options
+from safegraft.stores import options, quotas
 from safegraft.stores.jobs import Created, Origins, hash_of
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
@@ -52,6 +52,7 @@ def submit(
     _check_strengths(request)
     if request.webhook_url is not None:
         origins = replace(origins, webhook_endpoint_id=here.webhooks.registered(tenant, request.webhook_url))
+    _check_room(here, asking)
     own = asking.limits.max_jobs
     created = here.jobs.create(
         tenant,
@@ -66,6 +67,13 @@ def submit(
         log.info("replayed" if created.replayed else "queued")
     here.dispatcher.wake()
     return created
+
+
+def _check_room(here: Services, asking: Principal) -> None:
+    """A job makes adapters too: who has no room left makes none. Raises QuotaExceeded."""
+    quota = here.settings.max_bytes_per_tenant if asking.limits.max_bytes is None else asking.limits.max_bytes
+    if quotas.room(here.database, asking.tenant, quota) == 0:
+        raise quotas.no_room(1, 0, quota)
 
 
 def _check_strengths(request: RealignmentCreate) -> None:

@@ -64,6 +64,10 @@ from worker.workspace import Workspace, workspace
 log = logging.getLogger("safegraft.worker")
 
 
+# What killed processes left in scratch this long ago is nobody's.
+SCRATCH_SECONDS = 24 * 3600.0
+
+
 def worker_name() -> str:
     """Names the worker a process belongs to; the same in the parent and in its pool.
 
@@ -253,6 +257,7 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
+    open_objects(WorkerSettings()).sweep(SCRATCH_SECONDS)
     if WorkerSettings().log_format == "json":
         sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from safegraft.contracts.listing import PRINTABLE
+
 # Labels that OpenAI's client knows; nothing here depends on which one it is.
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
@@ -60,7 +62,9 @@ class PartCreate(Asked):
 class UploadComplete(Asked):
     """The parts in their order, and what the whole file must hash to."""
 
-    part_ids: Annotated[list[Annotated[str, Field(max_length=80)]], Field(min_length=1, max_length=MAX_PARTS)]
+    part_ids: Annotated[
+        list[Annotated[str, Field(max_length=80, pattern=PRINTABLE)]], Field(min_length=1, max_length=MAX_PARTS)
+    ]
     md5: Annotated[str, Field(pattern="^[0-9a-fA-F]{32}$", description="In hex.")] | None = None
     sha256: Sha256 | None = None
 
@@ -68,7 +72,9 @@ class UploadComplete(Asked):
 class AdapterFromFiles(Asked):
     """Files that were uploaded before; each one's filename decides what it is."""
 
-    file_ids: Annotated[list[Annotated[str, Field(max_length=80)]], Field(min_length=1, max_length=64)]
+    file_ids: Annotated[
+        list[Annotated[str, Field(max_length=80, pattern=PRINTABLE)]], Field(min_length=1, max_length=64)
+    ]
     name: str = ""
     sha256: str = ""
 

@@ -17,6 +17,9 @@ EventType = Literal[
     "fine_tuning.job.succeeded",
     "fine_tuning.job.failed",
     "fine_tuning.job.cancelled",
+    "realignment_batch.succeeded",
+    "realignment_batch.stopped",
+    "realignment_batch.cancelled",
 ]
 PING = "ping"
 DeliveryState = Literal["pending", "delivered", "failed"]

@@ -22,10 +22,13 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    inspect,
 )
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+
+from safegraft.errors import SystemFault
 
 metadata = MetaData()
 CREATING = 0x5AFE62AF7  # any number that no other program locks
@@ -364,7 +367,22 @@ def open_database(url: str) -> Engine:
             # Gateway and workers start together, and "create if it is not there" is no single step on Postgres.
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATING})")
         metadata.create_all(connection)
+        _same_columns(connection)
     return engine
+
+
+def _same_columns(connection: Connection) -> None:
+    """Raises SystemFault (`schema_mismatch`) for the database of another version: its tables are not altered."""
+    inspector = inspect(connection)
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        missing = sorted({column.name for column in table.columns} - there)
+        if missing:
+            raise SystemFault(
+                f"The database was made by another version: {table.name} lacks {', '.join(missing)}.",
+                code="schema_mismatch",
+                hint="Begin with a new database, or go back to the version that made this one.",
+            )
 
 
 @contextmanager

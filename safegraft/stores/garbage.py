@@ -286,14 +286,15 @@ def _named(connection: Connection) -> tuple[set[str], list[str]]:
     known: set[str] = set()
     for table in (adapters, files, uploads):
         known |= set(connection.execute(select(table.c.prefix)).scalars())
-    made = set(connection.execute(select(adapters.c.id)).scalars())
     unmade = []
     c = realignments.c
     rows = connection.execute(
         select(c.id, c.tenant, c.result, c.result_attempt, c.state, c.attempt).where(
             or_(c.result_attempt.is_not(None), c.state.in_(("queued", "running")))
         )
-    )
+    ).all()
+    # After the jobs: on Postgres a job may end between the two questions, and its adapters must then be known.
+    made = set(connection.execute(select(adapters.c.id)).scalars())
     for row in rows:
         if row.result_attempt is None:
             known.add(result_prefix(row.tenant, row.id, row.attempt))  # being written

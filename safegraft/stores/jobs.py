@@ -48,6 +48,8 @@ FAULT_PAUSE = 5.0
 WAITING = {"stage": "waiting", "done": 0, "total": 0}
 # OpenAI's client sends a POST again without a key of idempotency; what it sends within this time is the same job.
 RETRY_WINDOW = 1800.0
+# The largest number that the events' sequence can hold; Postgres refuses to compare with a larger one.
+LAST_EVENT = 2**31 - 1
 # How a job's time is shared among its stages, roughly: what an estimate of its end needs.
 STAGES = {"fetch": 0.05, "compare": 0.3, "score": 0.15, "patch": 0.4, "publish": 0.1}
 Api = Literal["realignments", "fine_tuning"]
@@ -261,7 +263,7 @@ class JobStore:
             _find(connection, tenant, job_id)
             rows = connection.execute(
                 select(events)
-                .where(events.c.realignment_id == job_id, events.c.sequence > after)
+                .where(events.c.realignment_id == job_id, events.c.sequence > min(after, LAST_EVENT))
                 .order_by(events.c.sequence)
                 .limit(limit)
             ).all()
@@ -271,7 +273,7 @@ class JobStore:
         """The job's events with a sequence number below `before`, newest first."""
         query = select(events).where(events.c.realignment_id == job_id)
         if before is not None:
-            query = query.where(events.c.sequence < before)
+            query = query.where(events.c.sequence < min(before, LAST_EVENT))
         with reading(self._engine) as connection:
             _find(connection, tenant, job_id)
             rows = connection.execute(query.order_by(events.c.sequence.desc()).limit(limit)).all()
@@ -743,18 +745,19 @@ def _narrowed(filters: Filters, dialect: str) -> list[ColumnElement[bool]]:
     ):
         if value is not None:
             found.append(column == value)
-    found += [_has_metadata(dialect, key, value) for key, value in filters.metadata.items()]
+    found += [has_metadata(dialect, c.request, key, value) for key, value in filters.metadata.items()]
     if filters.without_metadata:
         found.append(c.request["metadata"].as_string() == "{}")
     return found
 
 
-def _has_metadata(dialect: str, key: str, value: str) -> ColumnElement[bool]:
+def has_metadata(dialect: str, request: ColumnElement[Any], key: str, value: str) -> ColumnElement[bool]:
+    """Does the request in this column have that metadata?"""
     # The key as a value of its own, never within a path: there quotes, commas, braces and dots have a meaning.
     if dialect == "postgresql":
-        found: ColumnElement[str] = realignments.c.request.op("->")("metadata").op("->>")(bindparam(None, key))
+        found: ColumnElement[str] = request.op("->")("metadata").op("->>")(bindparam(None, key))
         return found == value
-    pairs = func.json_each(realignments.c.request, "$.metadata").table_valued("key", "value")
+    pairs = func.json_each(request, "$.metadata").table_valued("key", "value")
     return exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.engine import Engine
 
-from safegraft.stores.database import now, reading, realignments
+from safegraft.stores.database import batches, now, reading, realignments
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,13 @@ def jobs(engine: Engine, states: Sequence[str], *, limit: int = 100) -> list[Job
 
 
 def reading_reference(engine: Engine, reference_id: str) -> str | None:
-    """A queued or running job that uses this reference, if there is one."""
+    """A queued or running job, or a batch under way, that uses this reference, if there is one."""
     c = realignments.c
     query = select(c.id).where(c.reference_id == reference_id, c.state.in_(("queued", "running"))).limit(1)
     with reading(engine) as connection:
         found: str | None = connection.execute(query).scalar_one_or_none()
+        if found is None:
+            under_way = select(batches.c.id, batches.c.request).where(batches.c.state.in_(("canary", "running")))
+            rows = connection.execute(under_way)
+            found = next((row.id for row in rows if row.request.get("reference_id") == reference_id), None)
     return found

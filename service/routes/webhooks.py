@@ -127,6 +127,9 @@ MEANINGS: dict[EventType, str] = {
     "fine_tuning.job.succeeded": "A job of the fine-tuning API has its result. `data.id` is the job.",
     "fine_tuning.job.failed": "A job of the fine-tuning API ended without a result. `data.id` is the job.",
     "fine_tuning.job.cancelled": "A job of the fine-tuning API was cancelled. `data.id` is the job.",
+    "realignment_batch.succeeded": "All of a batch has ended, within its rule. `data.id` is the batch.",
+    "realignment_batch.stopped": "A batch's rule has stopped it; its `reason` says why. `data.id` is the batch.",
+    "realignment_batch.cancelled": "A batch was cancelled. `data.id` is the batch.",
 }
 SIGNED = (
     " Signed as the Standard Webhooks specification says, in the headers `webhook-id`, `webhook-timestamp` and "
