@@ -341,15 +341,17 @@ def test_five_gateways_make_one_job_an_adapter(here: Services, fresh: Path) -> N
 
     with ThreadPoolExecutor(5) as pool:
         running = [pool.submit(gateway, number) for number in range(5)]
-        deadline = time.monotonic() + 60
-        while here.batches.get("t", batch_id).status not in ENDED:
-            assert time.monotonic() < deadline
-            assert not any(future.done() for future in running), [f.exception() for f in running if f.done()]
-            waiting = open_jobs(here, batch_id)
-            assert len(waiting) <= 4
-            for job_id in waiting:
-                end(here.jobs, job_id, "succeeded")
-        stop.set()
+        try:
+            deadline = time.monotonic() + 60
+            while here.batches.get("t", batch_id).status not in ENDED:
+                assert time.monotonic() < deadline
+                assert not any(future.done() for future in running), [f.exception() for f in running if f.done()]
+                waiting = open_jobs(here, batch_id)
+                assert len(waiting) <= 4
+                for job_id in waiting:
+                    end(here.jobs, job_id, "succeeded")
+        finally:
+            stop.set()
         assert all(future.result() > 0 for future in running)
     assert here.batches.get("t", batch_id).status == "succeeded"
     assert sorted(all_jobs(here, batch_id)) == sorted(ids)
