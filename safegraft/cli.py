@@ -5,11 +5,11 @@ Exit status: 0 done, 2 bad usage or bad input, 1 our failure. SAFEGRAFT_TRACEBAC
 """
 
 import json
-import logging
 import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -21,19 +21,31 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from safegraft import __version__
+from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
-from safegraft.commands import keys
+from safegraft.commands import admin, keys, provenance
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
+from safegraft.dsse import load_public_key, load_signing_key
 from safegraft.errors import InvalidParameter, SafegraftError
+from safegraft.files import sha256_file
 from safegraft.finite import check_finite
+from safegraft.ids import new_id
 from safegraft.prompts import GENERAL, SAFETY
+from safegraft.provenance import (
+    Invocation,
+    folder_digests,
+    input_digests,
+    make_statement,
+    media_type,
+    write_provenance,
+)
 from safegraft.records import compatibility
 from safegraft.stores.keys import KeyStore
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
 from safegraft.vault import open_vault
+from safegraft.verification import Evidence
 
 app = typer.Typer(
     name="safegraft",
@@ -45,6 +57,8 @@ app = typer.Typer(
 reference_app = typer.Typer(help="Build, install and check references.", no_args_is_help=True)
 app.add_typer(reference_app, name="reference")
 app.add_typer(keys.app, name="keys")
+app.add_typer(provenance.app, name="provenance")
+app.add_typer(admin.app, name="admin")
 
 KNOWN_PARAMETERS = " ".join(
     f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
@@ -62,6 +76,10 @@ DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_de
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
 ReferenceFolder = Annotated[
     Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE", help="A reference's folder.")
+]
+SigningKeyFile = Annotated[
+    Path | None,
+    typer.Option(envvar="SAFEGRAFT_SIGNING_KEY", help="Signs provenance; see `safegraft provenance keygen`."),
 ]
 
 
@@ -149,27 +167,40 @@ def serve(
     workers: Annotated[int, typer.Option(envvar="SAFEGRAFT_WORKERS", min=1, max=64)] = 1,
     dev: Annotated[bool, typer.Option("--dev", envvar="SAFEGRAFT_DEV", help="No keys; loopback only.")] = False,
     device: DeviceName = "cpu",
+    signing_key: SigningKeyFile = None,
 ) -> None:
     """Runs gateway, workers and an embedded queue on this machine. Ctrl-C ends all of them."""
     from safegraft.launch import Plan
     from safegraft.launch import serve as run
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.setup(settings_for(data).log_format)
     if dev and host not in ("127.0.0.1", "::1", "localhost"):
         raise InvalidParameter(
             f"--dev asks for no keys, so it only listens on loopback, not on {host}.", param="--host"
         )
+    if signing_key is not None:
+        load_signing_key(signing_key)  # said here, and not in a log of a worker that is started again and again
     if not dev and not _has_key(data):
         raise InvalidParameter(
             "There is no API key yet.",
             code="no_api_keys",
             hint=f"Make one with: safegraft keys create --data {data}. Or try it with --dev.",
         )
-    if not ReferenceRegistry(data / "references").installed():
+    if not open_references(settings_for(data)).installed():
         err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
     broker = os.environ.get("SAFEGRAFT_REDIS_URL") or os.environ.get("REDIS_URL", "")
-    run(Plan(host=host, port=port, data=data, workers=workers, dev=dev, redis_url=broker, device=device))
+    run(
+        Plan(
+            host=host,
+            port=port,
+            data=data,
+            workers=workers,
+            dev=dev,
+            redis_url=broker,
+            device=device,
+            signing_key=signing_key,
+        )
+    )
 
 
 @app.command()
@@ -257,9 +288,16 @@ def realign(
         str, typer.Option(envvar="SAFEGRAFT_ALIGNED", help="For --probe: the alignment, as in `reference build`.")
     ] = "",
     device: DeviceName = "cpu",
+    signing_key: SigningKeyFile = None,
+    builder_id: Annotated[
+        str, typer.Option(envvar="SAFEGRAFT_BUILDER_ID", help="A URI that names you in the provenance.")
+    ] = "urn:safegraft:cli",
     as_json: Json = False,
 ) -> None:
-    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png."""
+    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png, and
+    where it comes from as OUT.provenance.json."""
+    invocation = Invocation(id=new_id("run"), builder=builder_id, started=time.time())
+    signer = load_signing_key(signing_key) if signing_key is not None else None
     parameters = parse_parameters(method, settings)
     values = _numbers(strengths)
     if probe is not None and (analyze or values or not (base or aligned)):
@@ -295,6 +333,15 @@ def realign(
         if probing is not None:
             report = _probed(report, *probing, adapter, to, device)
             files = render(report, stem)
+        statement = make_statement(
+            report,
+            known.manifest,
+            invocation=invocation,
+            outputs=folder_digests(to) if not analyze else {},
+            inputs=input_digests(adapter, report),
+            report_sha256=sha256_file(files[0]),
+        )
+        write_provenance(statement, to.with_name(f"{to.name}.provenance.json"), signer)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
@@ -309,13 +356,16 @@ def realign(
     for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
         out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)
     out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False, soft_wrap=True)
+    signed = "signed" if signer is not None else "not signed"
+    line = f"Provenance ({signed}): {to}.provenance.json"
+    out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _has_key(data: Path) -> bool:
     settings = settings_for(data)
     if not settings.database_url and not data.exists():
         return False  # asked without making anything
-    return any(key.revoked_at is None for key in KeyStore(database_of(settings), open_vault(settings)).list())
+    return KeyStore(database_of(settings), open_vault(settings)).any_live()
 
 
 def _numbers(text: str) -> list[float]:
@@ -361,11 +411,18 @@ def _model(name: str) -> Path:
 
 @app.command("verify")
 def verify_report(
-    report: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A report.json.")],
-    adapter: Annotated[
-        Path,
-        typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_ADAPTER", help="The adapter that was sent."),
+    report: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="A report.json or a provenance.json.")
     ],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            envvar="SAFEGRAFT_ADAPTER",
+            help="Of a report: the adapter that was sent. Of provenance: the one that came out.",
+        ),
+    ] = None,
     reference: Annotated[
         str,
         typer.Option(
@@ -373,17 +430,59 @@ def verify_report(
             help="A folder or an id. Left out: the report's, if it is installed in --data.",
         ),
     ] = "",
+    given: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", exists=True, file_okay=False, envvar="SAFEGRAFT_INPUT", help="Of provenance: what was sent."
+        ),
+    ] = None,
+    side_cars: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, envvar="SAFEGRAFT_SIDE_CARS", help="Of provenance: the side-cars' folder."
+        ),
+    ] = None,
+    attested: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", exists=True, dir_okay=False, envvar="SAFEGRAFT_REPORT", help="Of provenance: the report.json."
+        ),
+    ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(envvar="SAFEGRAFT_PUBLIC_KEY", help="Of provenance: the key that must have signed it."),
+    ] = None,
     data: Data = Path("var"),
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Runs a report's realignment again and compares the bytes. Exit status 1 where they differ."""
+    """Runs a report's realignment again and compares the bytes, or checks provenance against files and a key, offline.
+    Exit status 1 where something differs."""
+    body = report.read_bytes()
+    if media_type(body) is not None:
+        evidence = Evidence(
+            adapter=adapter,
+            side_cars=side_cars,
+            report=attested,
+            given=given,
+            reference=_find(reference, data) if reference else None,
+            key=load_public_key(public_key) if public_key is not None else None,
+        )
+        sys.exit(provenance.check(body, evidence, as_json))
+    if adapter is None:
+        raise InvalidParameter(
+            "A report is checked by running it again, which needs --adapter, the adapter that was sent.",
+            code="usage_error",
+            param="--adapter",
+        )
     from safegraft.contracts.report import Report
 
     try:
-        claimed = Report.model_validate_json(report.read_bytes())
+        claimed = Report.model_validate_json(body)
     except ValidationError as error:
-        raise InvalidParameter(f"{report} is no report.", code="not_a_report", param="REPORT") from error
+        raise InvalidParameter(
+            f"{report} is neither report nor provenance.", code="not_a_report", param="FILE"
+        ) from error
     folder = _find(reference or claimed.reference.id, data)
     from safegraft.engine.models import check_device
     from safegraft.engine.rerun import rerun
@@ -583,8 +682,11 @@ def add(
     data: Data = Path("var"),
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle and installs it in the data folder. A running service sees it at once."""
-    installed = ReferenceRegistry(data / "references").add(reference)
+    """Verifies a bundle and installs it in the data folder, and in SAFEGRAFT_STORAGE_URL where that is set.
+
+    A running service sees it without a restart.
+    """
+    installed = open_references(settings_for(data)).add(reference)
     if as_json:
         print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
     else:
@@ -594,7 +696,7 @@ def add(
 @reference_app.command("list")
 def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     """Lists the installed references, newest first."""
-    found = ReferenceRegistry(data / "references").installed()
+    found = open_references(settings_for(data)).installed()
     if as_json:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
@@ -607,8 +709,11 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
 @reference_app.command("show")
 def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
     """Prints the manifest of an installed reference (by id) or of a bundle (by folder); it is JSON in any case."""
-    folder = _find(reference, data)
-    sys.stdout.write((folder / MANIFEST).read_text(encoding="utf-8"))
+    if Path(reference).is_dir():
+        raw = (_bundle(Path(reference)) / MANIFEST).read_bytes()
+    else:
+        raw = open_references(settings_for(data)).manifest(reference)
+    sys.stdout.write(raw.decode("utf-8"))
 
 
 @reference_app.command("verify")
@@ -627,7 +732,7 @@ def _find(reference: str, data: Path) -> Path:
     """The folder of an installed reference (by id) or of a bundle (by folder)."""
     if Path(reference).is_dir():
         return _bundle(Path(reference))
-    return ReferenceRegistry(data / "references").get(reference).folder
+    return open_references(settings_for(data)).folder(reference)
 
 
 def _bundle(folder: Path) -> Path:

@@ -4,6 +4,7 @@ A file appears under its name by `os.replace` after its bytes are on the disk; t
 could be lost in a power cut.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 CHUNK = 2**20
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sha256_file(path: Path) -> str:

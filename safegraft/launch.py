@@ -44,6 +44,7 @@ class Plan:
     dev: bool
     redis_url: str = ""
     device: str = "cpu"
+    signing_key: Path | None = None
 
 
 @dataclass
@@ -139,6 +140,7 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
         broker, url = broker_child(data, sockets, environment)
         children.append(broker)
     environment |= {"SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": url, "SAFEGRAFT_DEVICE": plan.device}
+    environment |= {"SAFEGRAFT_SIGNING_KEY": str(plan.signing_key.resolve())} if plan.signing_key is not None else {}
     folder = hashlib.sha256(f"{socket.gethostname()}:{data}".encode()).hexdigest()[:12]
     threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))
     gateway = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--host", plan.host]

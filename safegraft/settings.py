@@ -19,6 +19,12 @@ class SharedSettings(BaseSettings):
     storage_url: str = Field(
         default="", description="`s3://bucket/prefix` for adapters and results; empty: files in the data folder."
     )
+    storage_public_url: str = Field(
+        default="", description="The object store's address for clients, where they reach it under another one."
+    )
+    presign_seconds: int = Field(
+        default=900, gt=0, le=604800, description="So long an address works that lets a client past the gateway."
+    )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         validation_alias=AliasChoices("SAFEGRAFT_REDIS_URL", "REDIS_URL"),
@@ -31,6 +37,12 @@ class SharedSettings(BaseSettings):
     )
     lease_seconds: float = Field(default=45.0, gt=0, description="A worker that is silent for longer loses its job.")
     max_attempts: int = Field(default=3, ge=1, description="After so many lost attempts a job is shown as failed.")
+    retention_days: float = Field(
+        default=0.0,
+        ge=0,
+        description="Adapters and ended realignments are deleted after so many days; 0: never. Holds for what is made "
+        "or ends from then on.",
+    )
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or for machines.")
 
     @field_validator("key_pepper")
@@ -43,6 +55,10 @@ class SharedSettings(BaseSettings):
     @property
     def database(self) -> str:
         return self.database_url or f"sqlite:///{(self.data / 'safegraft.sqlite').resolve()}"
+
+    @property
+    def retention_seconds(self) -> float:
+        return self.retention_days * 86400.0
 
     @property
     def objects(self) -> Path:

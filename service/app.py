@@ -2,32 +2,58 @@
 
 import logging
 import secrets
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import safegraft
+from safegraft import logs, tracing
+from safegraft.dsse import load_public_key
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
 from safegraft.stores.batches import BatchStore
 from safegraft.stores.database import open_database
+from safegraft.stores.files import FileStore
+from safegraft.stores.garbage import PERIOD, GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import open_objects
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
+from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
+from safegraft.stores.workers import WorkerStore
 from safegraft.vault import open_vault
-from service import errors
+from service import errors, openapi
+from service.audit import Audit
 from service.auth import Gatekeeper
 from service.batches import Batches
 from service.dependencies import Services
+from service.destinations import Destinations
 from service.loops import Loop
+from service.metrics import HttpMetrics, Slots
+from service.observer import Observer
 from service.queue import Dispatcher, Queue
-from service.routes import adapters, batches, catalogue, docs, fine_tuning, health, realignments
+from service.routes import (
+    adapters,
+    audit,
+    batches,
+    catalogue,
+    docs,
+    files,
+    fine_tuning,
+    health,
+    metrics,
+    provenance,
+    realignments,
+    uploads,
+    webhooks,
+)
 from service.settings import GatewaySettings
+from service.validation import Limits, Validator
+from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
 # Longer than any upload or job may take.
@@ -42,7 +68,9 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         if settings.dev:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
+        app.state.metrics.watch(here.database, here.workers, here.upload_slots)
         here.objects.sweep(SCRATCH_SECONDS)
+        here.validator.start()
         for loop in here.loops:
             loop.start()
         try:
@@ -50,8 +78,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         finally:
             for loop in here.loops:
                 loop.stop()
+            here.validator.close()
+            await here.gatekeeper.close()
             here.queue.close()
             here.database.dispose()
+            tracing.stop()
 
     app = FastAPI(
         title="safegraft",
@@ -63,52 +94,76 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         redoc_url=None,
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
-    for resource in (adapters, realignments, batches, fine_tuning, catalogue, health, docs):
+    app.state.metrics = HttpMetrics()
+    ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
+    for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
+    app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
+    app.add_middleware(Audit)
+    app.add_middleware(Observer, metrics=app.state.metrics)
     app.add_middleware(RequestId)
-    _describe_errors(app)
+    _trace(app)
+    openapi.describe(app)
     return app
 
 
-def _describe_errors(app: FastAPI) -> None:
-    """FastAPI documents every body as application/json; errors are sent as application/problem+json."""
-    generate = app.openapi
+def _trace(app: FastAPI) -> None:
+    provider = tracing.start("safegraft-gateway")
+    if provider is not None:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
 
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        for path in document["paths"].values():
-            for operation in path.values():
-                for status in ("4XX", "5XX"):
-                    content = operation["responses"][status].get("content", {})
-                    if "application/json" in content:
-                        content["application/problem+json"] = content.pop("application/json")
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
+        FastAPIInstrumentor.instrument_app(
+            app,
+            tracer_provider=provider,
+            excluded_urls="/livez$,/readyz$,/metrics$",
+            exclude_spans=["receive", "send"],
+        )
 
 
 def open_services(settings: GatewaySettings) -> Services:
     settings.data.mkdir(parents=True, exist_ok=True)
     database = open_database(settings.database)
-    jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+    retention = settings.retention_seconds
+    jobs = JobStore(
+        database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts, retention=retention
+    )
+    objects = open_objects(settings)
     queue = Queue(settings.redis_url)
-    keys = KeyStore(database, open_vault(settings))
+    vault = open_vault(settings)
+    keys = KeyStore(database, vault)
+    # The lease: long enough for an attempt, and for its outcome to be recorded by a machine that is busy.
+    outbox = WebhookStore(database, vault, lease_seconds=4 * settings.webhook_timeout_seconds)
+    destinations = Destinations(allow_private=settings.webhook_allow_private)
+    sender = Sender(settings, outbox, destinations)
     dispatcher = Loop("dispatcher", Dispatcher(settings, jobs, queue).turn, settings.dispatch_seconds)
+    garbage = Loop("garbage collector", GarbageCollector(database, objects).turn, PERIOD)
     here = Services(
         settings=settings,
         database=database,
-        adapters=AdapterStore(database),
+        adapters=AdapterStore(database, retention=retention),
         jobs=jobs,
-        objects=open_objects(settings),
+        objects=objects,
+        workers=WorkerStore(database, lease_seconds=settings.lease_seconds),
         keys=keys,
         gatekeeper=Gatekeeper(settings, keys),
-        references=ReferenceRegistry(settings.references),
+        references=open_references(settings, objects),
         queue=queue,
         dispatcher=dispatcher,
-        loops=[dispatcher],
-        upload_slots=threading.BoundedSemaphore(settings.max_active_uploads),
+        loops=[dispatcher, sender, garbage],
+        upload_slots=Slots(settings.max_active_uploads),
+        files=FileStore(database),
+        uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
+        validator=Validator(
+            Limits(settings.validation_memory_bytes, settings.validation_seconds, settings.max_upload_bytes),
+            settings.max_active_validations,
+        ),
+        webhooks=outbox,
+        destinations=destinations,
+        sender=sender,
+        audit=AuditLog(database),
+        provenance_keys=[load_public_key(path).shown for path in settings.provenance_keys],
         batches=BatchStore(database),
     )
     here.loops.append(Loop("batches", Batches(here).turn, settings.batch_seconds))
@@ -127,6 +182,10 @@ class RequestId:
             return
         request_id = f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"traceparent"), None)
+        tracing.arrived(given)
+        # Until the request's task ends: also for what is logged outside of all middleware.
+        logs.bind(request_id=request_id, trace_id=tracing.trace_id(tracing.current()))
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,37 +1,32 @@
 """What routes ask for, as annotated aliases."""
 
-from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from threading import BoundedSemaphore
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
-from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.listing import PRINTABLE
-from safegraft.errors import UserError
+from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.stores.adapters import AdapterStore
+from safegraft.stores.audit import AuditLog
 from safegraft.stores.batches import BatchStore
+from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.objects import Objects
 from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.uploads import UploadStore
+from safegraft.stores.webhooks import WebhookStore
+from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
+from service.destinations import Destinations
 from service.loops import Loop
+from service.metrics import Slots
 from service.queue import Queue
 from service.settings import GatewaySettings
-
-
-async def no_files(here: "Services", asking: Principal, file_ids: list[str], name: str) -> Adapter:
-    """Stands where uploaded files are not offered."""
-    raise UserError(
-        "Uploaded files are not offered here.",
-        code="files_not_offered",
-        param="file_ids",
-        hint="Upload the adapter with POST /v1/adapters and name its id.",
-    )
+from service.validation import Validator
 
 
 @dataclass
@@ -49,10 +44,17 @@ class Services:
     queue: Queue
     dispatcher: Loop
     loops: list[Loop]
-    upload_slots: BoundedSemaphore
+    files: FileStore
+    uploads: UploadStore
+    validator: Validator
+    webhooks: WebhookStore
+    destinations: Destinations
+    sender: Loop
+    audit: AuditLog
+    provenance_keys: list[ProvenanceKey]
+    workers: WorkerStore
+    upload_slots: Slots
     batches: BatchStore
-    # Makes an adapter from uploaded files: checked, stored and recorded as by POST /v1/adapters.
-    adapter_from_files: Callable[["Services", Principal, list[str], str], Coroutine[Any, Any, Adapter]] = no_files
 
 
 async def here_(request: Request) -> Services:

@@ -11,7 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from safegraft import errors
 
@@ -43,11 +46,13 @@ STATUS_BY_CODE = {
     "upload_stalled": 408,
     "insufficient_scope": 403,
     "storage_quota_exceeded": 403,
+    "storage_unavailable": 503,
 }
 # Codes of what the framework itself refuses.
 HTTP_CODES = {
     404: "route_not_found",
     405: "method_not_allowed",
+    412: "precondition_failed",
     413: "request_too_large",
     416: "range_not_satisfiable",
 }
@@ -65,6 +70,8 @@ class RateLimited(errors.QuotaExceeded):
     default_code = "rate_limit_exceeded"
 
 
+# So many of a request's faults are told.
+MAX_ERRORS = 20
 # Seconds after which it is worth to try again; never above the 120 that clients accept.
 RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_jobs": 30}
 # OpenAI's client chooses its exception by status; its users read this.
@@ -131,11 +138,18 @@ def install(app: FastAPI) -> None:
                 return problem(status, error.code, "Something failed on our side; the request id names it in our log.")
         return problem(status, error.code, str(error), param=error.param)
 
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def away(request: Request, error: Exception) -> JSONResponse:
+        log.error("%s: the database did not answer", _named(request), exc_info=error)
+        return problem(503, "database_unavailable", "The database did not answer. Try again in a few seconds.")
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = [
             {"loc": [str(part) for part in item["loc"]], "message": item["msg"], "type": item["type"]}
-            for item in error.errors()
+            for item in error.errors()[:MAX_ERRORS]
         ]
         first = found[0]
         where = ".".join(part for part in first["loc"] if part != "body") or "body"
@@ -146,6 +160,8 @@ def install(app: FastAPI) -> None:
         code = HTTP_CODES.get(error.status_code, "http_error")
         answer = problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}.")
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["allow"] = ", ".join(sorted(_methods(app, request)))
         return answer
 
     @app.exception_handler(Exception)
@@ -155,6 +171,16 @@ def install(app: FastAPI) -> None:
         # This handler answers outside of all middleware.
         answer.headers["x-request-id"] = request.state.request_id
         return answer
+
+
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """All methods of the request's path. Starlette names those of one route, and each method here is a route."""
+    found: set[str] = set()
+    for route in app.routes:
+        matched, _ = route.matches(request.scope)
+        if matched is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return found
 
 
 def _named(request: Request) -> str:

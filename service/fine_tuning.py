@@ -19,13 +19,19 @@ from safegraft.stores.jobs import Created, Origins, hash_of
 from service.auth import Principal
 from service.dependencies import Services
 from service.submission import submit
+from service.uploads import adapter_from_files
 
 AUTO = "auto"
 # How the client named what the core names otherwise, and what it can do about it.
-PARAMS = {"adapter_id": "training_file", "file_ids": "training_file", "reference_id": "model", "name": "suffix"}
+PARAMS = {
+    "adapter_id": "training_file",
+    "file_ids": "training_file",
+    "file_id": "training_file",
+    "reference_id": "model",
+    "name": "suffix",
+}
 HINTS = {
     "reference_ambiguous": "Name one as model.",
-    "files_not_offered": "Upload the adapter with POST /v1/adapters and name its id as training_file.",
 }
 LEVELS = {"failed": "error", "requeued": "warn", "cancelling": "warn", "cancelled": "warn"}
 
@@ -62,7 +68,7 @@ def _start(
     if not body.training_file.startswith("file"):
         return _submit(here, asking, body, body.training_file, reference_id, sent, idempotency_key, retried)
     # What receives files lives on the event loop; this runs in one of its threads.
-    made = from_thread.run(here.adapter_from_files, here, asking, [body.training_file], body.suffix or "").id
+    made = from_thread.run(adapter_from_files, here, asking, [body.training_file], body.suffix or "").id
     used = None
     try:
         created = _submit(here, asking, body, made, reference_id, sent, idempotency_key, retried)

@@ -3,6 +3,7 @@
 from fastapi import FastAPI
 from pydantic import ValidationError
 
+from safegraft import logs
 from service.app import create_app
 from service.settings import GatewaySettings
 
@@ -14,4 +15,5 @@ def app() -> FastAPI:
         first = error.errors(include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
+    logs.setup(settings.log_format)
     return create_app(settings)

@@ -1,29 +1,20 @@
 """Lists in OpenAI's shape."""
 
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from safegraft.contracts.adapter import Adapter
-from safegraft.contracts.batch import BatchAdapter, RealignmentBatch
-from safegraft.contracts.fine_tuning import FineTuningCheckpoint, FineTuningEvent, FineTuningJob
-from safegraft.contracts.listing import Method, Page, Reference
-from safegraft.contracts.realignment import Event, Realignment
-
-Item = TypeVar(
-    "Item",
-    Adapter,
-    Realignment,
-    Event,
-    Reference,
-    Method,
-    RealignmentBatch,
-    BatchAdapter,
-    FineTuningJob,
-    FineTuningEvent,
-    FineTuningCheckpoint,
-)
+from safegraft.contracts.listing import Page
 
 
-def page(data: list[Item], has_more: bool) -> Page[Item]:
+class Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Identified)
+
+
+# The type is quoted: at run time pydantic would want a schema of Identified.
+def page(data: list[Item], has_more: bool) -> "Page[Item]":
     """One page of items that are in the list's order already."""
     return Page(
         data=data,

@@ -1,19 +1,26 @@
 """From a request to a queued job: what both job APIs and batches do, once."""
 
+import logging
 import re
+from collections.abc import Collection
+from dataclasses import replace
 
 from starlette.requests import Request
 
+from safegraft import logs, tracing
 from safegraft.compatibility import check_compatible
 from safegraft.contracts.methods import parameters_by_strength
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.errors import InvalidParameter
+from safegraft.stores import options, quotas
 from safegraft.stores.jobs import Created, Origins, hash_of
 from safegraft.stores.objects import describe_stored
 from service.auth import Principal
 from service.dependencies import Services
 
-METADATA = re.compile(r"metadata\[(?P<key>[^\]]{1,64})\]")
+log = logging.getLogger("safegraft.gateway")
+METADATA = re.compile(r"metadata\[(?P<key>.{1,64})\]", re.DOTALL)
+MAX_METADATA = 16
 
 
 def submit(
@@ -37,23 +44,36 @@ def submit(
         return Created(first, replayed=True)
     description = describe_stored(here.objects, here.adapters.prefix(tenant, request.adapter_id))
     if request.reference_id is None:
-        reference = here.references.choose(description)
+        preferred = options.get(here.database, options.DEFAULT_REFERENCE)
+        reference = here.references.choose(description, preferred)
     else:
         reference = here.references.get(request.reference_id)
     check_compatible(description, reference.manifest, request.method)
     _check_strengths(request)
+    if request.webhook_url is not None:
+        origins = replace(origins, webhook_endpoint_id=here.webhooks.registered(tenant, request.webhook_url))
+    _check_room(here, asking)
     own = asking.limits.max_jobs
     created = here.jobs.create(
         tenant,
         reference.id,
         request,
         idempotency_key,
-        origins=origins,
+        origins=replace(origins, traceparent=origins.traceparent or tracing.current()),
         retried=retried,
         max_open=here.settings.max_jobs_per_tenant if own is None else own,
     )
+    with logs.bound(job_id=created.job.id):
+        log.info("replayed" if created.replayed else "queued")
     here.dispatcher.wake()
     return created
+
+
+def _check_room(here: Services, asking: Principal) -> None:
+    """A job makes adapters too: who has no room left makes none. Raises QuotaExceeded."""
+    quota = here.settings.max_bytes_per_tenant if asking.limits.max_bytes is None else asking.limits.max_bytes
+    if quotas.room(here.database, asking.tenant, quota) == 0:
+        raise quotas.no_room(1, 0, quota)
 
 
 def _check_strengths(request: RealignmentCreate) -> None:
@@ -69,15 +89,26 @@ def _check_strengths(request: RealignmentCreate) -> None:
     parameters_by_strength(request.method, request.strengths)
 
 
-def metadata_filters(request: Request) -> dict[str, str]:
-    """`?metadata[team]=a&metadata[run]=7` as a mapping. Raises InvalidParameter."""
+def metadata_filters(request: Request, besides: Collection[str] = ()) -> dict[str, str]:
+    """`?metadata[team]=a&metadata[run]=7` as a mapping; besides: names that mean something else.
+
+    Raises InvalidParameter.
+    """
     found: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
+        if not name.startswith("metadata") or name in besides:
+            continue
         match = METADATA.fullmatch(name)
-        if match:
-            if match["key"] in found:
-                raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
-            found[match["key"]] = value
+        if match is None:
+            # Ignored, it would answer with everything.
+            raise InvalidParameter(
+                f"{name[:80]!r} is no filter.", code="bad_filter", param="metadata", hint="Write metadata[key]=value."
+            )
+        if match["key"] in found:
+            raise InvalidParameter(f"{name} is given twice.", code="duplicate_filter", param=name)
+        found[match["key"]] = value
     if any("\0" in key + value for key, value in found.items()):
         raise InvalidParameter("A filter holds a NUL character.", code="bad_filter", param="metadata")
+    if len(found) > MAX_METADATA:
+        raise InvalidParameter(f"A job has at most {MAX_METADATA} metadata.", code="bad_filter", param="metadata")
     return found

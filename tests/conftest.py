@@ -1,12 +1,50 @@
 """What every test may ask for: a tiny model, its aligned adapter, and a reference built from them as users build it."""
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import scaled
+
 if TYPE_CHECKING:
     from safegraft.engine.reference import LoadedReference
+
+
+@pytest.fixture(autouse=True)
+def installation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On the scaled backend: settings that a test makes in this process name a database and a prefix of its own."""
+    if not scaled.SCALED or "tmp_path" not in request.fixturenames:
+        yield
+        return
+    # Not the fixture of that name, which tests undo.
+    with pytest.MonkeyPatch.context() as patch, scaled.disposed_engines():
+        for name, value in scaled.environment(request.getfixturevalue("tmp_path")).items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="session")
+def storage_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """Places for bytes on a real S3 server, a new one with each call, on either backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        count = 0
+
+        def place(root: str) -> str:
+            nonlocal count
+            count += 1
+            return f"{root}/place{count}"
+
+        if scaled.SCALED:
+            yield lambda: place(os.environ["SAFEGRAFT_TEST_STORAGE_URL"])
+            return
+        with scaled.s3_server() as aws:
+            for name, value in aws.items():
+                patch.setenv(name, value)
+            root = scaled.make_bucket(aws["AWS_ENDPOINT_URL"], "places")
+            yield lambda: place(root)
 
 
 @pytest.fixture(scope="session")

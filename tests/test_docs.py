@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import load
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -32,3 +34,16 @@ def test_the_tables_of_methods_are_those_that_were_measured(compare: Any, tmp_pa
     assert (tmp_path / "methods.md").read_text(encoding="utf-8") == shown
     for rows in results.values():
         assert list(rows) == [compare.ALIGNED, compare.BEFORE, *compare.ROWS]
+
+
+def test_the_load_of_operations_is_that_which_was_measured() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "load.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert load.table(result) in page
+    assert result["machine"] in page
+    # What the page promises.
+    assert result["failed"] == []
+    assert result["checked"] == result["arrived"] == result["uploads"] // 2
+    assert result["objects_without_a_record"] == len(result["left_in_scratch"]) == 0
+    assert result["health_p99_ms"] < 250
+    assert result["gateway_resident_mb_peak"] < 300

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from safegraft.errors import Conflict, InvalidParameter
-from safegraft.launch import check_port, locked
+from safegraft.launch import check_port, find_broker, locked
 from tests.service.conftest import SAFEGRAFT, Running, finished, free_port, start, upload
 
 ANALYZE = {"method": {"type": "gram"}, "mode": "analyze"}
@@ -101,7 +101,8 @@ def test_whatever_part_is_killed_comes_back_and_jobs_complete(running: Running, 
     ids = []
     with running.client() as client:
         adapter_id = upload(client, fresh)["id"]
-        for word in ("valkey", "uvicorn", "celery"):
+        broker = "redis" if "redis" in find_broker().name else "valkey"  # whichever this machine has
+        for word in (f"{broker}-server", "uvicorn", "celery"):
             ids += [order(client, adapter_id) for _ in range(2)]
             killed = pid(running.data, word)
             os.kill(killed, signal.SIGKILL)

@@ -1,9 +1,11 @@
 """The one task: claim → fetch → realign → render → publish, under a heartbeat."""
 
+import contextvars
 import logging
 import os
 import socket
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,29 +17,55 @@ from typing import Any
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import Task, shared_task
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.signals import task_failure, worker_init, worker_process_init
+from celery.signals import (
+    celeryd_after_setup,
+    setup_logging,
+    task_failure,
+    worker_init,
+    worker_process_init,
+    worker_process_shutdown,
+    worker_ready,
+    worker_shutdown,
+)
 
+from safegraft import logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.methods import strength_name
 from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.report import Report
+from safegraft.dsse import load_signing_key
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
+from safegraft.files import sha256_file
 from safegraft.ids import new_id
+from safegraft.provenance import (
+    PROVENANCE,
+    REPORT,
+    Invocation,
+    input_digests,
+    make_statement,
+    record_digests,
+    write_provenance,
+)
 from safegraft.records import adapter_record
 from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, result_prefix
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import open_references
+from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
 
 log = logging.getLogger("safegraft.worker")
+
+
+# What killed processes left in scratch this long ago is nobody's.
+SCRATCH_SECONDS = 24 * 3600.0
 
 
 def worker_name() -> str:
@@ -58,6 +86,8 @@ def _parent() -> int:
 class Cancelled(Exception):
     """The client asked for the job to stop."""
 
+    fault = "user"
+
 
 class Bench:
     """What one pool process keeps between jobs: stores, and the references in memory."""
@@ -65,10 +95,16 @@ class Bench:
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
         database = open_database(settings.database)
-        self.jobs = JobStore(database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        self.jobs = JobStore(
+            database,
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            retention=settings.retention_seconds,
+        )
         self.adapters = AdapterStore(database)
         self.objects = open_objects(settings)
-        self.registry = ReferenceRegistry(settings.references)
+        self.registry = open_references(settings, self.objects)
+        self.signer = load_signing_key(settings.signing_key) if settings.signing_key is not None else None
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
 
     def warm(self) -> None:
@@ -82,13 +118,17 @@ class Bench:
         """From memory, or verified and loaded; the one that was not used for longest makes room."""
         if reference_id not in self._loaded:
             try:
-                folder = self.registry.get(reference_id).folder
+                folder = self.registry.folder(reference_id)
             except NotFound as error:
                 # It was there when the job was accepted: the operator's move, not the customer's.
                 raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
             while len(self._loaded) >= self.settings.loaded_references:
                 self._loaded.popitem(last=False)
-            self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            try:
+                self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+            except CorruptReference:
+                self.registry.discard_copy(reference_id)
+                raise
             log.info("%s loaded", reference_id)
         self._loaded.move_to_end(reference_id)
         return self._loaded[reference_id]
@@ -97,14 +137,17 @@ class Bench:
 class Heartbeat:
     """Renews a job's lease from a thread and carries its progress; `report` raises where the work must stop."""
 
-    def __init__(self, jobs: JobStore, claim: Claim, period: float) -> None:
+    def __init__(self, jobs: JobStore, claim: Claim, period: float, attempt: tracing.Attempt) -> None:
         self._jobs = jobs
         self._claim = claim
         self._period = period
+        self._attempt = attempt
         self._progress = Progress(stage="fetch", done=0, total=0)
         self._cancelled = self._lost = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        # With the context of the job, so that its log lines name it.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Heartbeat":
         self._thread.start()
@@ -118,6 +161,7 @@ class Heartbeat:
 
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Notes where the work is. Raises Cancelled or LostLease."""
+        self._attempt.stage(stage)
         self._progress = Progress(stage=stage, done=done, total=total)
         if self._lost:
             raise LostLease(f"{self._claim.id}: attempt {self._claim.attempt} was taken over.")
@@ -158,10 +202,46 @@ def realign_job(task: BenchTask, job_id: str) -> None:
     run_job(task.bench, job_id)
 
 
+@setup_logging.connect
+def configure_logging(**_: Any) -> None:
+    """In every process of the worker, instead of Celery's own handlers."""
+    logs.setup(WorkerSettings().log_format)
+
+
+@celeryd_after_setup.connect
+def quiet_spawning(**_: Any) -> None:
+    """In the parent: else its children, before they have set up their logging, say in text that they were spawned."""
+    os.environ["_MP_FORK_LOGLEVEL_"] = ""  # billiard's
+
+
 @worker_process_init.connect
 def warm(**_: Any) -> None:
     """Loads the references before the first job, in the pool process."""
+    tracing.start("safegraft-worker")
     realign_job.bench.warm()
+
+
+@worker_process_shutdown.connect
+def send_traces(**_: Any) -> None:
+    """In a pool process that ends by itself: what was not sent yet."""
+    tracing.stop()
+
+
+_presence: list[Presence] = []
+
+
+@worker_ready.connect
+def arrive(sender: Any = None, **_: Any) -> None:
+    """In the parent, once it takes messages: the worker is on the list."""
+    _presence.append(Presence(WorkerSettings(), worker_name(), sender))
+    _presence[-1].start()
+
+
+@worker_shutdown.connect
+def depart(**_: Any) -> None:
+    """In the parent, when it has stopped."""
+    while _presence:
+        _presence.pop().stop()
 
 
 @task_failure.connect
@@ -175,8 +255,11 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 
 
 @worker_init.connect
-def recover(**_: Any) -> None:
+def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
+    open_objects(WorkerSettings()).sweep(SCRATCH_SECONDS)
+    if WorkerSettings().log_format == "json":
+        sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
         with _job_store() as jobs:
             for job_id in jobs.release_all(worker_name(), "Its worker was killed."):
@@ -189,7 +272,12 @@ def _job_store() -> Iterator[JobStore]:
     settings = WorkerSettings()
     engine = open_database(settings.database)
     try:
-        yield JobStore(engine, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+        yield JobStore(
+            engine,
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            retention=settings.retention_seconds,
+        )
     finally:
         engine.dispose()
 
@@ -199,11 +287,24 @@ def run_job(bench: Bench, job_id: str) -> None:
     claim = bench.jobs.claim(job_id, worker_name())
     if claim is None:
         log.info("%s: nothing to do", job_id)
+        # Where this worker is draining the job still waits: another one hears of it in the dispatcher's next turn.
+        bench.jobs.unannounce([job_id])
         return
+    with logs.bound(job_id=job_id, attempt=claim.attempt, trace_id=tracing.trace_id(claim.traceparent)):
+        _run_claimed(bench, claim)
+
+
+def _run_claimed(bench: Bench, claim: Claim) -> None:
+    job_id = claim.id
     log.info("%s: attempt %d", job_id, claim.attempt)
+    began = time.monotonic()
     try:
-        with Heartbeat(bench.jobs, claim, bench.settings.lease_seconds / 4) as beat:
+        with (
+            tracing.Attempt(claim.traceparent, job_id, claim.attempt) as attempt,
+            Heartbeat(bench.jobs, claim, bench.settings.lease_seconds / 4, attempt) as beat,
+        ):
             _attempt(bench, claim, beat)
+        log.info("%s: succeeded in %.3f s", job_id, time.monotonic() - began)
     except UserError as error:
         log.info("%s: %s %s", job_id, error.code, error)
         bench.jobs.fail(job_id, claim.attempt, error)
@@ -221,11 +322,14 @@ def run_job(bench: Bench, job_id: str) -> None:
 
 
 def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
+    started = time.time()
     beat.report("fetch")
+    began = time.monotonic()
     reference = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
     with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
         patching = claim.request.mode == "patch"
+        fetched = time.monotonic()
         report = realign(
             desk.adapter,
             reference,
@@ -237,13 +341,24 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
             progress=beat.report,
         )
         beat.report("publish")
+        publishing = time.monotonic()
         render(report, desk.report / "report")
-        _publish(bench, claim, desk, customer, report)
+        timings = {**report.timings, "fetch": fetched - began, "render": time.monotonic() - publishing}
+        _publish(bench, claim, desk, customer, report, timings, started)
 
 
-def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, report: Report) -> None:
+def _publish(
+    bench: Bench,
+    claim: Claim,
+    desk: Workspace,
+    customer: Adapter,
+    report: Report,
+    timings: dict[str, float],
+    started: float,
+) -> None:
     prefix = result_prefix(claim.tenant, claim.id, claim.attempt)
     published: list[tuple[Adapter, str, str]] = []
+    began = time.monotonic()
     strengths = [variant.strength for variant in report.variants]
     try:
         if report.mode == "patch":
@@ -253,11 +368,13 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
         if names:
             bench.objects.publish(side_cars, f"{prefix}/side_car")
+        _attest(bench, claim, desk, [adapter for adapter, _, _ in published], report, started)
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
         bench.objects.remove(prefix)
         raise
+    timings = {**timings, "publish": time.monotonic() - began}
     # The commit point: files without this row are never shown, and this row is only written once.
     if not bench.jobs.succeed(
         claim.id,
@@ -267,9 +384,28 @@ def _publish(bench: Bench, claim: Claim, desk: Workspace, customer: Adapter, rep
         side_cars=names,
         summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
+        method=report.method.type,
+        timings=timings,
     ):
         bench.objects.remove(prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
+
+
+def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], report: Report, started: float) -> None:
+    """Writes the result's provenance beside its report."""
+    names = [strength_name(variant.strength) for variant in report.variants] or [""]
+    outputs: dict[str, str] = {}
+    for adapter, name in zip(made, names, strict=False):  # none was made where the job only measured
+        outputs |= record_digests(adapter.files, name)
+    statement = make_statement(
+        report,
+        bench.reference(claim.reference_id).manifest,
+        invocation=Invocation(id=f"{claim.id}/{claim.attempt}", builder=bench.settings.builder_id, started=started),
+        outputs=outputs,
+        inputs=input_digests(desk.adapter, report),
+        report_sha256=sha256_file(desk.report / REPORT),
+    )
+    write_provenance(statement, desk.report / PROVENANCE, bench.signer)
 
 
 def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how: str) -> tuple[Adapter, str, str]:

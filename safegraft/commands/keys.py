@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
+from safegraft.commands.audit import audited
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.keys import DEFAULT_TENANT, Scope
 from safegraft.errors import InvalidParameter
@@ -16,6 +19,8 @@ from safegraft.vault import open_vault
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+WIDE = 240
+LONGEST = 5200 * UNITS["w"]  # a hundred years; far more could not be shown as a date
 
 
 @app.command("create")
@@ -35,10 +40,12 @@ def create(
 ) -> None:
     """Makes a key and shows it, this once."""
     key, text = _store(data).create(tenant, name=name, scopes=parse_scopes(scopes), seconds=parse_span(expires))
+    audited(settings_for(data), "keys.create", key.id, tenant=key.tenant)
     if as_json:
         print_json({**key.model_dump(mode="json"), "key": text})
         return
-    err.print(f"{key.id} for {key.tenant}, {', '.join(key.scopes)}. Keep it: it is not shown again.", highlight=False)
+    whose = f"{key.id} for {key.tenant}, {', '.join(key.scopes)}."
+    err.print(f"{whose} Keep it: it is not shown again.", highlight=False, soft_wrap=True)
     out.print(text, highlight=False, soft_wrap=True)
 
 
@@ -53,17 +60,25 @@ def list_(
     if as_json:
         print_json([key.model_dump(mode="json") for key in keys])
         return
-    table = Table("id", "tenant", "name", "begins", "scopes", "made", "expires", "revoked", "last used", box=None)
+    # The id is never cut off: `revoke` asks for it. Nothing is where no terminal's width is to be kept to.
+    identity = Column("id", min_width=32, no_wrap=True)
+    table = Table(identity, "tenant", "name", "begins", "scopes", "made", "expires", "revoked", "last used", box=None)
     for key in keys:
         times = (key.created_at, key.expires_at, key.revoked_at, key.last_used_at)
-        table.add_row(key.id, key.tenant, key.name, f"{key.hint}…", ",".join(key.scopes), *map(_when, times))
-    out.print(table)
+        table.add_row(key.id, key.tenant, Text(key.name), f"{key.hint}…", ",".join(key.scopes), *map(_when, times))
+    (out if out.is_terminal else Console(width=WIDE)).print(table)
 
 
 @app.command("revoke")
-def revoke(key_id: Annotated[str, typer.Argument(help="The key's id, key_…")], data: Data = Path("var")) -> None:
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id, key_…")], data: Data = Path("var"), as_json: Json = False
+) -> None:
     """Ends a key. A gateway may accept it for some seconds more (SAFEGRAFT_KEY_CACHE_SECONDS)."""
     key = _store(data).revoke(key_id)
+    audited(settings_for(data), "keys.revoke", key.id, tenant=key.tenant)
+    if as_json:
+        print_json(key.model_dump(mode="json"))
+        return
     err.print(f"{key.id} of {key.tenant} is revoked.", highlight=False)
 
 
@@ -83,8 +98,10 @@ def parse_span(text: str) -> float | None:
     if not text:
         return None
     match = re.fullmatch(r"([0-9]{1,6})([mhdw])", text)
-    if match is None or int(match[1]) == 0:
-        raise InvalidParameter(f"{text!r} is no span of time.", param="--expires", hint="For example 12h, 30d or 8w.")
+    if match is None or not 0 < int(match[1]) * UNITS[match[2]] <= LONGEST:
+        raise InvalidParameter(
+            f"{text!r} is no span of time.", param="--expires", hint="For example 12h, 30d or 8w; at most 5200w."
+        )
     return float(int(match[1]) * UNITS[match[2]])
 
 

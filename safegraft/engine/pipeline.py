@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
+import safetensors
 import torch
 from torch import Tensor
 
@@ -144,6 +146,17 @@ def realign(
         folder, description, reference, list(variants.values()), kinship, recommendation, runs, unreached, side_cars,
         patched=out is not None, output_rank=output_rank, dropped_files=dropped_files, timings=clock.laps,
     )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the bytes of a result."""
+    return {
+        "safegraft": safegraft.__version__,
+        "torch": torch.__version__,
+        "safetensors": safetensors.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def side_car_folder(out: Path) -> Path:
@@ -453,11 +466,7 @@ def _report(
         dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
         warnings=_warnings(runs, unreached, description, reference, patched=patched),
         environment=Environment(
-            versions={
-                "safegraft": safegraft.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            versions=versions(),
             device=reference.device,
             dtype=description.dtype,
         ),

@@ -1,18 +1,14 @@
 """Runs the realignment that a report describes again, and says whether the same bytes come out."""
 
-import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-import safegraft
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.bundle import read_manifest
 from safegraft.contracts.report import Report
-from safegraft.engine.pipeline import realign
+from safegraft.engine.pipeline import realign, versions
 from safegraft.engine.reference import LoadedReference
 from safegraft.files import sha256_file
 
@@ -34,7 +30,7 @@ def rerun(
 ) -> Rerun:
     """Compares input, reference, measurements and output. Bytes are promised for one device type and torch version."""
     found = Rerun()
-    here = {"safegraft": safegraft.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    here = versions()
     for name, version in claimed.environment.versions.items():
         if here.get(name) != version:
             found.differences.append(f"{name} {version} ran then, {here.get(name)} runs now.")

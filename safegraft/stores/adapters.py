@@ -7,18 +7,30 @@ from sqlalchemy.engine import Connection, Engine, Row
 
 from safegraft.contracts.adapter import Adapter
 from safegraft.errors import Conflict, NotFound
+from safegraft.stores import totals
 from safegraft.stores.database import adapters, reading, realignments
+from safegraft.stores.quotas import claim_room
 
 
 class AdapterStore:
     """Raises NotFound for ids that are not the tenant's."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, retention: float = 0.0) -> None:
+        """retention: seconds for which an adapter is kept; 0: for ever."""
         self._engine = engine
+        self._retention = retention
 
-    def add(self, adapter: Adapter, tenant: str, prefix: str) -> None:
+    def add(self, adapter: Adapter, tenant: str, prefix: str, *, max_bytes: int = 0) -> Adapter:
+        """Adds what was received; returns it with the time of its end.
+
+        max_bytes: what the tenant may store in all; 0: no limit. Raises QuotaExceeded.
+        """
+        adapter = expiring(adapter, self._retention)
         with self._engine.begin() as connection:
+            claim_room(connection, tenant, adapter.bytes, max_bytes)
             insert_adapter(connection, adapter, tenant, prefix)
+            totals.add(connection, "bytes_received", value=adapter.bytes)
+        return adapter
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         with reading(self._engine) as connection:
@@ -44,21 +56,7 @@ class AdapterStore:
         Raises Conflict (`adapter_in_use`) while a job that reads it is queued or running.
         """
         with self._engine.begin() as connection:
-            row = _find(connection, tenant, adapter_id)
-            busy = connection.execute(
-                select(realignments.c.id).where(
-                    realignments.c.adapter_id == adapter_id, realignments.c.state.in_(("queued", "running"))
-                )
-            ).first()
-            if busy is not None:
-                raise Conflict(
-                    f"{adapter_id} is being read by {busy.id}.",
-                    code="adapter_in_use",
-                    param="adapter_id",
-                    hint="Cancel that realignment or wait for its end.",
-                )
-            connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
-            return str(row.prefix)
+            return remove_adapter(connection, tenant, adapter_id)
 
 
 def insert_adapter(connection: Connection, adapter: Adapter, tenant: str, prefix: str) -> None:
@@ -74,6 +72,32 @@ def insert_adapter(connection: Connection, adapter: Adapter, tenant: str, prefix
             body=adapter.model_dump(mode="json"),
         )
     )
+
+
+def expiring(adapter: Adapter, retention: float) -> Adapter:
+    """The record with the time of its end, `retention` seconds after it was made; 0: as it is."""
+    if not retention:
+        return adapter
+    return adapter.model_copy(update={"expires_at": int(adapter.created_at + retention)})
+
+
+def remove_adapter(connection: Connection, tenant: str, adapter_id: str) -> str:
+    """`AdapterStore.delete` within a transaction of the caller's."""
+    row = _find(connection, tenant, adapter_id)
+    busy = connection.execute(
+        select(realignments.c.id).where(
+            realignments.c.adapter_id == adapter_id, realignments.c.state.in_(("queued", "running"))
+        )
+    ).first()
+    if busy is not None:
+        raise Conflict(
+            f"{adapter_id} is being read by {busy.id}.",
+            code="adapter_in_use",
+            param="adapter_id",
+            hint="Cancel that realignment or wait for its end.",
+        )
+    connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+    return str(row.prefix)
 
 
 def _find(connection: Connection, tenant: str, adapter_id: str) -> Row[Any]:

@@ -31,7 +31,7 @@ from safegraft.contracts.batch import (
     RealignmentBatch,
 )
 from safegraft.contracts.realignment import Failure
-from safegraft.errors import Conflict, InvalidParameter, NotFound, TooLarge
+from safegraft.errors import Conflict, InvalidParameter, NotFound, QuotaExceeded, TooLarge
 from safegraft.ids import new_id
 from safegraft.stores import outbox
 from safegraft.stores.database import (
@@ -43,7 +43,10 @@ from safegraft.stores.database import (
     realignments,
     webhook_endpoints,
 )
-from safegraft.stores.jobs import hash_of
+from safegraft.stores.jobs import has_metadata, hash_of
+
+# Of one tenant. Each is looked after every second.
+MAX_OPEN = 20
 
 # How many parameters one statement may have: SQLite's limit is 32,766, an old one's 999.
 CHUNK = 500
@@ -110,6 +113,11 @@ class BatchStore:
     def _add(
         self, connection: Connection, tenant: str, request: BatchCreate, idempotency_key: str | None, sent: str
     ) -> RealignmentBatch:
+        open_ = select(func.count()).where(batches.c.tenant == tenant, batches.c.state.in_(("canary", "running")))
+        if connection.execute(open_).scalar_one() >= MAX_OPEN:
+            raise QuotaExceeded(
+                f"{MAX_OPEN} batches are under way already.", code="too_many_batches", hint="Wait until one has ended."
+            )
         chosen = _chosen(connection, tenant, request)
         batch_id = new_id("rbt")
         # By chance, and the same whenever it is asked: the order of ids is that of age, and old adapters are no sample.
@@ -333,6 +341,11 @@ class BatchStore:
                 c.state.in_(("queued", "running")),
                 c.cancel_requested == 0,
                 batches.c.state.in_(("stopped", "cancelled")),
+                # Not one that had ended with the batch and that an operator has queued again.
+                ~exists().where(
+                    batch_adapters.c.realignment_id == c.id,
+                    batch_adapters.c.state.in_(("succeeded", "failed", "cancelled")),
+                ),
             )
             .limit(limit)
         )
@@ -399,7 +412,8 @@ def _selected(connection: Connection, tenant: str, reference_id: str, wanted: Ba
         query = query.where(c.reference_id == wanted.previous_reference_id)
     if wanted.metadata:
         any_ = realignments.alias()
-        values = [any_.c.request[("metadata", key)].as_string() == value for key, value in wanted.metadata.items()]
+        dialect = connection.dialect.name
+        values = [has_metadata(dialect, any_.c.request, key, value) for key, value in wanted.metadata.items()]
         query = query.where(
             exists().where(any_.c.adapter_id == adapters.c.id, any_.c.tenant == tenant, any_.c.state == "succeeded")
             .where(*values)

@@ -22,10 +22,13 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
+    inspect,
 )
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
+
+from safegraft.errors import SystemFault
 
 metadata = MetaData()
 CREATING = 0x5AFE62AF7  # any number that no other program locks
@@ -79,6 +82,9 @@ realignments = Table(
     Index("realignments_by_tenant", "tenant", "id"),
     Index("realignments_due", "state", "next_at"),
     Index("realignments_by_batch", "batch_id"),
+    # Asked with every new job: how many are open, and was this sent before. By the tenant alone it would read them all.
+    Index("realignments_by_state", "tenant", "state", "id"),
+    Index("realignments_by_request", "tenant", "request_hash", "idempotency_key", "id"),
     Index("realignments_expiring", "expires_at"),
 )
 
@@ -151,6 +157,7 @@ upload_parts = Table(
     Column("sha256", String(64)),  # null: sent past the gateway, to a presigned address
     Column("created_at", Float, nullable=False),
     Index("upload_parts_by_upload", "upload_id", "id"),
+    Index("upload_parts_by_tenant", "tenant"),
 )
 
 files = Table(
@@ -175,6 +182,7 @@ webhook_endpoints = Table(
     Column("id", String(64), primary_key=True),
     Column("tenant", String(40), nullable=False),
     Column("url", String(2000), nullable=False),
+    Column("name", String(100), nullable=False, default=""),
     Column("events", JSON, nullable=False),  # types that it hears of
     Column("secret", String(500), nullable=False),  # sealed
     Column("previous_secret", String(500)),  # sealed; signs as well until previous_until
@@ -182,6 +190,7 @@ webhook_endpoints = Table(
     Column("created_at", Float, nullable=False),
     Column("disabled_at", Float),
     Column("disabled_reason", String(200)),
+    Column("failing_since", Float),  # the first failure since something was delivered
     Index("webhook_endpoints_by_tenant", "tenant", "id"),
 )
 
@@ -195,10 +204,13 @@ webhook_deliveries = Table(
     Column("type", String(60), nullable=False),
     Column("payload", JSON, nullable=False),
     Column("state", String(16), nullable=False),  # pending delivered failed
-    Column("attempts", Integer, nullable=False, default=0),
+    Column("attempts", Integer, nullable=False, default=0),  # only grows: the fencing token of who sends
+    Column("step", Integer, nullable=False, default=0),  # failures since the first try or the last replay
     Column("next_at", Float),
+    Column("lease_until", Float),  # somebody is sending it until then
     Column("last_status", Integer),
     Column("last_error", String(300)),
+    Column("history", JSON),  # contracts.webhooks.WebhookAttempt of the last attempts
     Column("created_at", Float, nullable=False),
     Column("finished_at", Float),
     Index("webhook_deliveries_due", "state", "next_at"),
@@ -287,6 +299,38 @@ options = Table(
 )
 
 
+AUDIT_SQLITE = (
+    """CREATE TRIGGER IF NOT EXISTS audit_no_update BEFORE UPDATE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    """CREATE TRIGGER IF NOT EXISTS audit_no_delete BEFORE DELETE ON audit
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+    # INSERT OR REPLACE deletes without the trigger above.
+    """CREATE TRIGGER IF NOT EXISTS audit_no_replace BEFORE INSERT ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE sequence = NEW.sequence)
+    BEGIN SELECT RAISE(ABORT, 'audit rows are only ever added'); END""",
+)
+AUDIT_POSTGRES = (
+    """CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger LANGUAGE plpgsql AS
+    $$ BEGIN RAISE EXCEPTION 'audit rows are only ever added'; END $$""",
+    """CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
+    FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()""",
+)
+AUDIT_GUARDED = "SELECT 1 FROM pg_trigger WHERE tgname = 'audit_append_only' AND tgrelid = 'audit'::regclass"
+
+
+@event.listens_for(metadata, "after_create")
+def _guard_audit(target: Any, connection: Connection, **_: Any) -> None:
+    """At every opening, not only when the table is made: databases that are older than the triggers get them too."""
+    if connection.dialect.name == "sqlite":
+        statements: tuple[str, ...] = AUDIT_SQLITE
+    elif connection.exec_driver_sql(AUDIT_GUARDED).first() is None:
+        statements = AUDIT_POSTGRES
+    else:
+        return  # making it again would wait for every transaction that uses the table
+    for statement in statements:
+        connection.exec_driver_sql(statement)
+
+
 class now(FunctionElement[float]):
     """Seconds since 1970 by the database's clock."""
 
@@ -323,7 +367,22 @@ def open_database(url: str) -> Engine:
             # Gateway and workers start together, and "create if it is not there" is no single step on Postgres.
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATING})")
         metadata.create_all(connection)
+        _same_columns(connection)
     return engine
+
+
+def _same_columns(connection: Connection) -> None:
+    """Raises SystemFault (`schema_mismatch`) for the database of another version: its tables are not altered."""
+    inspector = inspect(connection)
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        missing = sorted({column.name for column in table.columns} - there)
+        if missing:
+            raise SystemFault(
+                f"The database was made by another version: {table.name} lacks {', '.join(missing)}.",
+                code="schema_mismatch",
+                hint="Begin with a new database, or go back to the version that made this one.",
+            )
 
 
 @contextmanager

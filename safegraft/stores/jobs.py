@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, and_, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 
@@ -37,8 +37,9 @@ from safegraft.contracts.report import Summary
 from safegraft.errors import Conflict, LostLease, NotFound, QuotaExceeded, SafegraftError
 from safegraft.ids import new_id
 from safegraft.stores import outbox, totals
-from safegraft.stores.adapters import insert_adapter
-from safegraft.stores.database import events, now, reading, realignments
+from safegraft.stores.adapters import expiring, insert_adapter, remove_adapter
+from safegraft.stores.database import adapters, events, now, reading, realignments, workers
+from safegraft.stores.objects import job_prefix
 
 # A queued job is announced again after this long, doubled each time up to a limit: a lost message costs seconds.
 FIRST_REPEAT, LAST_REPEAT = 10.0, 40.0
@@ -47,9 +48,13 @@ FAULT_PAUSE = 5.0
 WAITING = {"stage": "waiting", "done": 0, "total": 0}
 # OpenAI's client sends a POST again without a key of idempotency; what it sends within this time is the same job.
 RETRY_WINDOW = 1800.0
+# The largest number that the events' sequence can hold; Postgres refuses to compare with a larger one.
+LAST_EVENT = 2**31 - 1
 # How a job's time is shared among its stages, roughly: what an estimate of its end needs.
 STAGES = {"fetch": 0.05, "compare": 0.3, "score": 0.15, "patch": 0.4, "publish": 0.1}
 Api = Literal["realignments", "fine_tuning"]
+# The event of an operator's requeue.
+REVIVED = "revived"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,14 @@ class Claim:
     reference_id: str
     request: RealignmentCreate
     traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What a deleted job leaves among the objects: all below `prefix` is nobody's, but for what is below `kept`."""
+
+    prefix: str
+    kept: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -104,8 +117,10 @@ class Filters:
 class JobStore:
     """Jobs and their events. Raises NotFound for ids that are not the tenant's."""
 
-    def __init__(self, engine: Engine, *, lease_seconds: float, max_attempts: int) -> None:
+    def __init__(self, engine: Engine, *, lease_seconds: float, max_attempts: int, retention: float = 0.0) -> None:
+        """retention: seconds after its end for which a job, and the adapters it made, are kept; 0: for ever."""
         self._engine = engine
+        self._retention = retention
         self._lease = lease_seconds
         self._max_attempts = max_attempts
 
@@ -155,8 +170,10 @@ class JobStore:
             with self._engine.begin() as connection:
                 if retried or max_open:
                     _one_at_a_time(connection, tenant)
-                if retried and (first_id := _sent_before(connection, tenant, sent, origins.api)):
-                    return Created(_shown(_find(connection, tenant, first_id)), replayed=True)
+                # With a key it is the key that tells: another key's job is another order, however alike.
+                alike = _sent_before(connection, tenant, sent, origins.api) if retried and not idempotency_key else None
+                if alike is not None:
+                    return Created(_shown(_find(connection, tenant, alike)), replayed=True)
                 if max_open and _open(connection, tenant) >= max_open:
                     raise QuotaExceeded(
                         f"{max_open} jobs are queued or running already.",
@@ -219,7 +236,9 @@ class JobStore:
         filters: Filters = Filters(),
     ) -> tuple[list[Realignment], bool]:
         """Newest first; and whether there are more."""
-        query = select(realignments).where(realignments.c.tenant == tenant, *_narrowed(filters))
+        query = select(realignments).where(
+            realignments.c.tenant == tenant, *_narrowed(filters, self._engine.dialect.name)
+        )
         if after is not None:
             query = query.where(realignments.c.id < after)
         with reading(self._engine) as connection:
@@ -231,7 +250,7 @@ class JobStore:
         with self._engine.begin() as connection:
             row = _find(connection, tenant, job_id, lock=True)
             if row.state == "queued":
-                _end(connection, realignments.c.state == "queued", job_id, "cancelled")
+                _end(connection, realignments.c.state == "queued", job_id, "cancelled", expires_at=self._expiry())
                 _note(connection, job_id, "cancelled", "Cancelled before it started.")
             elif row.state == "running" and not row.cancel_requested:
                 connection.execute(update(realignments).where(realignments.c.id == job_id).values(cancel_requested=1))
@@ -244,7 +263,7 @@ class JobStore:
             _find(connection, tenant, job_id)
             rows = connection.execute(
                 select(events)
-                .where(events.c.realignment_id == job_id, events.c.sequence > after)
+                .where(events.c.realignment_id == job_id, events.c.sequence > min(after, LAST_EVENT))
                 .order_by(events.c.sequence)
                 .limit(limit)
             ).all()
@@ -254,7 +273,7 @@ class JobStore:
         """The job's events with a sequence number below `before`, newest first."""
         query = select(events).where(events.c.realignment_id == job_id)
         if before is not None:
-            query = query.where(events.c.sequence < before)
+            query = query.where(events.c.sequence < min(before, LAST_EVENT))
         with reading(self._engine) as connection:
             _find(connection, tenant, job_id)
             rows = connection.execute(query.order_by(events.c.sequence.desc()).limit(limit)).all()
@@ -269,14 +288,26 @@ class JobStore:
         """
         c = realignments.c
         is_due = and_(c.state == "queued", c.next_at <= now())
-        # In turns: a tenant's second job comes after everybody's first.
+        # In turns: a tenant's second job comes after everybody's first. What it has announced or running counts, or who
+        # came first with a thousand jobs would get every place that comes free.
+        has = or_(c.state == "running", and_(c.state == "queued", c.announced > 0, c.next_at > now()))
+        busy = select(c.tenant, func.count().label("number")).where(has).group_by(c.tenant).subquery()
         turn = func.row_number().over(partition_by=c.tenant, order_by=(c.next_at, c.id)).label("turn")
-        queue = select(c.id, turn, c.next_at).where(is_due).subquery()
-        first = select(queue.c.id).order_by(queue.c.turn, queue.c.next_at, queue.c.id).limit(limit)
+        queue = select(c.id, c.tenant, turn, c.next_at).where(is_due).subquery()
+        first = (
+            select(queue.c.id)
+            .outerjoin(busy, busy.c.tenant == queue.c.tenant)
+            .order_by(queue.c.turn + func.coalesce(busy.c.number, 0), queue.c.next_at, queue.c.id)
+            .limit(limit)
+        )
+        with reading(self._engine) as connection:  # the long part; nobody has to wait for it
+            chosen = list(connection.execute(first).scalars())
+        if not chosen:
+            return []
         with self._engine.begin() as connection:
             rows = connection.execute(
                 select(c.id, c.announced)
-                .where(c.id.in_(list(connection.execute(first).scalars())), is_due)
+                .where(c.id.in_(chosen), is_due)
                 .with_for_update(skip_locked=True)  # Postgres: two gateways share the work instead of doubling it
             ).all()
             for row in rows:
@@ -286,7 +317,7 @@ class JobStore:
                     .where(realignments.c.id == row.id, realignments.c.state == "queued")
                     .values(next_at=now() + pause, announced=row.announced + 1)
                 )
-        return [row.id for row in rows]
+        return sorted((row.id for row in rows), key=chosen.index)
 
     def unannounce(self, job_ids: list[str]) -> None:
         """Makes jobs due again whose announcement could not be sent: their pauses are for messages that got lost."""
@@ -321,11 +352,14 @@ class JobStore:
     # What the worker asks
 
     def claim(self, job_id: str, worker: str) -> Claim | None:
-        """Makes a queued job this worker's; None where it is not queued (any more), and the message is dropped."""
+        """Makes a queued job this worker's; None where it is not queued (any more), and the message is dropped.
+
+        None as well where the worker is draining.
+        """
         with self._engine.begin() as connection:
             row = connection.execute(
                 update(realignments)
-                .where(realignments.c.id == job_id, realignments.c.state == "queued")
+                .where(realignments.c.id == job_id, realignments.c.state == "queued", ~_draining(worker))
                 .values(
                     state="running",
                     attempt=realignments.c.attempt + 1,
@@ -378,12 +412,14 @@ class JobStore:
         side_cars: Sequence[str] = (),
         summaries: Sequence[Summary] = (),
         modules: int = 0,
+        method: str = "",
+        timings: Mapping[str, float] | None = None,
     ) -> bool:
         """Publishes the result of this attempt: the job's end and the new adapters' rows, in one transaction.
 
         published: (adapter, tenant, prefix of its files), one a strength where there are several; side_cars: names of
-        files beside them; summaries: the report's, one a strength, or one; modules: how many were treated. False where
-        the attempt no longer owns the job.
+        files beside them; summaries: the report's, one a strength, or one; modules: how many were treated; method: the
+        one that ran; timings: seconds by stage, for the totals. False where the attempt no longer owns the job.
         """
         made = [adapter.id for adapter, _, _ in published]
         found: list[Any] = [summary.model_dump() for summary in summaries]
@@ -397,12 +433,18 @@ class JobStore:
             "side_cars": list(side_cars),
         }
         done = Progress(stage="done", done=modules, total=modules).model_dump()
-        values = {"result": result, "result_attempt": attempt, "progress": done}
+        values = {"result": result, "result_attempt": attempt, "progress": done, "expires_at": self._expiry()}
         with self._engine.begin() as connection:
             if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", **values):
                 return False
-            for item in published:
-                insert_adapter(connection, *item)
+            for adapter, tenant, prefix in published:
+                insert_adapter(connection, expiring(adapter, self._retention), tenant, prefix)
+                totals.add(connection, "bytes_published", value=adapter.bytes)
+            # In one order in all transactions: Postgres locks the rows.
+            for stage, seconds in sorted((timings or {}).items()):
+                if stage != "total":
+                    totals.add(connection, "stage_count", stage, method)
+                    totals.add(connection, "stage_seconds", stage, method, seconds)
             _note(connection, job_id, "succeeded", "The result is ready.", {"adapter_id": result["adapter_id"]})
         return True
 
@@ -410,7 +452,8 @@ class JobStore:
         """Ends the job because of its input. False where the attempt no longer owns it."""
         failure = Failure(code=error.code, message=str(error), fault=error.fault).model_dump(mode="json")
         with self._engine.begin() as connection:
-            ended = _end(connection, _mine(job_id, attempt), job_id, "failed", error=failure)
+            where = _mine(job_id, attempt)
+            ended = _end(connection, where, job_id, "failed", error=failure, expires_at=self._expiry())
             if ended:
                 _note(connection, job_id, "failed", str(error)[:1000], {"code": error.code})
         return ended
@@ -418,7 +461,7 @@ class JobStore:
     def cancelled(self, job_id: str, attempt: int) -> bool:
         """Ends the job because its cancellation was asked for."""
         with self._engine.begin() as connection:
-            ended = _end(connection, _mine(job_id, attempt), job_id, "cancelled")
+            ended = _end(connection, _mine(job_id, attempt), job_id, "cancelled", expires_at=self._expiry())
             if ended:
                 _note(connection, job_id, "cancelled", "Cancelled while it ran.")
         return ended
@@ -449,6 +492,58 @@ class JobStore:
             ).all()
             return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason)]
 
+    # What operators and owners ask about ended jobs
+
+    def requeue(self, job_id: str) -> int:
+        """Queues a dead job of any tenant once more, with as many attempts as a new one. Returns those made before.
+
+        The attempts' numbers go on: they are what keeps a late worker of an earlier one from publishing.
+
+        Raises NotFound, and Conflict (`not_dead`).
+        """
+        c = realignments.c
+        with self._engine.begin() as connection:
+            row = connection.execute(select(realignments).where(c.id == job_id).with_for_update()).one_or_none()
+            if row is None:
+                raise _missing(job_id)
+            if row.state != "dead":
+                raise Conflict(
+                    f"{job_id} is {row.state}.",
+                    code="not_dead",
+                    param="realignment_id",
+                    hint="Only jobs that our own failures ended are queued again: safegraft admin jobs --dead.",
+                )
+            fresh = {"state": "queued", "progress": WAITING, "announced": 0, "cancel_requested": 0, "worker": None}
+            ended = {"error": None, "finished_at": None, "expires_at": None}
+            connection.execute(
+                update(realignments)
+                .where(c.id == job_id)
+                .values(**fresh, **ended, next_at=now(), attempt_started_at=now())
+            )
+            _note(connection, job_id, REVIVED, "An operator queued it again.", {"attempt": row.attempt})
+            return int(row.attempt)
+
+    def delete(self, tenant: str, job_id: str, *, with_adapters: bool = False) -> Erased:
+        """Removes an ended job and its events, and with `with_adapters` the adapters that it made.
+
+        The files are the caller's to remove, afterwards.
+
+        Raises Conflict (`realignment_not_ended`, `adapter_in_use`).
+        """
+        with self._engine.begin() as connection:
+            row = _find(connection, tenant, job_id, lock=True)
+            if row.state in ("queued", "running"):
+                raise Conflict(
+                    f"{job_id} is {row.state}.",
+                    code="realignment_not_ended",
+                    param="realignment_id",
+                    hint="Cancel it first.",
+                )
+            return erase(connection, row, with_adapters=with_adapters)
+
+    def _expiry(self) -> Any:
+        return now() + self._retention if self._retention else None
+
     def _give_back(
         self,
         connection: Connection,
@@ -462,11 +557,12 @@ class JobStore:
         if row is None:
             return False
         if row.cancel_requested:
-            _end(connection, _mine(job_id, attempt), job_id, "cancelled")
+            _end(connection, _mine(job_id, attempt), job_id, "cancelled", expires_at=self._expiry())
             _note(connection, job_id, "cancelled", f"{reason} It had been cancelled.")
-        elif attempt >= self._max_attempts:
+        elif attempt >= self._max_attempts and attempt - _forgiven(connection, job_id) >= self._max_attempts:
             failure = Failure(code=code, message=f"{reason} {attempt} attempts were made.", fault="system")
-            _end(connection, _mine(job_id, attempt), job_id, "dead", error=failure.model_dump(mode="json"))
+            found = failure.model_dump(mode="json")
+            _end(connection, _mine(job_id, attempt), job_id, "dead", error=found, expires_at=self._expiry())
             _note(connection, job_id, "failed", failure.message, {"code": code})
         else:
             connection.execute(
@@ -494,10 +590,46 @@ def _find(connection: Connection, tenant: str, job_id: str, *, lock: bool = Fals
         query = query.with_for_update()
     row = connection.execute(query).one_or_none()
     if row is None:
-        raise NotFound(
-            f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id"
-        )
+        raise _missing(job_id)
     return row
+
+
+def _missing(job_id: str) -> NotFound:
+    return NotFound(f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id")
+
+
+def _draining(worker: str) -> ColumnElement[bool]:
+    return select(workers.c.name).where(workers.c.name == worker, workers.c.draining == 1).exists()
+
+
+def _forgiven(connection: Connection, job_id: str) -> int:
+    """How many attempts had been made when an operator queued the job again."""
+    data = connection.execute(
+        select(events.c.data)
+        .where(events.c.realignment_id == job_id, events.c.type == REVIVED)
+        .order_by(events.c.sequence.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return int(data["attempt"]) if data else 0
+
+
+def made_adapters(result: Mapping[str, Any] | None) -> list[str]:
+    """Ids of the adapters that a job made, whether or not they are still there."""
+    result = result or {}
+    found = [item["adapter_id"] for item in result.get("variants", [])] or [result.get("adapter_id")]
+    return [adapter_id for adapter_id in found if adapter_id]
+
+
+def erase(connection: Connection, row: Row[Any], *, with_adapters: bool = False) -> Erased:
+    """Deletes an ended job's records within a transaction of the caller's."""
+    made = and_(adapters.c.tenant == row.tenant, adapters.c.id.in_(made_adapters(row.result)))
+    if with_adapters:
+        for adapter_id in connection.execute(select(adapters.c.id).where(made)).scalars().all():
+            remove_adapter(connection, row.tenant, adapter_id)
+    connection.execute(delete(events).where(events.c.realignment_id == row.id))
+    connection.execute(delete(realignments).where(realignments.c.id == row.id))
+    kept = connection.execute(select(adapters.c.prefix).where(made)).scalars()
+    return Erased(job_prefix(row.tenant, row.id), frozenset(kept))
 
 
 def _end(connection: Connection, where: ColumnElement[bool], job_id: str, state: str, **values: Any) -> bool:
@@ -591,7 +723,7 @@ def _estimate(row: Row[Any]) -> int | None:
     return int(row.attempt_started_at + elapsed / share) + 1
 
 
-def _narrowed(filters: Filters) -> list[ColumnElement[bool]]:
+def _narrowed(filters: Filters, dialect: str) -> list[ColumnElement[bool]]:
     c = realignments.c
     found: list[ColumnElement[bool]] = []
     match filters.status:
@@ -613,10 +745,20 @@ def _narrowed(filters: Filters) -> list[ColumnElement[bool]]:
     ):
         if value is not None:
             found.append(column == value)
-    found += [c.request[("metadata", key)].as_string() == value for key, value in filters.metadata.items()]
+    found += [has_metadata(dialect, c.request, key, value) for key, value in filters.metadata.items()]
     if filters.without_metadata:
         found.append(c.request["metadata"].as_string() == "{}")
     return found
+
+
+def has_metadata(dialect: str, request: ColumnElement[Any], key: str, value: str) -> ColumnElement[bool]:
+    """Does the request in this column have that metadata?"""
+    # The key as a value of its own, never within a path: there quotes, commas, braces and dots have a meaning.
+    if dialect == "postgresql":
+        found: ColumnElement[str] = request.op("->")("metadata").op("->>")(bindparam(None, key))
+        return found == value
+    pairs = func.json_each(request, "$.metadata").table_valued("key", "value")
+    return exists(select(pairs.c.key).where(pairs.c.key == key, pairs.c.value == value))
 
 
 def _one_at_a_time(connection: Connection, tenant: str) -> None:
@@ -633,6 +775,7 @@ def _sent_before(connection: Connection, tenant: str, request_hash: str, api: Ap
             c.tenant == tenant,
             c.api == api,
             c.request_hash == request_hash,
+            c.idempotency_key.is_(None),
             c.created_at > now() - RETRY_WINDOW,
         )
         .order_by(c.id.desc())

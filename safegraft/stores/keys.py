@@ -3,15 +3,17 @@
 A key reads `sgk_`, 32 random characters, 6 of checksum: secret scanners can tell one from chance without asking us.
 """
 
+import logging
 import re
 import secrets
 import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine, Row
+from sqlalchemy.exc import SQLAlchemyError
 
 from safegraft.contracts.keys import ALLOWS, TENANT, Key, Limits, Scope
 from safegraft.errors import Conflict, InvalidParameter, NotFound
@@ -19,6 +21,7 @@ from safegraft.ids import new_id
 from safegraft.stores.database import api_keys, now, reading, tenants
 from safegraft.vault import Vault
 
+log = logging.getLogger("safegraft.keys")
 PREFIX = "sgk_"
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 FORM = re.compile(r"sgk_[0-9A-Za-z]{38}")
@@ -30,12 +33,12 @@ NOTE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who a live key belongs to."""
+    """Who a live key belongs to. seconds_left: until it expires, by the database's clock; None: never."""
 
     key_id: str
     tenant: str
     scopes: frozenset[Scope]
-    expires_at: float | None
+    seconds_left: float | None
     limits: Limits
 
 
@@ -69,8 +72,7 @@ class KeyStore:
                 select(func.count()).where(
                     api_keys.c.tenant == tenant,
                     api_keys.c.name == name,
-                    api_keys.c.revoked_at.is_(None),
-                    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now()),
+                    _live(),
                 )
             ).scalar_one()
             if live >= MAX_LIVE:
@@ -109,19 +111,23 @@ class KeyStore:
                     now().label("now"),
                 )
                 .join(tenants, tenants.c.id == api_keys.c.tenant)
-                .where(
-                    api_keys.c.mac == self._vault.mark(text),
-                    api_keys.c.revoked_at.is_(None),
-                    or_(api_keys.c.expires_at.is_(None), api_keys.c.expires_at > now()),
-                )
+                .where(api_keys.c.mac == self._vault.mark(text), _live())
             ).one_or_none()
         if row is None:
             return None
         if row.last_used_at is None or row.last_used_at < row.now - NOTE_SECONDS:
-            with self._engine.begin() as connection:
-                connection.execute(update(api_keys).where(api_keys.c.id == row.id).values(last_used_at=now()))
+            self._note_use(row.id)
         granted: frozenset[Scope] = frozenset().union(*(ALLOWS[scope] for scope in row.scopes))
-        return Holder(row.id, row.tenant, granted, row.expires_at, _limits(row))
+        left = None if row.expires_at is None else row.expires_at - row.now
+        return Holder(row.id, row.tenant, granted, left, _limits(row))
+
+    def _note_use(self, key_id: str) -> None:
+        try:
+            with self._engine.begin() as connection:
+                connection.execute(update(api_keys).where(api_keys.c.id == key_id).values(last_used_at=now()))
+        except SQLAlchemyError as error:
+            # A full disk must not lock out those who only read, or come to delete.
+            log.warning("the use of %s was not noted (%s)", key_id, error)
 
     def list(self, tenant: str | None = None) -> list[Key]:
         """Newest first; of one tenant or of all."""
@@ -130,6 +136,12 @@ class KeyStore:
             query = query.where(api_keys.c.tenant == tenant)
         with reading(self._engine) as connection:
             return [_shown(row) for row in connection.execute(query)]
+
+    def any_live(self) -> bool:
+        """Is there a key that opens anything?"""
+        query = select(api_keys.c.id).where(_live()).limit(1)
+        with reading(self._engine) as connection:
+            return connection.execute(query).first() is not None
 
     def revoke(self, key_id: str) -> Key:
         """Ends a key. Revoking it again changes nothing. Raises NotFound."""
@@ -173,6 +185,11 @@ def _checksum(body: str) -> str:
         number, digit = divmod(number, len(ALPHABET))
         digits = ALPHABET[digit] + digits
     return digits
+
+
+def _live() -> ColumnElement[bool]:
+    c = api_keys.c
+    return and_(c.revoked_at.is_(None), or_(c.expires_at.is_(None), c.expires_at > now()))
 
 
 def _ensure_tenant(connection: Connection, tenant: str) -> None:

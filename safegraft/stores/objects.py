@@ -4,24 +4,35 @@ Prefixes and names are made by this program from ids, never from what a customer
 tenant's.
 """
 
+import errno
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterDescription, pair_modules, parse_config
-from safegraft.errors import NotFound, StorageFault
-from safegraft.files import sync_folder, sync_tree
+from safegraft.errors import InvalidParameter, NotFound, StorageFault
+from safegraft.files import CHUNK, atomic_file, sync_folder, sync_tree
 from safegraft.header import header_of
 from safegraft.settings import SharedSettings
 
 PREFIX = re.compile(r"[a-z0-9_][a-z0-9_-]*(/[a-z0-9_][a-z0-9_-]*)*")
+# Names are the allow-list's for adapters, and otherwise made by this program.
+NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,254}")
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def adapter_prefix(tenant: str, adapter_id: str) -> str:
     return f"tenants/{tenant}/adapters/{adapter_id}"
+
+
+def job_prefix(tenant: str, job_id: str) -> str:
+    """Everything of all attempts."""
+    return f"tenants/{tenant}/realignments/{job_id}"
 
 
 def result_prefix(tenant: str, job_id: str, attempt: int) -> str:
@@ -46,6 +57,9 @@ class Objects(Protocol):
     def publish(self, folder: Path, prefix: str) -> None:
         """Puts all files of a finished folder under the prefix; `folder` may be gone afterwards."""
 
+    def put(self, prefix: str, name: str, source: BinaryIO) -> None:
+        """Stores what `source` still holds as one file, in one step: nobody ever reads half of it. Replaces."""
+
     def fetch(self, prefix: str, folder: Path) -> None:
         """Brings all files of a prefix into a new local folder."""
 
@@ -57,6 +71,21 @@ class Objects(Protocol):
 
     def url(self, prefix: str, name: str, *, filename: str, media_type: str) -> str | None:
         """An address from which a client can fetch it for a while without us; None where there is no such thing."""
+
+    def put_url(self, prefix: str, name: str) -> str | None:
+        """An address to which a client can PUT the file for a while, past us; None where there is no such thing."""
+
+    def size(self, prefix: str, name: str) -> int:
+        """The file's bytes. Raises NotFound."""
+
+    def names(self, prefix: str) -> list[str]:
+        """The files directly below a prefix, sorted; none where there is no such prefix."""
+
+    def prefixes(self, root: str) -> Iterator[tuple[str, float]]:
+        """The prefixes directly below `root`, and when anything below each was written last, in Unix seconds.
+
+        By the clock of the place itself. For example `tenants/acme/adapters` → (`tenants/acme/adapters/adp_1`, …).
+        """
 
     def remove(self, prefix: str) -> None:
         """Deletes the bytes below a prefix. Nothing happens where there are none."""
@@ -84,10 +113,19 @@ class LocalObjects:
                 shutil.rmtree(target)
             # Before the record that will name them: a power cut must not leave a record of empty files.
             sync_tree(folder)
+            os.utime(folder)  # written now, however old its files are: `prefixes` tells so
             os.rename(folder, target)
             sync_folder(target.parent)
         except OSError as error:
-            raise StorageFault(f"Could not store {prefix} ({error.strerror}).", code="storage_fault") from error
+            raise not_stored(prefix, error) from error
+
+    def put(self, prefix: str, name: str, source: BinaryIO) -> None:
+        path = self._folder(prefix) / checked_name(name)
+        try:
+            with atomic_file(path) as file:
+                shutil.copyfileobj(source, file, CHUNK)
+        except OSError as error:
+            raise not_stored(prefix, error) from error
 
     def fetch(self, prefix: str, folder: Path) -> None:
         """Brings all files of a prefix into a new folder, by hard links where the disk is the same."""
@@ -96,7 +134,7 @@ class LocalObjects:
             raise StorageFault(f"The files of {prefix} are gone.", code="object_missing")
         folder.mkdir(parents=True)
         for path in source.iterdir():
-            if path.is_file():
+            if NAME.fullmatch(path.name) and path.is_file():  # others are still being written
                 try:
                     os.link(path, folder / path.name)
                 except OSError:
@@ -121,6 +159,32 @@ class LocalObjects:
     def url(self, prefix: str, name: str, *, filename: str, media_type: str) -> str | None:
         return None
 
+    def put_url(self, prefix: str, name: str) -> str | None:
+        return None
+
+    def size(self, prefix: str, name: str) -> int:
+        try:
+            return self.path(prefix, name).stat().st_size
+        except FileNotFoundError as error:
+            raise NotFound("The file was deleted.", code="file_not_found") from error
+
+    def names(self, prefix: str) -> list[str]:
+        try:
+            found = list(self._folder(prefix).iterdir())
+        except FileNotFoundError:
+            return []
+        return sorted(path.name for path in found if NAME.fullmatch(path.name) and path.is_file())
+
+    def prefixes(self, root: str) -> Iterator[tuple[str, float]]:
+        try:
+            found = sorted(self._folder(root).iterdir())
+        except FileNotFoundError:
+            return
+        for path in found:
+            changed = _newest(path)
+            if changed is not None:
+                yield f"{root}/{path.name}", changed
+
     def ping(self) -> bool:
         try:
             self.scratch.mkdir(parents=True, exist_ok=True)
@@ -130,24 +194,82 @@ class LocalObjects:
 
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
-        shutil.rmtree(self._folder(prefix), ignore_errors=True)
+        folder = self._folder(prefix)
+        shutil.rmtree(folder, ignore_errors=True)
+        # Folders of a job that are empty now; `tenants/x/adapters` and the like stay, where others write.
+        while len(folder.relative_to(self._root).parts) > 4:
+            folder = folder.parent
+            try:
+                folder.rmdir()
+            except OSError:
+                break
 
     def sweep(self, age: float) -> None:
-        """Deletes what killed processes left in scratch more than `age` seconds ago."""
-        if not self.scratch.is_dir():
-            return
-        for path in self.scratch.iterdir():
+        sweep_folder(self.scratch, age)
+
+    def _folder(self, prefix: str) -> Path:
+        return self._root / checked_prefix(prefix)
+
+
+def checked_prefix(prefix: str) -> str:
+    """Raises ValueError for what is no prefix."""
+    if not PREFIX.fullmatch(prefix):
+        raise ValueError(f"not a prefix: {prefix!r}")
+    return prefix
+
+
+def checked_name(name: str) -> str:
+    """Raises ValueError for what is no name of a single stored file."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"not a file's name: {name!r}")
+    return name
+
+
+def not_stored(prefix: str, error: OSError) -> StorageFault:
+    if error.errno in NO_SPACE:
+        return StorageFault(f"The disk is full; {prefix} was not stored.", code="disk_full")
+    return StorageFault(f"Could not store {prefix} ({error.strerror}).", code="storage_fault")
+
+
+def sweep_folder(folder: Path, age: float) -> None:
+    """Deletes what lies in a scratch folder and is older than `age` seconds."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # its own process ended meanwhile and took it along
             if time.time() - path.stat().st_mtime > age:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _folder(self, prefix: str) -> Path:
-        if not PREFIX.fullmatch(prefix):
-            raise ValueError(f"not a prefix: {prefix!r}")
-        return self._root / prefix
+
+def _newest(folder: Path) -> float | None:
+    """When a folder or anything below it changed last; None where it is no folder (any more)."""
+    try:
+        if not folder.is_dir():
+            return None
+        newest = folder.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    for path in folder.rglob("*"):
+        try:
+            newest = max(newest, path.stat().st_mtime)
+        except FileNotFoundError:
+            continue  # removed while we look
+    return newest
 
 
 def open_objects(settings: SharedSettings) -> Objects:
-    """The place that the settings name."""
+    """The place that the settings name. Raises InvalidParameter for an address that is none."""
+    if settings.storage_url:
+        try:
+            from safegraft.stores.s3 import S3Objects
+        except ImportError as error:
+            raise InvalidParameter(
+                f"Bytes are to lie in {settings.storage_url}, but the package obstore is missing.",
+                code="no_object_store",
+                param="SAFEGRAFT_STORAGE_URL",
+                hint="pip install 'safegraft[scaled]'",
+            ) from error
+        return S3Objects(settings)
     return LocalObjects(settings.objects)
 
 

@@ -23,24 +23,30 @@ def announce(connection: Connection, tenant: str, kind: str, subject: str, endpo
     for row in rows:
         if row.id != endpoint_id and kind not in row.events and "*" not in row.events:
             continue
-        message_id = new_id("msg")
-        payload = {
-            "id": message_id,
-            "object": "event",
-            "type": kind,
-            "created_at": int(time.time()),
-            "data": {"id": subject},
-        }
-        connection.execute(
-            insert(webhook_deliveries).values(
-                id=message_id,
-                tenant=tenant,
-                endpoint_id=row.id,
-                type=kind,
-                payload=payload,
-                state="pending",
-                attempts=0,
-                next_at=now(),
-                created_at=now(),
-            )
+        add(connection, tenant, row.id, kind, subject)
+
+
+def add(connection: Connection, tenant: str, endpoint_id: str, kind: str, subject: str) -> str:
+    """One pending message for one endpoint; returns the message's id."""
+    message_id = new_id("msg")
+    payload = {
+        "id": message_id,
+        "object": "event",
+        "type": kind,
+        "created_at": int(time.time()),
+        "data": {"id": subject},
+    }
+    connection.execute(
+        insert(webhook_deliveries).values(
+            id=message_id,
+            tenant=tenant,
+            endpoint_id=endpoint_id,
+            type=kind,
+            payload=payload,
+            state="pending",
+            attempts=0,
+            next_at=now(),
+            created_at=now(),
         )
+    )
+    return message_id

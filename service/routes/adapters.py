@@ -1,23 +1,22 @@
 """/v1/adapters: upload, list, show, delete, download."""
 
-import asyncio
-import shutil
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
+from safegraft.contracts.files import AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.errors import UserError
-from safegraft.stores.objects import adapter_prefix
+from safegraft.errors import NotFound
 from service import downloads, uploads
-from service.dependencies import After, Here, Limit, Tenant
+from service.dependencies import After, Asking, Here, Limit, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 AdapterId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
+ARCHIVE = {"schema": {"type": "string", "format": "binary", "description": "The adapter's folder as one archive."}}
 UPLOAD_SCHEMA: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -36,34 +35,30 @@ UPLOAD_SCHEMA: dict[str, Any] = {
                         "sha256": {"type": "string", "description": f"SHA-256 of {WEIGHTS}, checked on arrival."},
                     },
                 }
-            }
+            },
+            "application/x-tar": ARCHIVE,
+            "application/zip": ARCHIVE,
+            "application/json": {"schema": AdapterFromFiles.model_json_schema()},
         },
     }
 }
 
 
 @router.post("", status_code=201, operation_id="createAdapter", openapi_extra=UPLOAD_SCHEMA)
-async def create(request: Request, response: Response, here: Here, tenant: Tenant) -> Adapter:
-    """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated."""
-    if not here.upload_slots.acquire(blocking=False):
-        raise UserError("Too many uploads at once.", code="too_many_uploads", hint="Try again in a few seconds.")
-    try:
-        limit = here.settings.max_upload_bytes
-        received = await uploads.receive(request, here.objects.scratch, limit)
-        try:
-            adapter, folder = await asyncio.to_thread(uploads.check, received, limit)
-            prefix = adapter_prefix(tenant, adapter.id)
-            await asyncio.to_thread(here.objects.publish, folder, prefix)
-            try:
-                await asyncio.to_thread(here.adapters.add, adapter, tenant, prefix)
-            except BaseException:
-                # No record names these files, and none will.
-                await asyncio.to_thread(here.objects.remove, prefix)
-                raise
-        finally:
-            await asyncio.to_thread(shutil.rmtree, received.folder.parent, True)
-    finally:
-        here.upload_slots.release()
+async def create(
+    request: Request,
+    response: Response,
+    here: Here,
+    asking: Asking,
+    name: Annotated[str, Query(max_length=200, description="For an archive, which has no fields.")] = "",
+    sha256: Annotated[str, Query(max_length=80, description=f"For an archive: SHA-256 of its {WEIGHTS}.")] = "",
+) -> Adapter:
+    """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated.
+
+    As a form, as one archive (`curl --data-binary @adapter.tar -H 'content-type: application/x-tar'`), or as JSON that
+    names files which were uploaded before: an archive, or the configuration, the weights and companions.
+    """
+    adapter = await uploads.create_adapter(request, here, asking, name=name, sha256=sha256)
     response.headers["location"] = f"/v1/adapters/{adapter.id}"
     return adapter
 
@@ -89,14 +84,17 @@ def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
 
 @router.head("/{adapter_id}/files/{name}", include_in_schema=False)
 @router.get(
-    "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.BINARY
+    "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.FILE
 )
-def file(adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], here: Here, tenant: Tenant) -> Response:
-    """The bytes of one file; understands Range."""
+def file(
+    adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], request: Request, here: Here, tenant: Tenant
+) -> Response:
+    """The bytes of one file; understands Range, If-Range, If-Match and If-None-Match."""
     adapter = here.adapters.get(tenant, adapter_id)
-    path = downloads.local_path(here.objects, here.adapters.prefix(tenant, adapter_id), name)
-    digest = next(item.sha256 for item in adapter.files if item.name == name)
-    return downloads.file_response(path, digest)
+    digest = next((item.sha256 for item in adapter.files if item.name == name), None)
+    if digest is None:
+        raise NotFound(f"There is no file {name[:80]!r}.", code="file_not_found", param="name")
+    return downloads.stored_file(request, here.objects, here.adapters.prefix(tenant, adapter_id), name, digest)
 
 
 @router.head("/{adapter_id}/download", include_in_schema=False)
@@ -110,13 +108,4 @@ def download(adapter_id: AdapterId, request: Request, here: Here, tenant: Tenant
     """The whole folder as an uncompressed tar."""
     adapter = here.adapters.get(tenant, adapter_id)
     prefix = here.adapters.prefix(tenant, adapter_id)
-    paths = [downloads.local_path(here.objects, prefix, item.name) for item in adapter.files]
-    tar = downloads.Tar(paths, adapter.id, adapter.created_at)
-    headers = {
-        "content-disposition": f'attachment; filename="{adapter.id}.tar"',
-        "content-length": str(tar.size),
-    }
-    if request.method == "HEAD":
-        tar.close()
-        return Response(media_type="application/x-tar", headers=headers)
-    return StreamingResponse(tar.stream(), media_type="application/x-tar", headers=headers)
+    return downloads.tar_file(request, here.objects, prefix, adapter.files, adapter.id, adapter.created_at)

@@ -48,7 +48,7 @@ def list_(
     metadata: Annotated[str | None, Query(max_length=10, description="`null`: jobs without metadata.")] = None,
 ) -> Page[FineTuningJob]:
     """Those that were made here, newest first. `metadata[key]=value` narrows to jobs with that metadata."""
-    wanted = metadata_filters(request)
+    wanted = metadata_filters(request, besides=("metadata",))
     if metadata is not None and (metadata != "null" or wanted):
         raise InvalidParameter("Send either metadata[key]=value or metadata=null.", code="bad_filter", param="metadata")
     filters = Filters(api="fine_tuning", metadata=wanted, without_metadata=metadata is not None)

@@ -6,7 +6,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from safegraft.stores.database import reading
-from service.dependencies import Here
+from service.dependencies import Here, Services
 
 router = APIRouter(tags=["health"])
 
@@ -26,14 +26,27 @@ async def livez() -> Health:
 
 @router.get("/readyz", operation_id="readyz", responses={503: {"model": Health}})
 def readyz(here: Here, response: Response) -> Health:
-    """503 while the database, the broker or every reference is missing."""
-    checks = {"database": _database(here), "broker": here.queue.ping(), "reference": bool(here.references.installed())}
+    """503 while database, broker, storage, every reference or every worker is missing; `checks` says which."""
+    checks = {
+        "database": _database(here),
+        "broker": here.queue.ping(),
+        "storage": here.objects.ping(),
+        "reference": bool(here.references.installed()),
+        "worker": _worker(here),
+    }
     ready = all(checks.values())
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "not ready", checks=checks)
 
 
-def _database(here: Here) -> bool:
+def _worker(here: Services) -> bool:
+    try:
+        return here.workers.any_alive()
+    except SQLAlchemyError:
+        return False
+
+
+def _database(here: Services) -> bool:
     try:
         with reading(here.database) as connection:
             connection.execute(text("SELECT 1"))

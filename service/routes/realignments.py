@@ -10,15 +10,15 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, Status
+from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, RealignmentDeleted, Status
 from safegraft.contracts.report import Report
 from safegraft.errors import Conflict, NotFound
+from safegraft.stores import garbage
 from safegraft.stores.jobs import Filters
 from safegraft.stores.objects import result_prefix
 from service import downloads
 from service.body import JsonRoute
 from service.dependencies import After, Asking, Here, IdempotencyKey, Limit, RetryCount, Services, Tenant
-from service.downloads import StoredFile
 from service.paging import page
 from service.submission import metadata_filters, submit
 
@@ -35,6 +35,7 @@ class ReportForm(StrEnum):
     png = "png"
 
 
+AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
 MEDIA = {
     ReportForm.json: "application/json",
     ReportForm.html: "text/html; charset=utf-8",
@@ -89,6 +90,18 @@ def get(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignmen
     return here.jobs.get(tenant, realignment_id)
 
 
+@router.delete("/{realignment_id}", operation_id="deleteRealignment")
+def delete(
+    realignment_id: RealignmentId,
+    here: Here,
+    tenant: Tenant,
+    adapters: Annotated[bool, Query(description="Delete the adapters that it made, too.")] = False,
+) -> RealignmentDeleted:
+    """Deletes an ended job: its record, events, report and side-cars. The adapters it made stay unless asked for."""
+    garbage.clear(here.objects, here.jobs.delete(tenant, realignment_id, with_adapters=adapters))
+    return RealignmentDeleted(id=realignment_id)
+
+
 @router.post("/{realignment_id}/cancel", operation_id="cancelRealignment")
 def cancel(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
     """Stops a job that has not ended. Cancelling an ended one changes nothing."""
@@ -138,51 +151,69 @@ async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: 
         await asyncio.sleep(0.5)
 
 
-@router.get("/{realignment_id}/report", operation_id="getReport", response_model=Report)
-def report(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Response:
+@router.head("/{realignment_id}/report", include_in_schema=False)
+@router.get("/{realignment_id}/report", operation_id="getReport", response_model=Report, responses=downloads.CONDITIONS)
+def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: Tenant) -> Response:
     """What was measured and changed, module by module."""
-    return _report(here, tenant, realignment_id, ReportForm.json)
+    return _report(here, request, tenant, realignment_id, ReportForm.json)
 
 
+@router.head("/{realignment_id}/report.{form}", include_in_schema=False)
 @router.get(
     "/{realignment_id}/report.{form}",
     operation_id="getReportAs",
-    response_class=FileResponse,
-    responses={200: {"content": {media: {} for media in MEDIA.values()}}},
+    response_class=Response,
+    responses={
+        200: {
+            "content": {media: {"schema": AS_TEXT if media != "image/png" else AS_BYTES} for media in MEDIA.values()}
+        },
+        **downloads.CONDITIONS,
+    },
 )
-def report_as(realignment_id: RealignmentId, form: ReportForm, here: Here, tenant: Tenant) -> Response:
+def report_as(
+    realignment_id: RealignmentId, form: ReportForm, request: Request, here: Here, tenant: Tenant
+) -> Response:
     """The report as JSON, as one self-contained HTML page, as CSV or as a PNG heatmap."""
-    return _report(here, tenant, realignment_id, form)
+    return _report(here, request, tenant, realignment_id, form)
 
 
+@router.head("/{realignment_id}/side_car/{name}", include_in_schema=False)
 @router.get(
     "/{realignment_id}/side_car/{name}",
     operation_id="getSideCar",
     response_class=FileResponse,
-    responses={200: {"content": {"application/octet-stream": {}}}},
+    responses=downloads.FILE,
 )
 def side_car(
     realignment_id: RealignmentId,
     name: Annotated[str, Path(pattern=r"^[0-9a-z_.+-]{1,60}\.safetensors$")],
+    request: Request,
     here: Here,
     tenant: Tenant,
 ) -> Response:
     """What a method delivers beside the adapter, as one safetensors file a strength."""
     attempt = here.jobs.result_attempt(tenant, realignment_id)
-    path = downloads.local_path(here.objects, f"{result_prefix(tenant, realignment_id, attempt or 0)}/side_car", name)
-    if attempt is None or not path.is_file():
+    digests: dict[str, str] = {}
+    if attempt is not None:
+        digests = json.loads(_read_report(here, tenant, realignment_id, attempt, ReportForm.json))["side_cars"]
+    if name not in digests:
         raise NotFound(f"{realignment_id} has no side-car {name!r}.", code="no_side_car", param="name")
-    return StoredFile(path, media_type="application/octet-stream", headers={"x-content-type-options": "nosniff"})
+    prefix = f"{result_prefix(tenant, realignment_id, attempt or 0)}/side_car"
+    return downloads.stored_file(request, here.objects, prefix, name, digests[name])
 
 
-def _report(here: Services, tenant: str, job_id: str, form: ReportForm) -> Response:
+def _report(here: Services, request: Request, tenant: str, job_id: str, form: ReportForm) -> Response:
     attempt = here.jobs.result_attempt(tenant, job_id)
     if attempt is None:
         job = here.jobs.get(tenant, job_id)
         raise Conflict(f"{job_id} has no report: it is {job.status}.", code="no_report", param="realignment_id")
-    path = downloads.local_path(here.objects, f"{result_prefix(tenant, job_id, attempt)}/report", f"report.{form}")
     # A report shows names out of a customer's file; should escaping ever fail, nothing in it may run or load.
     inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-    return StoredFile(path, media_type=MEDIA[form], headers=headers)
+    data = _read_report(here, tenant, job_id, attempt, form)
+    return downloads.small_file(request, data, media_type=MEDIA[form], headers=headers)
+
+
+def _read_report(here: Services, tenant: str, job_id: str, attempt: int, form: ReportForm) -> bytes:
+    return downloads.read(here.objects, f"{result_prefix(tenant, job_id, attempt)}/report", f"report.{form}")

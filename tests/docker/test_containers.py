@@ -28,6 +28,8 @@ import redis
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from pydantic import SecretStr
+from sqlalchemy.engine import make_url
 
 from safegraft.launch import find_broker
 from service.settings import GatewaySettings
@@ -35,10 +37,16 @@ from worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 VENV = Path(sys.executable).parent
-KEY = "a-long-random-secret"
 # What an operator writes into .env: nothing but what is asked for.
-GIVEN = {"SAFEGRAFT_API_KEYS": json.dumps([KEY])}
+GIVEN: dict[str, str] = {}
+SCALED_GIVEN = {
+    "POSTGRES_PASSWORD": "p" * 48,
+    "SAFEGRAFT_KEY_PEPPER": "k" * 48,
+    "S3_ACCESS_KEY_ID": "i" * 48,
+    "S3_SECRET_ACCESS_KEY": "s" * 48,
+}
 HEAVY = {"torch", "transformers", "peft", "safetensors", "accelerate"}
+AWS = {"AWS_ENDPOINT_URL", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
 
 
@@ -94,6 +102,7 @@ WORKER = read_image(ROOT / "docker/worker.Dockerfile")
 IMAGES = {"gateway": GATEWAY, "worker": WORKER, "worker-gpu": WORKER}
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+SCALED: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.scaled.yml").read_text())
 
 
 def interpolate(text: str, given: dict[str, str]) -> str:
@@ -257,17 +266,29 @@ def test_worker_of_another_name_is_not_healthy(running: Running) -> None:
     assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode != 0
 
 
+def documented(command: str, end: str = "") -> list[list[str]]:
+    """`safegraft …` as docker/README.md runs it in the gateway's container of the plain Compose file."""
+    readme = (ROOT / "docker/README.md").read_text()
+    lines = re.findall(
+        rf"^docker compose run --rm --no-deps .*gateway (safegraft {command}){end}$", readme, re.MULTILINE
+    )
+    assert len(lines) == 1, lines
+    return [shlex.split(line) for line in lines]
+
+
 def test_a_reference_makes_the_gateway_ready_and_a_job_passes_through_both(
     running: Running, bundle: Path, continued: Path
 ) -> None:
     # Given a new installation
     assert not running.healthy("gateway")
 
-    # When a reference is added by the command of docker/README.md, in the worker's container
-    readme = (ROOT / "docker/README.md").read_text()
-    [words] = re.findall(r"^docker compose run .* worker (safegraft reference add) /reference$", readme, re.MULTILINE)
-    environment = running.environment["worker"]
-    subprocess.run([*shlex.split(words), str(bundle)], env=environment, check=True, capture_output=True)
+    # When a reference is added and a key made by the commands of docker/README.md, in the gateway's container
+    environment = running.environment["gateway"]
+    for words in documented("reference add", " /reference"):
+        subprocess.run([*words, str(bundle)], env=environment, check=True, capture_output=True)
+    [words] = documented("keys create")
+    key = subprocess.run(words, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+    assert (running.data / "pepper").is_file()
 
     # Then the gateway is ready, through a proxy's variables too
     assert running.healthy("gateway", http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
@@ -275,7 +296,7 @@ def test_a_reference_makes_the_gateway_ready_and_a_job_passes_through_both(
     # And a job goes from the one container to the other and back, through broker and volume
     with httpx.Client(base_url=running.url, trust_env=False, timeout=30) as client:
         assert client.get("/v1/adapters").status_code == 401
-        client.headers["authorization"] = f"Bearer {KEY}"
+        client.headers["authorization"] = f"Bearer {key}"
         files = [("files", (path.name, path.read_bytes())) for path in sorted(continued.iterdir())]
         adapter = client.post("/v1/adapters", files=files).raise_for_status().json()
         job = client.post("/v1/realignments", json={"adapter_id": adapter["id"]}).raise_for_status().json()
@@ -328,7 +349,7 @@ def test_constraints_are_exact_and_leave_the_torch_build_open() -> None:
 
 def test_gateway_image_holds_no_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dependencies"] == GATEWAY.requirements
+    assert project["dependencies"] + project["optional-dependencies"]["scaled"] == GATEWAY.requirements
     assert not requirement_closure(GATEWAY.requirements) & HEAVY
     # The image has no worker and no engine extra, so what it runs must not ask for them.
     program = f"import sys, service.main; print(*sorted({HEAVY} & set(sys.modules)))"
@@ -338,7 +359,8 @@ def test_gateway_image_holds_no_torch() -> None:
 
 def test_worker_image_holds_the_engine() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dependencies"] + project["optional-dependencies"]["engine"] == WORKER.requirements
+    extras = project["optional-dependencies"]
+    assert project["dependencies"] + extras["engine"] + extras["scaled"] == WORKER.requirements
     assert requirement_closure(WORKER.requirements) >= HEAVY
 
 
@@ -359,10 +381,86 @@ def requirement_closure(lines: Iterable[str]) -> set[str]:
     return {name for name, _ in seen}
 
 
-def test_compose_asks_for_keys() -> None:
-    with pytest.raises(KeyError, match="SAFEGRAFT_API_KEYS"):
-        container_environment("gateway", {})
-    assert "SAFEGRAFT_DEV" not in SERVICES["gateway"]["environment"]
+@pytest.mark.parametrize("name", ["gateway", "worker"])
+def test_both_images_speak_to_postgres_and_s3(name: str) -> None:
+    assert {"psycopg", "psycopg-binary", "obstore"} <= requirement_closure(IMAGES[name].requirements)
+
+
+def test_compose_never_passes_on_the_development_mode() -> None:
+    for service in SERVICES.values():
+        assert "SAFEGRAFT_DEV" not in service.get("environment", {})
+
+
+# Postgres and S3
+
+
+def scaled_environment(service: str, given: dict[str, str]) -> dict[str, str]:
+    """What a container's first process finds with both Compose files: the second one's variables come last."""
+    found = container_environment(service, given)
+    own: dict[str, str] = SCALED["services"][service]["environment"]
+    return found | {name: interpolate(value, given) for name, value in own.items()}
+
+
+@pytest.mark.parametrize("missing", list(SCALED_GIVEN))
+def test_the_scaled_services_ask_for_every_password(missing: str) -> None:
+    given = {name: value for name, value in SCALED_GIVEN.items() if name != missing}
+    with pytest.raises(KeyError, match=missing):
+        interpolate(json.dumps(SCALED), given)
+    interpolate(json.dumps(SCALED), SCALED_GIVEN)
+    assert not [value for value in SCALED_GIVEN.values() if value in json.dumps(SCALED)]
+
+
+def test_the_documented_env_file_is_complete() -> None:
+    readme = (ROOT / "docker/README.md").read_text()
+    [names] = re.findall(r"^for name in ([A-Z0-9_ ]+); do$", readme, re.MULTILINE)
+    assert names.split() == list(SCALED_GIVEN)
+
+
+@pytest.mark.parametrize("service", ["gateway", "worker", "worker-gpu"])
+def test_the_scaled_services_share_database_bucket_and_pepper(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = scaled_environment(service, SCALED_GIVEN)
+    for name in [name for name in os.environ if name.startswith("SAFEGRAFT_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = (GatewaySettings if service == "gateway" else WorkerSettings)()
+    url = make_url(settings.database)
+    assert (url.drivername, url.host, url.database, url.username) == (
+        "postgresql+psycopg", "postgres", "safegraft", SCALED["services"]["postgres"]["environment"]["POSTGRES_USER"],
+    )  # fmt: skip
+    assert url.password == SCALED_GIVEN["POSTGRES_PASSWORD"]
+    assert settings.storage_url == "s3://safegraft"
+    assert settings.key_pepper.get_secret_value() == SCALED_GIVEN["SAFEGRAFT_KEY_PEPPER"]
+    assert settings.redis_url == "redis://redis:6379/0"
+    [identity] = json.loads(interpolate(SCALED["configs"]["s3"]["content"], SCALED_GIVEN))["identities"]
+    [credentials] = identity["credentials"]
+    assert environment["AWS_ACCESS_KEY_ID"] == credentials["accessKey"]
+    assert environment["AWS_SECRET_ACCESS_KEY"] == credentials["secretKey"]
+    assert all(action.endswith(":safegraft") for action in identity["actions"]), "this bucket and no other"
+    assert environment["AWS_ENDPOINT_URL"].startswith("http://seaweedfs:")
+
+
+def test_the_scaled_file_only_adds() -> None:
+    own = {"postgres", "seaweedfs", "bucket"}
+    assert set(SCALED["services"]) == set(IMAGES) | own
+    for name in IMAGES:
+        added = SCALED["services"][name]
+        assert set(added) == {"environment", "depends_on"}
+        assert added == SCALED["x-scaled"]
+        assert set(added["environment"]) <= set(SERVICES[name]["environment"]), "also to be set without this file"
+    for name in own:
+        service = SCALED["services"][name]
+        assert re.fullmatch(r"[a-z/]+:\d+\.\d+(-alpine)?", service["image"])
+        assert service["restart"] in ("unless-stopped", "on-failure")
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), "on loopback alone"
+    healthy = {name for name in own if "healthcheck" in SCALED["services"][name]}
+    for name in [*IMAGES, *own]:
+        for needed, how in SCALED["services"][name].get("depends_on", {}).items():
+            ends = {"condition": "service_completed_successfully"}
+            assert how == ({"condition": "service_healthy"} if needed in healthy else ends)
+    kept = {volume.partition(":")[0] for name in own for volume in SCALED["services"][name].get("volumes", [])}
+    assert kept == set(SCALED["volumes"]) == {"postgres", "objects"}
 
 
 def test_compose_publishes_the_gateway_on_loopback_and_nothing_else() -> None:
@@ -418,20 +516,34 @@ def settings_of(service: str) -> dict[str, Any]:
 def test_every_setting_can_be_set_and_no_other(service: str) -> None:
     known = set(settings_of(service))
     fixed = {name for name in IMAGES[service].environment if name.startswith("SAFEGRAFT_")}
-    passed = set(SERVICES[service]["environment"])
+    passed = set(SERVICES[service]["environment"]) - AWS
     assert fixed <= known
-    assert passed <= known
-    assert known - fixed - passed == ({"SAFEGRAFT_DEV"} if service == "gateway" else set())
+    assert passed <= known, f"no settings: {sorted(passed - known)}"
+    missing = known - fixed - passed - {"SAFEGRAFT_DEV"}
+    assert not missing, f"docker-compose.yml does not pass on to {service}: {sorted(missing)}"
+    assert set(SERVICES[service]["environment"]) >= AWS
 
 
 def test_readme_lists_the_settings_with_what_holds_here() -> None:
     readme = (ROOT / "docker/README.md").read_text()
     rows = re.findall(r"^\| `(SAFEGRAFT_\w+)` \|(.*?)\| (\w+) \|", readme, re.MULTILINE)
     listed = {name: (default.strip(" `"), owner) for name, default, owner in rows}
-    expected = {}
+    expected: dict[str, tuple[str, str]] = {}
     for service in ("gateway", "worker"):
-        here = container_environment(service, {"SAFEGRAFT_API_KEYS": "required"})
+        here = container_environment(service, {})
         for name, default in settings_of(service).items():
-            shown = default if isinstance(default, str) else json.dumps(default, default=str)
-            expected[name] = (here.get(name, shown), "both" if name in expected else service)
-    assert listed == expected
+            expected[name] = (here.get(name, shown(default)), "both" if name in expected else service)
+    missing = [f"| `{name}` | `{value}` | {of} | … |" for name, (value, of) in expected.items() if name not in listed]
+    assert not missing, "docker/README.md lacks these rows:\n" + "\n".join(missing)
+    assert sorted(listed) == sorted(expected), "docker/README.md lists what is no setting"
+    for name, row in expected.items():
+        assert listed[name] == row, f"docker/README.md: {name} is {row[0]!r} here, of {row[1]}"
+
+
+def shown(default: Any) -> str:
+    """A setting's default as the table shows it."""
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    if default is None:
+        return ""
+    return default if isinstance(default, str) else json.dumps(default, default=str)

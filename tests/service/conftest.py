@@ -1,7 +1,6 @@
 """A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
+from safegraft.settings import SharedSettings
+from safegraft.stores.objects import Objects, open_objects
+from tests import scaled
+from tests.scaled import free_port as free_port
+
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
 
 
@@ -23,20 +27,41 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        # With object storage, files are one step further.
+        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, follow_redirects=scaled.SCALED)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def objects_of(data: Path) -> Objects:
+    """Where the installation in a data folder keeps its bytes."""
+    return open_objects(
+        SharedSettings(data=data, storage_url=scaled.environment(data).get("SAFEGRAFT_STORAGE_URL", ""))
+    )
 
 
-def start(data: Path, *, workers: int, log: Path, **environment: str) -> Running:
+def environment_of(data: Path) -> dict[str, str]:
+    """What a program needs to work on the installation in a data folder."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    return clean | scaled.environment(data)
+
+
+def operate(data: Path, *arguments: str) -> str:
+    """Runs `safegraft …` on the installation in a data folder; what it printed."""
+    command = [SAFEGRAFT, *arguments, "--data", str(data)]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment_of(data))
+    return ended.stdout.strip()
+
+
+def start(data: Path, *, workers: int, log: Path, dev: bool = True, **environment: str) -> Running:
     """Starts a service and waits until it is ready."""
     port = free_port()
-    command = [SAFEGRAFT, "serve", "--dev", "--port", str(port), "--data", str(data), "--workers", str(workers)]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    command = [SAFEGRAFT, "serve", "--port", str(port), "--data", str(data), "--workers", str(workers)]
+    command += ["--dev"] if dev else []
+    clean = environment_of(data)
+    if scaled.SCALED:
+        # What the tests added to this data folder is to be found by all machines.
+        for folder in (data / "references").glob("ref_*"):
+            command_line = [SAFEGRAFT, "reference", "add", str(folder), "--data", str(data)]
+            subprocess.run(command_line, check=True, capture_output=True, env=clean)
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=clean | environment)
     url = f"http://127.0.0.1:{port}"

@@ -1,8 +1,8 @@
 """OpenAI's official client against the real service: the fine-tuning API over our jobs."""
 
+import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,16 +18,12 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.fine_tuning import FineTuningJob
 
-from safegraft.adapter import describe
-from safegraft.contracts.adapter import Adapter, Origin
-from safegraft.errors import NotFound
-from safegraft.ids import new_id
-from safegraft.records import adapter_record
-from safegraft.stores.objects import adapter_prefix
+from safegraft.contracts.adapter import Adapter
 from service.app import create_app
 from service.auth import Principal
 from service.dependencies import Services
 from service.settings import GatewaySettings
+from service.uploads import adapter_from_files
 from tests.service.answers import refused
 from tests.service.conftest import Running, free_port, realign, upload
 
@@ -303,26 +299,7 @@ def test_a_repeat_is_the_same_job(ai: openai.OpenAI, client: httpx.Client, fresh
     refused(other, 422, "idempotency_key_reused")
 
 
-# Files: what POST /v1/adapters makes of one is another part's; here it stands for any function that makes an adapter
-
-
-class Ingest:
-    """Makes an adapter of a folder for every known file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.made: list[str] = []
-
-    async def __call__(self, here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
-        if file_ids != ["file_1"]:
-            raise NotFound(f"There is no file {file_ids[0]!r}.", code="file_not_found", param="file_ids")
-        copy = here.objects.scratch / new_id("copy")
-        shutil.copytree(self.folder, copy)
-        adapter = adapter_record(new_id("adp"), name, copy, describe(copy), dropped=[], origin=Origin())
-        here.objects.publish(copy, adapter_prefix(asking.tenant, adapter.id))
-        here.adapters.add(adapter, asking.tenant, adapter_prefix(asking.tenant, adapter.id))
-        self.made.append(adapter.id)
-        return adapter
+# Files: an adapter is made of one, as by POST /v1/adapters
 
 
 @pytest.fixture
@@ -339,22 +316,38 @@ def here_of(gateway: TestClient) -> Services:
     return here
 
 
-def test_without_files_the_way_is_told(gateway: TestClient) -> None:
-    answer = gateway.post("/v1/fine_tuning/jobs", json={"model": "auto", "training_file": "file_1"})
-    error = refused(answer, 400, "files_not_offered")
-    assert error["param"] == "training_file"
-    assert "POST /v1/adapters" in error["message"]
+class Ingest:
+    """The real way from a file to an adapter, with a note of what it made."""
+
+    def __init__(self, gateway: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path in sorted(folder.iterdir()):
+                tar.add(path, path.name)
+        sent = {"file": ("adapter.tar", archive.getvalue())}
+        self.file = gateway.post("/v1/files", data={"purpose": "fine-tune"}, files=sent).json()["id"]
+        self.made: list[str] = []
+        monkeypatch.setattr("service.fine_tuning.adapter_from_files", self)
+
+    async def __call__(self, here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
+        adapter = await adapter_from_files(here, asking, file_ids, name)
+        self.made.append(adapter.id)
+        return adapter
 
 
-def test_a_file_becomes_an_adapter_and_stays_the_training_file(gateway: TestClient, fresh: Path) -> None:
+@pytest.fixture
+def ingest(gateway: TestClient, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Ingest:
+    return Ingest(gateway, fresh, monkeypatch)
+
+
+def test_a_file_becomes_an_adapter_and_stays_the_training_file(gateway: TestClient, ingest: Ingest) -> None:
     here = here_of(gateway)
-    here.adapter_from_files = ingest = Ingest(fresh)
-    body = {"model": "auto", "training_file": "file_1", "suffix": "mine"}
+    body = {"model": "auto", "training_file": ingest.file, "suffix": "mine"}
     job = gateway.post("/v1/fine_tuning/jobs", json=body).json()
-    assert job["training_file"] == "file_1"
+    assert job["training_file"] == ingest.file
     own = gateway.get(f"/v1/realignments/{job['id']}").json()
     assert [own["adapter_id"]] == ingest.made
-    assert own["training_file"] == "file_1"
+    assert own["training_file"] == ingest.file
     assert here.adapters.get("default", own["adapter_id"]).name == "mine"
     assert gateway.get("/v1/fine_tuning/jobs").json()["data"] == [job]
     answer = gateway.post("/v1/fine_tuning/jobs", json={"model": "auto", "training_file": "file_2"})
@@ -362,10 +355,8 @@ def test_a_file_becomes_an_adapter_and_stays_the_training_file(gateway: TestClie
 
 
 @pytest.mark.parametrize("headers", [{"Idempotency-Key": "k"}, {"x-stainless-retry-count": "1"}], ids=lambda h: min(h))
-def test_a_repeat_makes_no_second_adapter(gateway: TestClient, fresh: Path, headers: dict[str, str]) -> None:
-    here = here_of(gateway)
-    here.adapter_from_files = ingest = Ingest(fresh)
-    body = {"model": "auto", "training_file": "file_1"}
+def test_a_repeat_makes_no_second_adapter(gateway: TestClient, ingest: Ingest, headers: dict[str, str]) -> None:
+    body = {"model": "auto", "training_file": ingest.file}
     jobs = {gateway.post("/v1/fine_tuning/jobs", json=body, headers=headers).json()["id"] for _ in range(3)}
     assert len(jobs) == len(ingest.made) == 1
     # The file is what was sent, not the adapter that it became.
@@ -374,12 +365,11 @@ def test_a_repeat_makes_no_second_adapter(gateway: TestClient, fresh: Path, head
         refused(other, 422, "idempotency_key_reused")
 
 
-def test_of_repeats_at_the_same_time_one_adapter_is_kept(gateway: TestClient, fresh: Path) -> None:
+def test_of_repeats_at_the_same_time_one_adapter_is_kept(gateway: TestClient, ingest: Ingest) -> None:
     here = here_of(gateway)
-    here.adapter_from_files = ingest = Ingest(fresh)
 
     def post(_: int) -> str:
-        body = {"model": "auto", "training_file": "file_1"}
+        body = {"model": "auto", "training_file": ingest.file}
         answer = gateway.post("/v1/fine_tuning/jobs", json=body, headers={"Idempotency-Key": "k"})
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
@@ -392,30 +382,30 @@ def test_of_repeats_at_the_same_time_one_adapter_is_kept(gateway: TestClient, fr
     assert [path.name for path in (here.settings.objects / "tenants/default/adapters").iterdir()] == [kept[0].id]
 
 
-def test_a_refused_job_leaves_no_adapter(gateway: TestClient, fresh: Path) -> None:
+def test_a_refused_job_leaves_no_adapter(gateway: TestClient, ingest: Ingest) -> None:
     here = here_of(gateway)
-    here.adapter_from_files = ingest = Ingest(fresh)
     for body, code in (
         ({"method": {"type": "nlsr", "scorer": "snip"}}, "scorer_not_offered"),
         ({"method": {"type": "none"}, "strengths": [1.0]}, "bad_strengths"),
     ):
-        answer = gateway.post("/v1/fine_tuning/jobs", json={"model": "auto", "training_file": "file_1", **body})
+        answer = gateway.post("/v1/fine_tuning/jobs", json={"model": "auto", "training_file": ingest.file, **body})
         refused(answer, 422, code)
     assert len(ingest.made) == 2
     assert here.adapters.page("default", limit=100) == ([], False)
     assert not list((here.settings.objects / "tenants/default/adapters").iterdir())
     # What can be told from the request alone costs no adapter.
     refused(
-        gateway.post("/v1/fine_tuning/jobs", json={"model": "gpt", "training_file": "file_1"}), 404, "model_not_found"
+        gateway.post("/v1/fine_tuning/jobs", json={"model": "gpt", "training_file": ingest.file}),
+        404,
+        "model_not_found",
     )
     assert len(ingest.made) == 2
 
 
-def test_a_label_that_two_references_know_is_ambiguous(gateway: TestClient, fresh: Path, bundle: Path) -> None:
+def test_a_label_that_two_references_know_is_ambiguous(gateway: TestClient, ingest: Ingest, bundle: Path) -> None:
     here = here_of(gateway)
     (first,) = here.references.installed()
-    here.adapter_from_files = Ingest(fresh)
-    body = {"model": first.id, "training_file": "file_1"}
+    body = {"model": first.id, "training_file": ingest.file}
     assert gateway.post("/v1/fine_tuning/jobs", json=body).json()["model"] == first.id
     installed = here.references.installed
     here.references.installed = lambda: [*installed(), *installed()]  # type: ignore[method-assign]

@@ -1,12 +1,16 @@
 """/livez and /readyz with parts of the service missing."""
 
+import shutil
+import time
 from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 
-from safegraft.stores.references import ReferenceRegistry
+from safegraft.stores.references import LIST_SECONDS, open_references
 from service.app import create_app
 from service.settings import GatewaySettings
+from tests.scaled import SCALED
 from tests.service.conftest import Running, free_port
 
 
@@ -18,14 +22,25 @@ def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path:
         assert answer.status_code == 503
         assert answer.json() == {
             "status": "not ready",
-            "checks": {"database": True, "broker": False, "reference": False},
+            "checks": {"database": True, "broker": False, "storage": True, "reference": False, "worker": False},
         }
         # A reference counts as soon as it is there.
-        ReferenceRegistry(tmp_path / "data" / "references").add(bundle)
-        assert client.get("/readyz").json()["checks"] == {"database": True, "broker": False, "reference": True}
+        open_references(settings).add(bundle)
+        if SCALED:  # … or as soon as the bucket is looked at again
+            time.sleep(LIST_SECONDS + 0.5)
+        assert client.get("/readyz").json()["checks"]["reference"] is True
+        # So does a worker, until it has been silent for a lease.
+        workers = client.app.state.services.workers  # type: ignore[attr-defined]
+        workers.beat("w1", "cpu", "1")
+        assert client.get("/readyz").json()["checks"]["worker"] is True
+        workers.drain("w1")
+        assert client.get("/readyz").json()["checks"]["worker"] is True
+        workers.leave("w1")
+        assert client.get("/readyz").json()["checks"]["worker"] is False
         assert client.get("/livez").status_code == 200
 
 
+@pytest.mark.skipif(SCALED, reason="the database is not a file that could be taken away")
 def test_a_database_that_is_gone_is_named(tmp_path: Path) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
@@ -35,7 +50,7 @@ def test_a_database_that_is_gone_is_named(tmp_path: Path) -> None:
         (tmp_path / "data" / "safegraft.sqlite").mkdir()
         answer = client.get("/readyz")
         assert answer.status_code == 503
-        assert answer.json()["checks"]["database"] is False
+        assert (answer.json()["checks"]["database"], answer.json()["checks"]["worker"]) == (False, False)
         assert client.get("/livez").status_code == 200
 
 
@@ -43,4 +58,14 @@ def test_a_whole_service_is_ready(service: Running) -> None:
     with service.client() as client:
         answer = client.get("/readyz")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ok", "checks": {"database": True, "broker": True, "reference": True}}
+    names = ("database", "broker", "storage", "reference", "worker")
+    assert answer.json() == {"status": "ok", "checks": dict.fromkeys(names, True)}
+
+
+def test_a_place_for_bytes_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        assert client.get("/readyz").json()["checks"]["storage"] is True
+        shutil.rmtree(settings.objects, ignore_errors=True)
+        settings.objects.write_text("no folder")
+        assert client.get("/readyz").json()["checks"]["storage"] is False

@@ -194,6 +194,100 @@ def test_two_workers_and_twenty_jobs_at_once_all_end_each_exactly_once(
     )
 
 
+def test_a_retry_of_openais_client_makes_no_second_job(client: httpx.Client, fresh: Path) -> None:
+    """It sends no key of idempotency, but says how often it has sent this before."""
+    body = {"adapter_id": upload(client, fresh)["id"], "method": {"type": "gram"}}
+    first = client.post("/v1/realignments", json=body, headers={"x-stainless-retry-count": "0"})
+    again = client.post("/v1/realignments", json=body, headers={"x-stainless-retry-count": "1"})
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json()["id"] == again.json()["id"]
+    assert "idempotent-replayed" not in first.headers
+    assert again.headers["idempotent-replayed"] == "true"
+    assert again.headers["location"] == first.headers["location"]
+    # Asked for on purpose it is another job; and so is another request.
+    second = client.post("/v1/realignments", json=body).json()["id"]
+    other = client.post(
+        "/v1/realignments", json={**body, "metadata": {"a": "b"}}, headers={"x-stainless-retry-count": "2"}
+    )
+    assert len({first.json()["id"], second, other.json()["id"]}) == 3
+    for given in ("-1", "many", "1.5"):
+        answer = client.post("/v1/realignments", json=body, headers={"x-stainless-retry-count": given})
+        assert answer.status_code == 422
+    # With a key it is the key that tells.
+    keyed = {"x-stainless-retry-count": "1", "idempotency-key": f"order-{second}"}
+    assert client.post("/v1/realignments", json=body, headers=keyed).json()["id"] not in {first.json()["id"], second}
+
+
+def test_twenty_retries_of_ten_requests_at_once_make_ten_jobs(
+    service: Running, client: httpx.Client, fresh: Path
+) -> None:
+    adapter = upload(client, fresh)["id"]
+
+    def post(number: int) -> tuple[int, str]:
+        body = {"adapter_id": adapter, "mode": "analyze", "metadata": {"race": str(number % 10)}}
+        answer = client.post("/v1/realignments", json=body, headers={"x-stainless-retry-count": "1"})
+        assert answer.status_code == 202, answer.text
+        return number % 10, str(answer.json()["id"])
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = set(pool.map(post, range(200)))
+    assert len(answers) == 10
+    found = client.get("/v1/realignments", params={"adapter_id": adapter, "limit": 100}).json()["data"]
+    assert {(int(job["metadata"]["race"]), job["id"]) for job in found} == answers
+    for job in found:
+        client.post(f"/v1/realignments/{job['id']}/cancel")
+
+
+def test_lists_are_narrowed(client: httpx.Client, fresh: Path) -> None:
+    adapter, other = upload(client, fresh)["id"], upload(client, fresh)["id"]
+    patched = realign(client, adapter, metadata={"team": "a", 'o"d,d': "ü {}"})
+    bad = realign(client, adapter, method={"type": "nlsr", "form": "factor"}, metadata={"team": "a"})
+    elsewhere = realign(client, other, mode="analyze", metadata={"team": "b"})
+    assert (patched["status"], bad["status"], elsewhere["status"]) == ("succeeded", "failed", "succeeded")
+
+    def found(**params: str) -> list[str]:
+        answer = client.get("/v1/realignments", params={**params, "limit": "100"})
+        assert answer.status_code == 200, answer.text
+        mine = {patched["id"], bad["id"], elsewhere["id"]}
+        return sorted(job["id"] for job in answer.json()["data"] if job["id"] in mine)
+
+    assert found() == sorted([patched["id"], bad["id"], elsewhere["id"]])
+    assert found(adapter_id=adapter) == sorted([patched["id"], bad["id"]])
+    assert found(adapter_id=adapter, status="failed") == [bad["id"]]
+    assert found(status="running") == []
+    assert found(reference_id=patched["reference_id"]) == found()
+    assert found(reference_id="ref_nothing") == []
+    assert found(**{"metadata[team]": "a"}) == found(adapter_id=adapter)
+    assert found(**{"metadata[team]": "a", 'metadata[o"d,d]': "ü {}"}) == [patched["id"]]
+    assert found(**{"metadata[team]": "a", "metadata[run]": ""}) == []
+    assert found(**{"metadata[a]b]": "a"}) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("status=done", "invalid_request"),
+        ("status=dead", "invalid_request"),
+        ("adapter_id=%00", "invalid_request"),
+        ("reference_id=%ff", "invalid_request"),
+        ("metadata[a]=b&metadata[a]=c", "duplicate_filter"),
+        ("metadata[a]=%00", "bad_filter"),
+        ("metadata[%00]=a", "bad_filter"),
+        ("metadata=a", "bad_filter"),
+        ("metadata[]=a", "bad_filter"),
+        ("metadata.a=b", "bad_filter"),
+        (f"metadata[{'k' * 65}]=a", "bad_filter"),
+        ("&".join(f"metadata[{number}]=a" for number in range(17)), "bad_filter"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_filters_that_cannot_be_are_refused(client: httpx.Client, query: str, code: str) -> None:
+    """Never ignored: the answer would be everything."""
+    answer = client.get(f"/v1/realignments?{query}")
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["code"] == code
+
+
 def test_the_same_idempotency_key_makes_one_job(client: httpx.Client, fresh: Path) -> None:
     body = {"adapter_id": upload(client, fresh)["id"], "method": {"type": "gram"}}
     first = client.post("/v1/realignments", json=body, headers={"Idempotency-Key": "order-1"})

@@ -15,12 +15,12 @@ from sqlalchemy import delete, select
 from sqlalchemy.engine import Engine
 
 from safegraft.contracts.realignment import Progress, Realignment
-from safegraft.errors import Conflict, Incompatible, LostLease, NotFound
+from safegraft.errors import Conflict, Incompatible, LostLease, NotFound, QuotaExceeded
 from safegraft.stores import jobs as module
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import adapters as adapter_rows
 from safegraft.stores.database import events, open_database, realignments
-from safegraft.stores.jobs import Claim, JobStore
+from safegraft.stores.jobs import Claim, Filters, JobStore, Origins
 from tests.stores.records import REFERENCE, adapter, claimed, kinds, queued, request, shift
 
 PROGRESS = Progress(stage="patch", done=3, total=14)
@@ -69,6 +69,104 @@ def test_a_key_means_one_request_of_one_tenant(store: JobStore) -> None:
     assert claim is not None
     assert store.create("t", REFERENCE, request("adp_1"), "k").job.status == "running"
     assert not store.create("t", REFERENCE, request("adp_1"), None).replayed
+
+
+# Sent again without a key
+
+
+def test_a_request_that_is_sent_again_is_the_same_job_for_half_an_hour(store: JobStore, engine: Engine) -> None:
+    asked = request("adp_1", metadata={"a": "b"})
+    first = store.create("t", REFERENCE, asked)
+    again = store.create("t", REFERENCE, asked, retried=True)
+    assert (again.job, again.replayed) == (first.job, True)
+    # As it is now, whatever became of it.
+    store.cancel("t", first.job.id)
+    assert store.create("t", REFERENCE, asked, retried=True).job.status == "cancelled"
+    shift(engine, first.job.id, "created_at", -module.RETRY_WINDOW + 5)
+    assert store.create("t", REFERENCE, asked, retried=True).replayed
+    shift(engine, first.job.id, "created_at", -6)
+    later = store.create("t", REFERENCE, asked, retried=True)
+    assert not later.replayed
+    assert later.job.id != first.job.id
+    assert kinds(store, first.job.id) == ["created", "cancelled"]
+
+
+def test_only_the_same_request_of_the_same_tenant_and_route_was_sent_before(store: JobStore) -> None:
+    asked = request("adp_1")
+    first = store.create("t", REFERENCE, asked).job.id
+    others = [
+        store.create("t", REFERENCE, request("adp_2"), retried=True),
+        store.create("t", REFERENCE, request("adp_1", mode="analyze"), retried=True),
+        store.create("t", REFERENCE, request("adp_1", metadata={"a": "b"}), retried=True),
+        store.create("t", REFERENCE, asked, retried=True, origins=Origins(api="fine_tuning")),
+        store.create("other", REFERENCE, asked, retried=True),
+        store.create("t", REFERENCE, asked),  # who asks for the first time means another job
+    ]
+    assert not any(created.replayed for created in others)
+    assert len({first, *(created.job.id for created in others)}) == 7
+
+
+def test_a_key_tells_orders_apart_that_are_alike(store: JobStore) -> None:
+    """OpenAI's client counts its retries also where its user names a key."""
+    asked = request("adp_1")
+    keyless = store.create("t", REFERENCE, asked).job.id
+    first = store.create("t", REFERENCE, asked, "order-1", retried=True)
+    assert not first.replayed
+    second = store.create("t", REFERENCE, asked, "order-2", retried=True)
+    assert not second.replayed
+    assert store.create("t", REFERENCE, asked, "order-2", retried=True).job == second.job
+    assert store.create("t", REFERENCE, asked, retried=True).job.id == keyless
+    alone = request("adp_2")
+    keyed = store.create("t", REFERENCE, alone, "order-3").job.id
+    assert store.create("t", REFERENCE, alone, retried=True).job.id != keyed
+
+
+@pytest.mark.parametrize("max_open", [0, 100])
+def test_twenty_retries_of_each_of_ten_requests_make_ten_jobs(store: JobStore, engine: Engine, max_open: int) -> None:
+    barrier = threading.Barrier(20)
+
+    def post(_: int) -> list[tuple[str, bool]]:
+        found = []
+        for number in range(10):
+            barrier.wait()
+            created = store.create("t", REFERENCE, request(f"adp_{number}"), retried=True, max_open=max_open)
+            found.append((created.job.id, created.replayed))
+        return found
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(post, range(20)))
+    for number in range(10):
+        assert len({answer[number][0] for answer in answers}) == 1
+        assert sum(not answer[number][1] for answer in answers) == 1
+    with engine.begin() as connection:
+        assert len(connection.execute(select(realignments)).all()) == 10
+        assert len(connection.execute(select(events)).all()) == 10
+
+
+def test_a_retry_is_answered_also_when_no_more_jobs_may_be_open(store: JobStore) -> None:
+    asked = request("adp_1")
+    first = store.create("t", REFERENCE, asked, max_open=1).job
+    assert store.create("t", REFERENCE, asked, retried=True, max_open=1).job == first
+    with pytest.raises(QuotaExceeded) as refused:
+        store.create("t", REFERENCE, request("adp_2"), retried=True, max_open=1)
+    assert refused.value.code == "too_many_jobs"
+
+
+@pytest.mark.parametrize("end", ["cancel", "succeed", "fail"])
+def test_jobs_that_have_ended_are_not_open(store: JobStore, end: str) -> None:
+    job_id = store.create("t", REFERENCE, request(), max_open=1).job.id
+    store.create("other", REFERENCE, request(), max_open=1)
+    if end != "cancel":
+        assert store.claim(job_id, "w") is not None
+        with pytest.raises(QuotaExceeded):
+            store.create("t", REFERENCE, request(), max_open=1)
+    if end == "cancel":
+        store.cancel("t", job_id)
+    elif end == "succeed":
+        store.succeed(job_id, 1)
+    else:
+        store.fail(job_id, 1, Incompatible("no"))
+    assert not store.create("t", REFERENCE, request(), max_open=1).replayed
 
 
 # Claimed once
@@ -372,7 +470,184 @@ def test_only_so_many_are_announced_oldest_first(store: JobStore) -> None:
     assert store.due(10) == ids[2:]
 
 
+def test_tenants_take_turns(store: JobStore) -> None:
+    first = [queued(store, "first") for _ in range(5)]
+    second = [queued(store, "second") for _ in range(2)]
+    third = [queued(store, "third")]
+    assert store.due(4) == [first[0], second[0], third[0], first[1]]
+    assert store.due(10) == [second[1], *first[2:]]
+
+
+def test_who_came_first_with_many_jobs_does_not_get_every_place(store: JobStore) -> None:
+    """Places come free one by one: also then the one that has least at work is next."""
+    many = [queued(store, "many") for _ in range(20)]
+    assert store.due(4) == many[:4]
+    few = [queued(store, "few") for _ in range(2)]
+    order = []
+    for job_id in many[:3]:
+        claim = store.claim(job_id, "w")
+        assert claim is not None
+        store.succeed(job_id, claim.attempt)
+        order += store.due(1)
+    assert order == [few[0], few[1], many[4]]
+
+
+def test_what_runs_is_a_turn_too(store: JobStore) -> None:
+    for _ in range(3):
+        claimed(store, tenant="busy")
+    busy, idle = queued(store, "busy"), [queued(store, "idle") for _ in range(3)]
+    assert store.due(10) == [*idle, busy]
+
+
+def test_a_lost_announcement_is_repeated_in_its_turn(store: JobStore, engine: Engine) -> None:
+    lost, other = queued(store, "a"), queued(store, "b")
+    assert store.due(1) == [lost]
+    shift(engine, lost, "next_at", -module.FIRST_REPEAT - 5)
+    assert store.due(10) == [lost, other]
+
+
 # Read
+
+
+def estimated(store: JobStore, engine: Engine, progress: Progress, seconds: float) -> float | None:
+    """How much longer a job has, after so many seconds; None where nothing is said."""
+    claim = claimed(store)
+    shift(engine, claim.id, "attempt_started_at", -seconds)
+    store.heartbeat(claim.id, claim.attempt, progress)
+    found = store.get("t", claim.id).estimated_finish
+    return None if found is None else found - time.time()
+
+
+@pytest.mark.parametrize(
+    ("stage", "done", "total", "wanted"),
+    [
+        ("fetch", 0, 0, None),
+        ("compare", 0, 14, None),  # too early to tell
+        ("compare", 7, 14, 70 / 0.2 - 70),
+        ("score", 0, 14, 70 / 0.35 - 70),
+        ("patch", 7, 14, 70 / 0.7 - 70),
+        ("publish", 0, 0, 70 / 0.9 - 70),
+        ("waiting", 0, 0, None),
+        ("something new", 1, 2, None),
+    ],
+)
+def test_the_end_is_extrapolated_from_the_progress(
+    store: JobStore, engine: Engine, stage: str, done: int, total: int, wanted: float | None
+) -> None:
+    left = estimated(store, engine, Progress(stage=stage, done=done, total=total), 70.0)
+    if wanted is None:
+        assert left is None
+    else:
+        assert left == pytest.approx(wanted, rel=0.05, abs=3)
+
+
+def test_only_a_running_job_has_an_estimated_end(store: JobStore, engine: Engine) -> None:
+    claim = claimed(store)
+    shift(engine, claim.id, "attempt_started_at", -70)
+    store.heartbeat(claim.id, claim.attempt, PROGRESS)
+    first = store.get("t", claim.id).estimated_finish
+    assert first is not None
+    assert first >= time.time() - 1
+    store.cancel("t", claim.id)
+    assert store.get("t", claim.id).estimated_finish is not None
+    store.release_from(claim.id, "w1", "It died.")
+    assert store.get("t", claim.id).estimated_finish is None
+    ended = claimed(store)
+    store.succeed(ended.id, ended.attempt)
+    assert store.get("t", ended.id).estimated_finish is None
+
+
+def test_a_second_attempt_is_estimated_from_its_own_start(store: JobStore, engine: Engine) -> None:
+    claim = claimed(store)
+    shift(engine, claim.id, "started_at", -3600)
+    store.release_from(claim.id, "w1", "It died.")
+    assert store.claim(claim.id, "w1") is not None
+    shift(engine, claim.id, "attempt_started_at", -70)
+    store.heartbeat(claim.id, 2, Progress(stage="patch", done=7, total=14))
+    found = store.get("t", claim.id).estimated_finish
+    assert found is not None
+    assert found - time.time() == pytest.approx(30, abs=3)
+
+
+def ids(found: tuple[list[Realignment], bool]) -> set[str]:
+    return {job.id for job in found[0]}
+
+
+def test_lists_are_narrowed_by_status(store: JobStore) -> None:
+    by_status: dict[str, str] = {"queued": queued(store)}
+    for status in ("running", "cancelling", "succeeded", "failed", "cancelled"):
+        by_status[status] = claimed(store).id
+    store.cancel("t", by_status["cancelling"])
+    store.succeed(by_status["succeeded"], 1)
+    store.fail(by_status["failed"], 1, Incompatible("no"))
+    store.cancel("t", by_status["cancelled"])
+    store.cancelled(by_status["cancelled"], 1)
+    dead = queued(store)
+    for attempt in (1, 2, 3):
+        assert store.claim(dead, "w") is not None
+        store.release(dead, attempt, "It failed on our side.")
+    for status, job_id in by_status.items():
+        wanted = {job_id, dead} if status == "failed" else {job_id}
+        filters = Filters(status=status)  # type: ignore[arg-type]
+        assert ids(store.page("t", limit=100, filters=filters)) == wanted
+        assert {job.status for job in store.page("t", limit=100, filters=filters)[0]} == {status}
+        assert ids(store.page("other", limit=100, filters=filters)) == set()
+    assert len(ids(store.page("t", limit=100))) == 7
+
+
+def test_lists_are_narrowed_by_what_was_asked_for(store: JobStore) -> None:
+    first = store.create("t", "ref_1", request("adp_1")).job.id
+    second = store.create("t", "ref_2", request("adp_1"), origins=Origins(api="fine_tuning")).job.id
+    third = store.create("t", "ref_1", request("adp_2"), origins=Origins(batch_id="batch_1")).job.id
+    store.create("other", "ref_1", request("adp_1"))
+    cases: list[tuple[Filters, set[str]]] = [
+        (Filters(), {first, second, third}),
+        (Filters(adapter_id="adp_1"), {first, second}),
+        (Filters(reference_id="ref_1"), {first, third}),
+        (Filters(adapter_id="adp_1", reference_id="ref_1"), {first}),
+        (Filters(batch_id="batch_1"), {third}),
+        (Filters(api="realignments"), {first, third}),
+        (Filters(adapter_id="adp_2", status="running"), set()),
+        (Filters(adapter_id="adp_%"), set()),
+    ]
+    for filters, wanted in cases:
+        assert ids(store.page("t", limit=100, filters=filters)) == wanted
+
+
+# What has a meaning in JSON, in paths into it, in Postgres's arrays, in SQL, or in patterns.
+ODD = ["team", "a.b", 'a"b', "a'b", "a,b", "{a}", "a[0]", "0", "$", "$.team", "#", "a\\b", "a\\\"b", "ü 漢 🙂", "%",
+       "_", "a\nb", " ", "", "NULL", "null", "\u202e", "a]b", "team.x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_lists_are_narrowed_by_metadata_whatever_it_says(store: JobStore, key: str) -> None:
+    made = {}
+    for value in ODD:
+        made[value] = store.create("t", REFERENCE, request(metadata={key: value, "run": "7"})).job.id
+    bare = store.create("t", REFERENCE, request()).job.id
+    swapped = store.create("t", REFERENCE, request(metadata={"x": key, "y": "team"})).job.id
+    for value, job_id in made.items():
+        found = store.page("t", limit=100, filters=Filters(metadata={key: value}))
+        assert ids(found) == {job_id}, value
+        both = {key: value, "run": "7"}
+        assert ids(store.page("t", limit=100, filters=Filters(metadata=both))) == {job_id}
+        assert ids(store.page("t", limit=100, filters=Filters(metadata=both | {"run": "8"}))) == set()
+    everything = ids(store.page("t", limit=100, filters=Filters(metadata={"run": "7"})))
+    assert everything == set(made.values())
+    assert not everything & {bare, swapped}
+
+
+def test_a_narrowed_list_pages_too(store: JobStore) -> None:
+    wanted = []
+    for number in range(12):
+        job_id = store.create("t", REFERENCE, request(metadata={"odd": str(number % 2)})).job.id
+        wanted += [job_id] if number % 2 else []
+    filters, seen, after, more = Filters(metadata={"odd": "1"}), [], None, True
+    while more:
+        items, more = store.page("t", limit=4, after=after, filters=filters)
+        seen += [item.id for item in items]
+        after = seen[-1]
+    assert seen == sorted(wanted, reverse=True)
 
 
 def test_events_are_in_order_and_resume(store: JobStore) -> None:

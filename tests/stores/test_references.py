@@ -225,3 +225,26 @@ def test_several_that_fit_equally_are_ambiguous_and_named(
         registry.choose(adapter(Q, label=label))
     assert caught.value.code == "reference_ambiguous"
     assert all(item.id in caught.value.message for item in both)
+
+
+def test_the_preferred_one_is_taken_where_several_fit_and_only_there(
+    registry: ReferenceRegistry, tmp_path: Path
+) -> None:
+    one, two = [registry.add(make(tmp_path / n, base_model=for_modules(Q, labels=[n]))) for n in ("a", "b")]
+    other = registry.add(make(tmp_path / "c", base_model=for_modules(K, labels=["c"])))
+    assert registry.choose(adapter(Q), one.id) == one
+    assert registry.choose(adapter(Q), two.id) == two
+    # The label counts more, and what does not fit is never taken.
+    assert registry.choose(adapter(Q, label="a"), two.id) == one
+    with pytest.raises(Incompatible):
+        registry.choose(adapter(Q), other.id)
+
+
+def test_a_removed_one_is_gone(registry: ReferenceRegistry, tmp_path: Path) -> None:
+    one = registry.add(make(tmp_path / "a"))
+    registry.remove(one.id)
+    assert registry.installed() == []
+    assert not one.folder.exists()
+    with pytest.raises(NotFound):
+        registry.remove(one.id)
+    assert registry.add(make(tmp_path / "b")).id == one.id

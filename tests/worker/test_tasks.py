@@ -1,6 +1,7 @@
 """One attempt at a job, in this process, with real stores and a real reference: the record tells what happened."""
 
 import hashlib
+import io
 import shutil
 import threading
 import time
@@ -22,7 +23,8 @@ from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render as report_files
-from safegraft.stores.objects import LocalObjects
+from safegraft.settings import SharedSettings
+from safegraft.stores.references import LIST_SECONDS, SHARED, SharedReferences, open_references
 from worker import tasks
 from worker.settings import WorkerSettings
 from worker.tasks import Bench, run_job
@@ -39,13 +41,33 @@ class Shop:
         self.jobs = self.bench.jobs
         self.reference = ""
 
-    @property
-    def files(self) -> LocalObjects:
-        return LocalObjects(self.bench.settings.objects)
+    def read(self, prefix: str, name: str) -> bytes:
+        with self.bench.objects.open(prefix, name) as file:
+            return file.read()
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Changes a file of the installed reference where it lies, and wherever there is a copy of it."""
+        registry = self.bench.registry
+        if isinstance(registry, SharedReferences):
+            self.bench.objects.put(f"{SHARED}/{self.reference}", name, io.BytesIO(data))
+            registry.discard_copy(self.reference)
+        else:
+            path = registry.folder(self.reference) / name
+            path.unlink()
+            path.write_bytes(data)
+
+    def uninstall(self) -> None:
+        registry = self.bench.registry
+        if isinstance(registry, SharedReferences):
+            self.bench.objects.remove(f"{SHARED}/{self.reference}")
+            time.sleep(LIST_SECONDS + 0.5)
+        else:
+            shutil.rmtree(registry.folder(self.reference))
 
     def upload(self, folder: Path) -> Adapter:
         adapter_id = new_id("adp")
         made = self.data / "upload"
+        shutil.rmtree(made, ignore_errors=True)
         shutil.copytree(folder, made)
         record = adapter_record(adapter_id, "mine", made, describe(made), dropped=["run.py"], origin=Origin())
         self.bench.objects.publish(made, f"adapters/{adapter_id}")
@@ -67,9 +89,10 @@ class Shop:
 
     def results(self, job_id: str) -> list[str]:
         """Attempts that left files."""
-        return sorted(
-            path.name for path in (self.data / "objects" / "tenants" / TENANT / "realignments" / job_id).glob("*")
-        )
+        return self.below(f"tenants/{TENANT}/realignments/{job_id}")
+
+    def below(self, prefix: str) -> list[str]:
+        return [place.rpartition("/")[2] for place, _ in self.bench.objects.prefixes(prefix)]
 
     def expire(self, job_id: str) -> None:
         """As if the worker had been silent for an hour, and the reaper came."""
@@ -125,9 +148,8 @@ def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> Non
     assert made.origin.realignment_id == job_id
     assert made.name == "mine (gram)"
     assert made.sha256 != customer.sha256
-    weights = shop.files.path(prefix, WEIGHTS)
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == made.sha256
-    text = shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json").read_text()
+    assert hashlib.sha256(shop.read(prefix, WEIGHTS)).hexdigest() == made.sha256
+    text = shop.read(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json")
     report = Report.model_validate_json(text)
     assert report.output is not None
     assert report.output.sha256 == made.sha256
@@ -136,7 +158,7 @@ def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> Non
     assert shop.kinds(job_id) == ["created", "started", "succeeded"]
     # The customer's own files are as they were.
     prefix = shop.bench.adapters.prefix(TENANT, customer.id)
-    assert shop.files.path(prefix, WEIGHTS).read_bytes() == (fresh / WEIGHTS).read_bytes()
+    assert shop.read(prefix, WEIGHTS) == (fresh / WEIGHTS).read_bytes()
 
 
 def test_analyze_makes_no_adapter(shop: Shop, fresh: Path) -> None:
@@ -147,9 +169,7 @@ def test_analyze_makes_no_adapter(shop: Shop, fresh: Path) -> None:
     assert job.result is not None
     assert job.result.adapter_id is None
     assert len(shop.adapters()) == 1
-    assert [
-        path.name for path in (shop.data / "objects" / "tenants" / TENANT / "realignments" / job_id / "1").iterdir()
-    ] == ["report"]
+    assert shop.below(f"tenants/{TENANT}/realignments/{job_id}/1") == ["report"]
 
 
 def test_a_fault_of_the_input_ends_the_job_with_its_code(shop: Shop, fresh: Path) -> None:
@@ -172,7 +192,7 @@ def test_a_deleted_adapter_ends_the_job(shop: Shop) -> None:
 
 
 def test_an_uninstalled_reference_is_tried_again_and_then_ours(shop: Shop, ordered: str) -> None:
-    shutil.rmtree(shop.bench.registry.get(shop.reference).folder)
+    shop.uninstall()
     run_job(shop.bench, ordered)
     assert shop.job(ordered).status == "queued"
     run_job(shop.bench, ordered)
@@ -181,11 +201,10 @@ def test_an_uninstalled_reference_is_tried_again_and_then_ours(shop: Shop, order
     assert (error.code, error.fault) == ("reference_missing", "system")
 
 
-def test_a_corrupt_reference_is_tried_again_and_then_ours(shop: Shop, ordered: str) -> None:
-    path = shop.bench.registry.get(shop.reference).folder / GRAM
-    raw = bytearray(path.read_bytes())
+def test_a_corrupt_reference_is_tried_again_and_then_ours(shop: Shop, ordered: str, bundle: Path) -> None:
+    raw = bytearray((bundle / GRAM).read_bytes())
     raw[-1] ^= 1
-    path.write_bytes(raw)
+    shop.replace(GRAM, bytes(raw))
     run_job(shop.bench, ordered)
     assert (shop.job(ordered).status, shop.job(ordered).error) == ("queued", None)
     assert shop.jobs.due(10) == []  # it is given time
@@ -199,13 +218,33 @@ def test_a_corrupt_reference_is_tried_again_and_then_ours(shop: Shop, ordered: s
 
 
 def test_a_repaired_reference_serves_again(shop: Shop, ordered: str, bundle: Path) -> None:
-    path = shop.bench.registry.get(shop.reference).folder / GRAM
-    path.unlink()
-    path.write_bytes(b"cut off")
+    shop.replace(GRAM, b"cut off")
     run_job(shop.bench, ordered)
-    shutil.copyfile(bundle / GRAM, path)
+    shop.replace(GRAM, (bundle / GRAM).read_bytes())
     run_job(shop.bench, ordered)
     assert (shop.job(ordered).status, shop.job(ordered).attempt) == ("succeeded", 2)
+
+
+def test_a_worker_brings_a_shared_reference_and_replaces_a_copy_that_broke(
+    tmp_path: Path, storage_url: Callable[[], str], bundle: Path, fresh: Path
+) -> None:
+    url = storage_url()
+    operator = SharedSettings(data=tmp_path / "operator", storage_url=url)
+    shop = Shop(tmp_path / "worker", storage_url=url, max_attempts=2)
+    shop.reference = open_references(operator).add(bundle).id
+    copy = tmp_path / "worker" / "references" / shop.reference
+    assert not copy.exists()
+    shop.bench.warm()
+    (copy / GRAM).write_bytes(b"broken")
+    shop.bench = Bench(shop.bench.settings)  # another process, with nothing in memory
+    job_id = shop.order(shop.upload(fresh).id)
+    run_job(shop.bench, job_id)
+    assert shop.job(job_id).status == "queued"
+    run_job(shop.bench, job_id)
+    assert (shop.job(job_id).status, shop.job(job_id).attempt) == ("succeeded", 2)
+    assert (copy / GRAM).read_bytes() == (bundle / GRAM).read_bytes()
+    assert shop.results(job_id) == ["2"]
+    assert list((tmp_path / "worker" / "objects" / "scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -415,16 +454,14 @@ def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fr
     assert job.result is not None
     assert [variant.strength for variant in job.result.variants] == [0.3, 3.0]
     assert job.result.adapter_id == job.result.variants[0].adapter_id
-    report = Report.model_validate_json(
-        shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json").read_text()
-    )
+    report = Report.model_validate_json(shop.read(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json"))
     for variant, shown in zip(job.result.variants, report.variants, strict=True):
         made = shop.bench.adapters.get(TENANT, variant.adapter_id)
         assert made.name == f"mine (gram {variant.strength:g})"
         assert shown.output is not None
         assert made.sha256 == shown.output.sha256
-        weights = shop.files.path(shop.bench.adapters.prefix(TENANT, made.id), WEIGHTS)
-        assert hashlib.sha256(weights.read_bytes()).hexdigest() == made.sha256
+        weights = shop.read(shop.bench.adapters.prefix(TENANT, made.id), WEIGHTS)
+        assert hashlib.sha256(weights).hexdigest() == made.sha256
     assert len({variant.adapter_id for variant in job.result.variants}) == 2
 
 
@@ -449,4 +486,4 @@ def test_a_side_car_is_published_beside_the_unchanged_adapter(shop: Shop, fresh:
     assert job.result.adapter_id is not None
     assert shop.bench.adapters.get(TENANT, job.result.adapter_id).sha256 == customer.sha256
     assert job.result.side_car_urls == [f"/v1/realignments/{job_id}/side_car/side_car.safetensors"]
-    assert shop.files.path(f"tenants/{TENANT}/realignments/{job_id}/1/side_car", "side_car.safetensors").is_file()
+    assert shop.bench.objects.names(f"tenants/{TENANT}/realignments/{job_id}/1/side_car") == ["side_car.safetensors"]
