@@ -143,6 +143,7 @@ def test_the_same_idempotency_key_makes_one_batch(client: httpx.Client, fresh: P
     assert first.json()["id"] == again.json()["id"]
     other = client.post("/v1/realignment_batches", json={**body, "metadata": {"a": "b"}}, headers=headers)
     refused(other, 422, "idempotency_key_reused")
+    assert ended(client, first.json()["id"])["counts"]["succeeded"] == 1
 
 
 @pytest.mark.parametrize(
@@ -163,10 +164,10 @@ def test_the_same_idempotency_key_makes_one_batch(client: httpx.Client, fresh: P
     ids=lambda value: str(value)[:60],
 )
 def test_what_is_no_batch_is_refused(client: httpx.Client, body: dict[str, Any], code: str) -> None:
-    before = client.get("/v1/realignment_batches").json()["data"]
+    before = client.get("/v1/realignment_batches").json()["first_id"]
     answer = client.post("/v1/realignment_batches", json={"reference_id": reference_of(client), **body})
     refused(answer, 422, code)
-    assert client.get("/v1/realignment_batches").json()["data"] == before
+    assert client.get("/v1/realignment_batches").json()["first_id"] == before
 
 
 def test_what_is_not_there_is_not_found(client: httpx.Client) -> None:
