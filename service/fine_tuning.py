@@ -15,6 +15,7 @@ from safegraft.contracts.fine_tuning import (
 from safegraft.contracts.methods import AutoParameters
 from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, StrengthResult
 from safegraft.errors import Conflict, Incompatible, NotFound, SafegraftError
+from safegraft.stores import options
 from safegraft.stores.jobs import Created, Origins, hash_of
 from service.auth import Principal
 from service.dependencies import Services
@@ -113,11 +114,14 @@ def _submit(
 
 
 def _reference(here: Services, model: str) -> str | None:
-    """The reference that is meant; None where it is chosen by what the adapter is."""
+    """The reference that is meant, of several the operator's preferred one; None where the adapter decides."""
     if model == AUTO:
         return None
     installed = here.references.installed()
     found = [item.id for item in installed if model == item.id or model in item.manifest.base_model.labels]
+    preferred = options.get(here.database, options.DEFAULT_REFERENCE)
+    if preferred in found:
+        return str(preferred)
     if len(found) > 1:
         raise Incompatible(
             f"{len(found)} installed references know this model: {', '.join(found)}.",

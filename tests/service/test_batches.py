@@ -143,6 +143,7 @@ def test_the_same_idempotency_key_makes_one_batch(client: httpx.Client, fresh: P
     assert first.json()["id"] == again.json()["id"]
     other = client.post("/v1/realignment_batches", json={**body, "metadata": {"a": "b"}}, headers=headers)
     refused(other, 422, "idempotency_key_reused")
+    assert ended(client, first.json()["id"])["counts"]["succeeded"] == 1
 
 
 @pytest.mark.parametrize(
@@ -163,10 +164,10 @@ def test_the_same_idempotency_key_makes_one_batch(client: httpx.Client, fresh: P
     ids=lambda value: str(value)[:60],
 )
 def test_what_is_no_batch_is_refused(client: httpx.Client, body: dict[str, Any], code: str) -> None:
-    before = client.get("/v1/realignment_batches").json()["data"]
+    before = client.get("/v1/realignment_batches").json()["first_id"]
     answer = client.post("/v1/realignment_batches", json={"reference_id": reference_of(client), **body})
     refused(answer, 422, code)
-    assert client.get("/v1/realignment_batches").json()["data"] == before
+    assert client.get("/v1/realignment_batches").json()["first_id"] == before
 
 
 def test_what_is_not_there_is_not_found(client: httpx.Client) -> None:
@@ -341,15 +342,17 @@ def test_five_gateways_make_one_job_an_adapter(here: Services, fresh: Path) -> N
 
     with ThreadPoolExecutor(5) as pool:
         running = [pool.submit(gateway, number) for number in range(5)]
-        deadline = time.monotonic() + 60
-        while here.batches.get("t", batch_id).status not in ENDED:
-            assert time.monotonic() < deadline
-            assert not any(future.done() for future in running), [f.exception() for f in running if f.done()]
-            waiting = open_jobs(here, batch_id)
-            assert len(waiting) <= 4
-            for job_id in waiting:
-                end(here.jobs, job_id, "succeeded")
-        stop.set()
+        try:
+            deadline = time.monotonic() + 60
+            while here.batches.get("t", batch_id).status not in ENDED:
+                assert time.monotonic() < deadline
+                assert not any(future.done() for future in running), [f.exception() for f in running if f.done()]
+                waiting = open_jobs(here, batch_id)
+                assert len(waiting) <= 4
+                for job_id in waiting:
+                    end(here.jobs, job_id, "succeeded")
+        finally:
+            stop.set()
         assert all(future.result() > 0 for future in running)
     assert here.batches.get("t", batch_id).status == "succeeded"
     assert sorted(all_jobs(here, batch_id)) == sorted(ids)

@@ -1,8 +1,10 @@
 """OpenAI's official client against the real service: the fine-tuning API over our jobs."""
 
 import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,7 +20,9 @@ import pytest
 from fastapi.testclient import TestClient
 from openai.types.fine_tuning import FineTuningJob
 
+from safegraft.bundle import MANIFEST
 from safegraft.contracts.adapter import Adapter
+from safegraft.stores import options
 from service.app import create_app
 from service.auth import Principal
 from service.dependencies import Services
@@ -402,15 +406,26 @@ def test_a_refused_job_leaves_no_adapter(gateway: TestClient, ingest: Ingest) ->
     assert len(ingest.made) == 2
 
 
-def test_a_label_that_two_references_know_is_ambiguous(gateway: TestClient, ingest: Ingest, bundle: Path) -> None:
+def test_of_two_references_that_know_a_label_the_preferred_one_is_meant(
+    gateway: TestClient, ingest: Ingest, bundle: Path, tmp_path: Path
+) -> None:
     here = here_of(gateway)
-    (first,) = here.references.installed()
-    body = {"model": first.id, "training_file": ingest.file}
-    assert gateway.post("/v1/fine_tuning/jobs", json=body).json()["model"] == first.id
-    installed = here.references.installed
-    here.references.installed = lambda: [*installed(), *installed()]  # type: ignore[method-assign]
-    answer = gateway.post("/v1/fine_tuning/jobs", json={**body, "model": "tiny-llama"})
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    manifest = json.loads((other / MANIFEST).read_text(encoding="utf-8"))
+    (other / MANIFEST).write_text(json.dumps(manifest | {"name": "other"}), encoding="utf-8")
+    ids = {here.references.add(other).id, *(item.id for item in here.references.installed())}
+    assert len(ids) == 2
+    body = {"model": "tiny-llama", "training_file": ingest.file}
+    answer = gateway.post("/v1/fine_tuning/jobs", json=body)
     assert refused(answer, 422, "reference_ambiguous")["message"].endswith("Name one as model.")
+    for reference in ids:
+        options.put(here.database, options.DEFAULT_REFERENCE, reference)
+        assert gateway.post("/v1/fine_tuning/jobs", json=body).json()["model"] == reference
+        # An id says it all, whatever is preferred.
+        for named in ids:
+            job = gateway.post("/v1/fine_tuning/jobs", json={**body, "model": named}).json()
+            assert job["model"] == named
 
 
 # The page that shows how
