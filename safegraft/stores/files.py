@@ -81,6 +81,19 @@ class FileStore:
             connection.execute(delete(files).where(files.c.id == file_id))
             return str(row.prefix)
 
+    def expire(self, limit: int = 100) -> list[str]:
+        """Removes the records of files that have expired; returns the prefixes of their bytes, to be removed."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(files.c.id, files.c.prefix)
+                .where(files.c.expires_at <= now())
+                .order_by(files.c.expires_at)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            ).all()
+            connection.execute(delete(files).where(files.c.id.in_([row.id for row in rows])))
+        return [row.prefix for row in rows]
+
 
 def insert_file(connection: Connection, tenant: str, file: NewFile) -> None:
     """Adds the record within a transaction of the caller's."""

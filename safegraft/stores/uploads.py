@@ -2,11 +2,11 @@
 
     pending ──complete──▶ completed
        ├──────cancel────▶ cancelled
-       └──────expire────▶ expired     (the garbage collector)
+       └──────expire────▶ expired
 
 Objects come before rows: a part's bytes lie there before its row does, so a row never names bytes that are missing
-(unless they were to be sent to an address of the store). Rows go before bytes: whatever a crash leaves behind lies
-under the prefix of an upload that has ended.
+(unless they were to be sent to an address of the store). Rows come before deletions: whatever a crash leaves behind
+lies under the prefix of an upload that has ended, and `expire` names it again.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Engine, Row
 
 from safegraft.contracts.files import MAX_PARTS, Upload, UploadCreate, UploadPart
@@ -183,6 +183,30 @@ class UploadStore:
                 _require_pending(row)
                 _end(connection, upload_id, "cancelled")
             return _shown(connection, _find(connection, tenant, upload_id))
+
+    def expire(self, limit: int = 100) -> list[str]:
+        """Ends uploads whose time is over; returns the prefixes of bytes to be removed, then told to `emptied`.
+
+        Among them are those of completed and cancelled uploads, once their time is over: a crash may have come between
+        their end and the removal of their parts, and what is sent to an address of the store may come at any time.
+        """
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(uploads.c.id, uploads.c.prefix, uploads.c.state)
+                .where(uploads.c.expires_at <= now(), or_(uploads.c.state == "pending", uploads.c.prefix != ""))
+                .order_by(uploads.c.expires_at)
+                .limit(limit)
+                .with_for_update(skip_locked=True)
+            ).all()
+            for row in rows:
+                if row.state == "pending":
+                    _end(connection, row.id, "expired")
+        return [row.prefix for row in rows]
+
+    def emptied(self, prefixes: Sequence[str]) -> None:
+        """The bytes under these prefixes are gone; `expire` does not name them again."""
+        with self._engine.begin() as connection:
+            connection.execute(update(uploads).where(uploads.c.prefix.in_(list(prefixes))).values(prefix=""))
 
 
 def _find(connection: Connection, tenant: str, upload_id: str, *, lock: bool = False) -> Row[Any]:
