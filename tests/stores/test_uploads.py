@@ -19,7 +19,7 @@ from safegraft.stores import uploads as uploads_module
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import files, now, reading, uploads
 from safegraft.stores.files import CONTENT, FileStore, NewFile
-from safegraft.stores.objects import LocalObjects, file_prefix
+from safegraft.stores.objects import LocalObjects, file_prefix, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
 from tests.stores.records import adapter
 
@@ -237,6 +237,37 @@ def test_one_tenants_uploads_are_no_other_ones(store: UploadStore, kept: FileSto
     assert kept.page("other", limit=10) == ([], False)
 
 
+def test_an_upload_expires_with_its_parts(engine: Engine, objects: LocalObjects) -> None:
+    brief, store = UploadStore(engine, seconds=-1), UploadStore(engine, seconds=3600)
+    late, alive = begun(brief, 3), begun(store, 3)
+    assert late.status == "expired"
+    with pytest.raises(Conflict):
+        brief.add_part(TENANT, late.id, new_id("part"), 1, None)
+    sent(store, objects, alive, b"abc")
+    over = begun(store, 3)
+    sent(store, objects, over, b"abc")
+    _let_expire(engine, over)
+    assert sorted(store.expire()) == sorted([upload_prefix(TENANT, late.id), upload_prefix(TENANT, over.id)])
+    # Until it is told that the bytes are gone: a collector may be killed in between.
+    assert len(store.expire()) == 2
+    store.emptied(store.expire())
+    assert store.expire() == []
+    assert store.get(TENANT, over.id).status == "expired"
+    assert store.parts(TENANT, over.id, limit=10) == ([], False)
+    assert len(store.parts(TENANT, alive.id, limit=10)[0]) == 1
+
+
+def test_what_a_crash_left_of_ended_uploads_is_named_when_their_time_is_over(
+    engine: Engine, store: UploadStore, objects: LocalObjects
+) -> None:
+    done = begun(store, 3)
+    completed(store, objects, done, sent(store, objects, done, b"abc"))
+    assert store.expire() == []
+    _let_expire(engine, done)
+    assert store.expire() == [upload_prefix(TENANT, done.id)]
+    assert store.get(TENANT, done.id).status == "completed"
+
+
 def test_an_upload_whose_time_is_over_takes_nothing_more(
     engine: Engine, store: UploadStore, objects: LocalObjects
 ) -> None:
@@ -342,6 +373,8 @@ def test_a_file_expires(engine: Engine, kept: FileStore) -> None:
         with pytest.raises(NotFound):
             ask()
     assert [item.id for item in kept.page(TENANT, limit=9)[0]] == [stays]
+    assert kept.expire() == [file_prefix(TENANT, goes)]
+    assert kept.expire() == []
 
 
 def test_what_the_client_wanted_of_the_file_outlives_the_upload(
