@@ -1,5 +1,5 @@
 # The gateway: HTTP, and those commands of `safegraft` that need no torch (keys, reference add, …). It holds the base
-# dependencies of pyproject.toml and the extra `scaled` (Postgres, S3), so no torch.
+# dependencies of pyproject.toml and the extras `scaled` (Postgres, S3) and `otel` (traces), so no torch.
 # Build it from the root of the repository: docker build -f docker/gateway.Dockerfile -t safegraft-gateway .
 FROM python:3.11.16-slim-bookworm
 
@@ -11,7 +11,7 @@ WORKDIR /src
 # Dependencies in a layer of their own: they change rarely, our code often. tomllib reads them out of pyproject.toml, so
 # that they are written down once; constraints.txt says which versions were tested.
 COPY pyproject.toml constraints.txt ./
-RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["scaled"], sep="\n")' > requirements.txt \
+RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["scaled"], *project["optional-dependencies"]["otel"], sep="\n")' > requirements.txt \
     && pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 COPY README.md LICENSE ./

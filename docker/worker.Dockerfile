@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir --no-deps ${TORCH_INDEX_URL:+--index-url "$TORCH_
 
 # Dependencies in a layer of their own: they change rarely, our code often. tomllib reads them out of pyproject.toml, so
 # that they are written down once; constraints.txt says which versions were tested.
-RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["engine"], *project["optional-dependencies"]["scaled"], sep="\n")' > requirements.txt \
+RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["engine"], *project["optional-dependencies"]["scaled"], *project["optional-dependencies"]["otel"], sep="\n")' > requirements.txt \
     && pip install --no-cache-dir -r requirements.txt -c constraints.txt
 
 COPY README.md LICENSE ./

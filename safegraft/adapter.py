@@ -395,6 +395,8 @@ def compiled(pattern: str) -> Any:
     options.max_mem = 2**20
     # Names are ASCII: one instruction a character instead of a tree of UTF-8 sequences.
     options.encoding = re2.Options.Encoding.LATIN1
+    # Groups cost memory and time in every step; only whether it matches is asked.
+    options.never_capture = True
     try:
         return re2.compile(pattern.encode(), options=options)
     except re2.error as error:

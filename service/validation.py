@@ -192,6 +192,8 @@ def _limit(limits: Limits) -> None:
         resource.RLIMIT_FSIZE: (limits.file_bytes, limits.file_bytes),
         resource.RLIMIT_CORE: (0, 0),
     }
+    # Whoever polls or asks after health goes first: reading an upload can wait, and takes a while anyway.
+    os.nice(15)
     for which, (soft, hard) in wanted.items():
         # Some systems know not all of them, or have set less already.
         with suppress(ValueError, OSError):

@@ -1,6 +1,8 @@
 """/livez and /readyz: is the process alive, and can it serve."""
 
-from fastapi import APIRouter, Response
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,8 +27,15 @@ async def livez() -> Health:
 
 
 @router.get("/readyz", operation_id="readyz", responses={503: {"model": Health}})
-def readyz(here: Here, response: Response) -> Health:
-    """503 while database, broker, storage, every reference or every worker is missing; `checks` says which."""
+def readyz(
+    here: Here,
+    response: Response,
+    ignore: Annotated[Literal["worker"] | None, Query(description="What may be missing all the same.")] = None,
+) -> Health:
+    """503 while database, broker, storage, every reference or every worker is missing; `checks` says which.
+
+    A balancer in front of gateways asks with `?ignore=worker`: without workers they still take jobs, which wait.
+    """
     checks = {
         "database": _database(here),
         "broker": here.queue.ping(),
@@ -34,7 +43,7 @@ def readyz(here: Here, response: Response) -> Health:
         "reference": bool(here.references.installed()),
         "worker": _worker(here),
     }
-    ready = all(checks.values())
+    ready = all(found for name, found in checks.items() if name != ignore)
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "not ready", checks=checks)
 
