@@ -83,7 +83,7 @@ def _kinds_are_required(document: dict[str, Any]) -> None:
 def _unions_have_no_default(node: Any) -> None:
     """An object as the default of a choice of objects: generators stop at it. What holds is in the description."""
     if isinstance(node, dict):
-        if "oneOf" in node and isinstance(node.get("default"), dict):
+        if ("oneOf" in node or "anyOf" in node) and isinstance(node.get("default"), dict):
             del node["default"]
         for value in node.values():
             _unions_have_no_default(value)

@@ -349,7 +349,8 @@ def test_constraints_are_exact_and_leave_the_torch_build_open() -> None:
 
 def test_gateway_image_holds_no_torch() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["dependencies"] + project["optional-dependencies"]["scaled"] == GATEWAY.requirements
+    extras = project["optional-dependencies"]
+    assert project["dependencies"] + extras["scaled"] + extras["otel"] == GATEWAY.requirements
     assert not requirement_closure(GATEWAY.requirements) & HEAVY
     # The image has no worker and no engine extra, so what it runs must not ask for them.
     program = f"import sys, service.main; print(*sorted({HEAVY} & set(sys.modules)))"
@@ -360,7 +361,7 @@ def test_gateway_image_holds_no_torch() -> None:
 def test_worker_image_holds_the_engine() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    assert project["dependencies"] + extras["engine"] + extras["scaled"] == WORKER.requirements
+    assert project["dependencies"] + extras["engine"] + extras["scaled"] + extras["otel"] == WORKER.requirements
     assert requirement_closure(WORKER.requirements) >= HEAVY
 
 
