@@ -272,7 +272,9 @@ def test_bodies_are_bounded(gateway: Gateway, keys: dict[str, str], fresh: Path)
         kind = {"content-type": "multipart/form-data; boundary=b"}
         refused(client.post("/v1/realignments", content=large, headers=kind), 413, "request_too_large")
         refused(client.post("/v1/realignments", content=iter([large])), 413, "request_too_large")
-        form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.bin"\r\n\r\n' + bytes(MAX_UPLOAD + 2**17)
+        form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.bin"\r\n\r\n' + bytes(
+            MAX_UPLOAD + 2**17
+        )
         refused(client.post("/v1/adapters", content=iter([form]), headers=kind), 413, "upload_too_large")
         refused(client.post("/v1/adapters", content=form, headers=kind), 413, "upload_too_large")
         assert client.post("/v1/adapters", files=files_of(fresh)).status_code == 201
