@@ -32,6 +32,7 @@ from service.app import create_app
 from service.auth import Gatekeeper
 from service.errors import Forbidden, Unauthorized
 from service.settings import GatewaySettings
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import SAFEGRAFT, files_of, free_port, upload
 
@@ -650,6 +651,7 @@ def test_serving_the_world_without_keys_is_refused(tmp_path: Path, host: str) ->
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.skipif(SCALED, reason="the gateway of this test is this process, whose database is a file")
 def test_a_gateway_on_its_own_without_keys_answers_nobody(tmp_path: Path) -> None:
     """Started by hand it is no error to have none: a key that is made later opens it."""
     settings = GatewaySettings(data=tmp_path, redis_url="redis://127.0.0.1:1/0")
