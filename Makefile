@@ -45,8 +45,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	@$(BIN)/python -m pytest
 
+SCALED_TESTS ?= tests/stores tests/service tests/worker
 test-scaled: .venv/.ready
-	@$(BIN)/python -m tests.scaled -- tests/stores tests/service tests/worker
+	@$(BIN)/python -m tests.scaled -- $(SCALED_TESTS)
 
 check: .venv/.check
 	$(BIN)/ruff format --check .
