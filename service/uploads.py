@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 from starlette.requests import Request
@@ -49,6 +49,30 @@ async def create_adapter(request: Request, here: Services, asking: Principal, *,
 
     Raises InvalidAdapter and its like, InvalidParameter, TooLarge, QuotaExceeded, StorageFault.
     """
+
+    async def receive(delivery: Delivery, allowed: Allowance) -> None:
+        await _receive(request, here, asking, delivery, allowed)
+
+    return await _create(here, asking, receive, name=name, sha256=sha256)
+
+
+async def adapter_from_files(here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
+    """Makes an adapter from files that were uploaded before. Raises like `create_adapter`, and NotFound."""
+
+    async def collect(delivery: Delivery, allowed: Allowance) -> None:
+        await asyncio.to_thread(_collect, here, asking.tenant, file_ids, delivery, allowed)
+
+    return await _create(here, asking, collect, name=name, sha256="")
+
+
+async def _create(
+    here: Services,
+    asking: Principal,
+    fill: Callable[[Delivery, Allowance], Awaitable[None]],
+    *,
+    name: str,
+    sha256: str,
+) -> Adapter:
     with slot(here):
         allowed = await asyncio.to_thread(allowance, here, asking, here.settings.max_upload_bytes)
         async with scratch(here) as folder:
@@ -57,22 +81,7 @@ async def create_adapter(request: Request, here: Services, asking: Principal, *,
                 delivery.folder.mkdir()
             except OSError as error:
                 raise storage_fault(error) from error
-            await _receive(request, here, asking, delivery, allowed)
-            adapter = await here.validator.judge(new_id("adp"), delivery)
-            return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
-
-
-async def adapter_from_files(here: Services, asking: Principal, file_ids: list[str], name: str) -> Adapter:
-    """Makes an adapter from files that were uploaded before. Raises like `create_adapter`, and NotFound."""
-    with slot(here):
-        allowed = await asyncio.to_thread(allowance, here, asking, here.settings.max_upload_bytes)
-        async with scratch(here) as folder:
-            delivery = Delivery(folder / "adapter", name=name, sha256="")
-            try:
-                delivery.folder.mkdir()
-            except OSError as error:
-                raise storage_fault(error) from error
-            await asyncio.to_thread(_collect, here, asking.tenant, file_ids, delivery, allowed)
+            await fill(delivery, allowed)
             adapter = await here.validator.judge(new_id("adp"), delivery)
             return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
 

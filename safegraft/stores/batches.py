@@ -41,9 +41,9 @@ from safegraft.stores.database import (
     now,
     reading,
     realignments,
-    webhook_endpoints,
 )
 from safegraft.stores.jobs import has_metadata, hash_of
+from safegraft.stores.webhooks import registered
 
 # Of one tenant. Each is looked after every second.
 MAX_OPEN = 20
@@ -123,7 +123,7 @@ class BatchStore:
         # By chance, and the same whenever it is asked: the order of ids is that of age, and old adapters are no sample.
         random.Random(batch_id).shuffle(chosen)
         first = ceil(request.canary.share * len(chosen)) if request.canary else 0
-        endpoint = _endpoint(connection, tenant, request.webhook_url) if request.webhook_url else None
+        endpoint = registered(connection, tenant, request.webhook_url) if request.webhook_url else None
         connection.execute(
             insert(batches).values(
                 id=batch_id,
@@ -432,21 +432,6 @@ def _selected(connection: Connection, tenant: str, reference_id: str, wanted: Ba
             code="too_many_adapters",
             param="select",
             hint="Narrow it by previous_reference_id or metadata.",
-        )
-    return found
-
-
-def _endpoint(connection: Connection, tenant: str, url: str) -> str:
-    c = webhook_endpoints.c
-    found: str | None = connection.execute(
-        select(c.id).where(c.tenant == tenant, c.url == url, c.disabled_at.is_(None)).order_by(c.id.desc()).limit(1)
-    ).scalar_one_or_none()
-    if found is None:
-        raise InvalidParameter(
-            "webhook_url is not the address of a webhook endpoint that is enabled.",
-            code="webhook_not_registered",
-            param="webhook_url",
-            hint="Register it first: messages are signed with its secret.",
         )
     return found
 

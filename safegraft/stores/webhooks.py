@@ -158,21 +158,9 @@ class WebhookStore:
             return _shown(_find(connection, tenant, endpoint_id)), secret
 
     def registered(self, tenant: str, url: str) -> str:
-        """The id of the tenant's live endpoint with this address. Raises InvalidParameter."""
+        """The id of the tenant's live endpoint with this address, the newest of several. Raises InvalidParameter."""
         with reading(self._engine) as connection:
-            found: str | None = connection.execute(
-                select(endpoint.id).where(
-                    endpoint.tenant == tenant, endpoint.url == url, endpoint.disabled_at.is_(None)
-                )
-            ).scalar_one_or_none()
-        if found is None:
-            raise InvalidParameter(
-                "webhook_url is not the address of a webhook endpoint that is enabled.",
-                code="webhook_not_registered",
-                param="webhook_url",
-                hint="Register it first with POST /v1/webhook_endpoints: messages are signed with its secret.",
-            )
-        return found
+            return registered(connection, tenant, url)
 
     # Deliveries, as their tenant sees them
 
@@ -489,3 +477,21 @@ def _shown_delivery(row: Row[Any]) -> WebhookDelivery:
         created_at=int(row.created_at),
         finished_at=_whole(row.finished_at),
     )
+
+
+def registered(connection: Connection, tenant: str, url: str) -> str:
+    """`WebhookStore.registered` within a transaction of the caller's."""
+    found: str | None = connection.execute(
+        select(endpoint.id)
+        .where(endpoint.tenant == tenant, endpoint.url == url, endpoint.disabled_at.is_(None))
+        .order_by(endpoint.id.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    if found is None:
+        raise InvalidParameter(
+            "webhook_url is not the address of a webhook endpoint that is enabled.",
+            code="webhook_not_registered",
+            param="webhook_url",
+            hint="Register it first with POST /v1/webhook_endpoints: messages are signed with its secret.",
+        )
+    return found
