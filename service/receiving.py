@@ -192,9 +192,9 @@ async def receive_json(request: Request, model: type[Body], max_bytes: int) -> B
 
 
 def validated(model: type[Body], given: dict[str, Any]) -> Body:
-    """Raises RequestValidationError."""
+    """The fields of a form, which are all text. Raises RequestValidationError."""
     try:
-        return model.model_validate(given)
+        return model.model_validate(given, strict=False)
     except ValidationError as error:
         raise _invalid(error) from error
 

@@ -197,9 +197,9 @@ class BenchTask(Task):  # type: ignore[type-arg]
 
 # Shared: a spawned pool process builds its own application, and takes its tasks from the modules that it includes.
 @shared_task(base=BenchTask, bind=True, name=REALIGN_TASK, ignore_result=True)
-def realign_job(task: BenchTask, job_id: str) -> None:
-    """One message from the queue: a job may be due."""
-    run_job(task.bench, job_id)
+def realign_job(task: BenchTask, ticket: str) -> None:
+    """One message from the queue: a job may be due, this or another."""
+    run_job(task.bench, ticket)
 
 
 @setup_logging.connect
@@ -249,9 +249,10 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
     """In the parent, when its child was killed: gives the job back at once instead of after the lease."""
     killed = isinstance(exception, WorkerLostError | TimeLimitExceeded)
     if getattr(sender, "name", "") == REALIGN_TASK and args and killed:
-        log.error("%s: the process that ran it died (%s)", args[0], exception)
+        log.error("a process of this worker died (%s)", exception)
         with _job_store() as jobs:
-            jobs.release_from(args[0], worker_name(), "Its worker process died.")
+            for job_id in jobs.release_from(args[0], worker_name(), "Its worker process died."):
+                log.warning("%s: taken back from a process that died", job_id)
 
 
 @worker_init.connect
@@ -282,15 +283,14 @@ def _job_store() -> Iterator[JobStore]:
         engine.dispose()
 
 
-def run_job(bench: Bench, job_id: str) -> None:
-    """One attempt at a job. Whatever happens, the record says it afterwards; nothing is raised but for a kill."""
-    claim = bench.jobs.claim(job_id, worker_name())
+def run_job(bench: Bench, ticket: str) -> None:
+    """One attempt at the job whose turn it is. Whatever happens, the record says it afterwards; nothing is raised but
+    for a kill."""
+    claim = bench.jobs.claim_next(worker_name(), ticket)
     if claim is None:
-        log.info("%s: nothing to do", job_id)
-        # Where this worker is draining the job still waits: another one hears of it in the dispatcher's next turn.
-        bench.jobs.unannounce([job_id])
+        log.info("%s: nothing to do", ticket)
         return
-    with logs.bound(job_id=job_id, attempt=claim.attempt, trace_id=tracing.trace_id(claim.traceparent)):
+    with logs.bound(job_id=claim.id, attempt=claim.attempt, trace_id=tracing.trace_id(claim.traceparent)):
         _run_claimed(bench, claim)
 
 

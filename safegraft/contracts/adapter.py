@@ -2,11 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from safegraft.contracts.base import Shown
 
 
 class AdapterFile(Shown):

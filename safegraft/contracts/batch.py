@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from safegraft.contracts.base import Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import AutoParameters, MethodParameters
 from safegraft.contracts.realignment import Failure, Metadata
@@ -18,11 +19,7 @@ Id = Annotated[str, Field(max_length=80, pattern=PRINTABLE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BatchSelect(Shown):
+class BatchSelect(Asked):
     """The tenant's uploaded adapters whose last succeeded patch used another reference than the batch's."""
 
     previous_reference_id: Id | None = Field(default=None, description="Only those that it was this one.")
@@ -31,13 +28,13 @@ class BatchSelect(Shown):
     )
 
 
-class Canary(Shown):
+class Canary(Asked):
     """A share of the adapters, drawn by chance, at least one. They come first; the rest waits for how they end."""
 
     share: Finite = Field(default=0.1, gt=0.0, le=1.0)
 
 
-class StopRule(Shown):
+class StopRule(Asked):
     """When a batch stops by itself. Judged when the canary has ended, then over all that have ended so far as soon as
     these are 10, and when all have ended. Cancelled jobs do not count."""
 
@@ -52,7 +49,7 @@ class StopRule(Shown):
     )
 
 
-class BatchPlan(Shown):
+class BatchPlan(Asked):
     """What is done to each adapter, and how fast."""
 
     reference_id: Id

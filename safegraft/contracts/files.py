@@ -2,8 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
+from safegraft.contracts.base import Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 
 # Labels that OpenAI's client knows; nothing here depends on which one it is.
@@ -25,10 +26,6 @@ def _printable(text: str) -> str:
 FileName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_printable)]
 Kept = Annotated[int, Field(ge=MIN_KEPT, le=MAX_KEPT)]
 Sha256 = Annotated[str, Field(pattern="^(sha256-)?[0-9a-fA-F]{64}$", description="In hex.")]
-
-
-class Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ExpiresAfter(Asked):
@@ -77,10 +74,6 @@ class AdapterFromFiles(Asked):
     ]
     name: str = ""
     sha256: str = ""
-
-
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class FileObject(Shown):

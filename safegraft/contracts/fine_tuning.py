@@ -5,18 +5,15 @@ Fields that mean training are refused unless they ask for nothing: none is ignor
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from safegraft.contracts.base import Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import MODELS, MethodParameters
 from safegraft.contracts.realignment import NO_NUL, Metadata, Name
 
 TRAINING_METHODS = ("supervised", "dpo", "reinforcement")
-
-
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _unless(accepted: tuple[Any, ...], hint: str) -> BeforeValidator:
@@ -45,7 +42,7 @@ NO_TRAINING = "nothing is trained here; the parameters of a repair belong into m
 Auto = Annotated[Literal["auto"] | None, _unless(("auto", None), NO_TRAINING)]
 
 
-class Hyperparameters(Shown):
+class Hyperparameters(Asked):
     """Accepted as clients send them by default: `auto`, which asks for nothing."""
 
     batch_size: Auto = None
@@ -53,7 +50,7 @@ class Hyperparameters(Shown):
     n_epochs: Auto = None
 
 
-class FineTuningJobCreate(Shown):
+class FineTuningJobCreate(Asked):
     model: str = Field(
         min_length=1,
         max_length=500,

@@ -6,15 +6,16 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
+from safegraft.contracts.base import Asked
 from safegraft.errors import InvalidParameter
 
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="Of what is drawn; only used where something is.")]
 
 
-class Parameters(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Parameters(Asked):
+    """Of a method."""
 
 
 class AutoParameters(Parameters):

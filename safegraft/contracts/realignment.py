@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from safegraft.contracts.base import Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import AutoParameters, MethodParameters
 from safegraft.contracts.report import Summary
@@ -30,11 +31,7 @@ def _printable(text: str) -> str:
 Name = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 
 
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RealignmentCreate(Shown):
+class RealignmentCreate(Asked):
     adapter_id: str = Field(max_length=80, pattern=PRINTABLE)
     reference_id: str | None = Field(
         default=None,

@@ -6,8 +6,9 @@ Fields that OpenAI's API has too are named as there, so that its client's `webho
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from safegraft.contracts.base import Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 
 EventType = Literal[
@@ -42,17 +43,13 @@ EventTypes = Annotated[
 ]
 
 
-class Shown(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class WebhookEndpointCreate(Shown):
+class WebhookEndpointCreate(Asked):
     url: Url
     name: Name = ""
     event_types: EventTypes = ["*"]
 
 
-class WebhookEndpointUpdate(Shown):
+class WebhookEndpointUpdate(Asked):
     """What is left out stays."""
 
     url: Url | None = None
@@ -63,7 +60,7 @@ class WebhookEndpointUpdate(Shown):
     )
 
 
-class RotateSecret(Shown):
+class RotateSecret(Asked):
     """How long the old secret goes on signing beside the new one; 24 hours where nothing is said."""
 
     overlap_seconds: int | None = Field(default=None, ge=0, le=7 * DAY)

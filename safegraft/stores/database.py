@@ -56,6 +56,7 @@ realignments = Table(
     Column("attempt", Integer, nullable=False, default=0),
     Column("lease_until", Float),
     Column("worker", String(200)),  # who holds the lease, so that its parent can give the job back at once
+    Column("ticket", String(64)),  # the job that the message named which its worker got; not always this one
     Column("next_at", Float),  # when a queued job is (again) announced to the workers
     Column("announced", Integer, nullable=False, default=0),
     Column("cancel_requested", Integer, nullable=False, default=0),
@@ -82,6 +83,7 @@ realignments = Table(
     Index("realignments_by_tenant", "tenant", "id"),
     Index("realignments_due", "state", "next_at"),
     Index("realignments_by_batch", "batch_id"),
+    Index("realignments_by_turn", "tenant", "attempt_started_at"),
     # Asked with every new job: how many are open, and was this sent before. By the tenant alone it would read them all.
     Index("realignments_by_state", "tenant", "state", "id"),
     Index("realignments_by_request", "tenant", "request_hash", "idempotency_key", "id"),

@@ -282,26 +282,15 @@ class JobStore:
     # What the dispatcher asks
 
     def due(self, limit: int) -> list[str]:
-        """Queued jobs whose announcement is due, tenants in turns; the next one is put off before they are returned.
+        """Queued jobs whose announcement is due, oldest first; the next one is put off before they are returned.
 
-        A gateway that dies with these ids in hand therefore only delays them.
+        A gateway that dies with these ids in hand therefore only delays them. Whose turn it is, is decided when a
+        worker has time (`claim_next`): who came first with a thousand jobs fills the broker with messages, and no more.
         """
         c = realignments.c
         is_due = and_(c.state == "queued", c.next_at <= now())
-        # In turns: a tenant's second job comes after everybody's first. What it has announced or running counts, or who
-        # came first with a thousand jobs would get every place that comes free.
-        has = or_(c.state == "running", and_(c.state == "queued", c.announced > 0, c.next_at > now()))
-        busy = select(c.tenant, func.count().label("number")).where(has).group_by(c.tenant).subquery()
-        turn = func.row_number().over(partition_by=c.tenant, order_by=(c.next_at, c.id)).label("turn")
-        queue = select(c.id, c.tenant, turn, c.next_at).where(is_due).subquery()
-        first = (
-            select(queue.c.id)
-            .outerjoin(busy, busy.c.tenant == queue.c.tenant)
-            .order_by(queue.c.turn + func.coalesce(busy.c.number, 0), queue.c.next_at, queue.c.id)
-            .limit(limit)
-        )
-        with reading(self._engine) as connection:  # the long part; nobody has to wait for it
-            chosen = list(connection.execute(first).scalars())
+        with reading(self._engine) as connection:
+            chosen = list(connection.execute(select(c.id).where(is_due).order_by(c.next_at, c.id).limit(limit)).scalars())
         if not chosen:
             return []
         with self._engine.begin() as connection:
@@ -351,11 +340,46 @@ class JobStore:
 
     # What the worker asks
 
-    def claim(self, job_id: str, worker: str) -> Claim | None:
-        """Makes a queued job this worker's; None where it is not queued (any more), and the message is dropped.
+    def claim_next(self, worker: str, ticket: str) -> Claim | None:
+        """Makes the queued job this worker's whose turn it is; None where there is none, or the worker is draining.
 
-        None as well where the worker is draining.
+        A message says that there is work, and not which: tenants take turns by how many of their jobs run, then by who
+        has been served longest ago. ticket: the job that the message named. Where another one is claimed, it is due to
+        be announced again at once.
         """
+        c = realignments.c
+        # Not those that a fault of ours has put off: these were never announced since.
+        ready = and_(c.state == "queued", or_(c.next_at <= now(), c.announced > 0))
+        first = (
+            select(c.tenant, func.min(c.id).label("id")).where(ready, ~_draining(worker)).group_by(c.tenant).subquery()
+        )
+        busy = (
+            select(c.tenant, func.count().label("number")).where(c.state == "running").group_by(c.tenant).subquery()
+        )
+        other = realignments.alias()
+        served = (
+            select(func.max(other.c.attempt_started_at)).where(other.c.tenant == first.c.tenant).scalar_subquery()
+        )
+        turn = (
+            select(first.c.id)
+            .outerjoin(busy, busy.c.tenant == first.c.tenant)
+            .order_by(func.coalesce(busy.c.number, 0), func.coalesce(served, 0.0), first.c.id)
+            .limit(1)
+        )
+        claimed = None
+        # Where another worker was faster, it took one job: there are fewer each time.
+        while claimed is None:
+            with reading(self._engine) as connection:
+                job_id = connection.execute(turn).scalar_one_or_none()
+            if job_id is None:
+                break
+            claimed = self.claim(job_id, worker, ticket=ticket)
+        if claimed is None or claimed.id != ticket:
+            self.unannounce([ticket])
+        return claimed
+
+    def claim(self, job_id: str, worker: str, *, ticket: str | None = None) -> Claim | None:
+        """Makes a queued job this worker's; None where it is not queued (any more), or the worker is draining."""
         with self._engine.begin() as connection:
             row = connection.execute(
                 update(realignments)
@@ -365,6 +389,7 @@ class JobStore:
                     attempt=realignments.c.attempt + 1,
                     lease_until=now() + self._lease,
                     worker=worker,
+                    ticket=ticket or job_id,
                     next_at=None,
                     started_at=func.coalesce(realignments.c.started_at, now()),
                     attempt_started_at=now(),
@@ -472,15 +497,17 @@ class JobStore:
             pause = FAULT_PAUSE * 2 ** min(attempt - 1, 6)
             return self._give_back(connection, job_id, attempt, reason, code, pause)
 
-    def release_from(self, job_id: str, worker: str, reason: str) -> bool:
-        """Gives back whatever attempt `worker` holds: for a parent that only knows that its child is dead."""
+    def release_from(self, ticket: str, worker: str, reason: str) -> list[str]:
+        """Gives back what `worker` claimed for the message that named `ticket`; the jobs' ids.
+
+        For a parent that only knows that its child, which got the message, is dead.
+        """
+        c = realignments.c
         with self._engine.begin() as connection:
-            attempt = connection.execute(
-                select(realignments.c.attempt).where(
-                    realignments.c.id == job_id, realignments.c.state == "running", realignments.c.worker == worker
-                )
-            ).scalar_one_or_none()
-            return attempt is not None and self._give_back(connection, job_id, attempt, reason)
+            rows = connection.execute(
+                select(c.id, c.attempt).where(c.ticket == ticket, c.state == "running", c.worker == worker)
+            ).all()
+            return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason)]
 
     def release_all(self, worker: str, reason: str) -> list[str]:
         """Gives back every job that `worker` holds: for a worker that has just started and so can hold none."""

@@ -183,7 +183,7 @@ def test_biases_and_side_cars_do_what_pushing_the_heads_does(
     source = stand.precise[customer]
     outs = {form: tmp_path / form for form in ("lora_bias", "side_car")}
     for form, out in outs.items():
-        report = realign(source, stand.reference, SafetyLockParameters(output=form), out)
+        report = realign(source, stand.reference, SafetyLockParameters.model_validate({"output": form}), out)
         assert report.lineage == customer
     car = load_file(side_car_folder(outs["side_car"]) / SIDE_CAR)
     assert (outs["side_car"] / WEIGHTS).read_bytes() == (source / WEIGHTS).read_bytes()

@@ -246,7 +246,7 @@ def test_every_selection_is_told_in_words(method: Method, text: str) -> None:
 
 @pytest.mark.parametrize("scorer", sorted(words.SCORERS))
 def test_a_scorer_is_told_and_a_control_called_one(scorer: str) -> None:
-    said = words.selection(report(lines(1), method=NlsrParameters(scorer=scorer, seed=5)))
+    said = words.selection(report(lines(1), method=NlsrParameters.model_validate({"scorer": scorer, "seed": 5})))
     assert f" Safety-critical is {words.SCORERS[scorer]}" in said
     assert ("control" in said) == (scorer in ("magnitude", "random"))
     assert ("(seed 5)" in said) == (scorer == "random"), "a seed only where something was drawn"

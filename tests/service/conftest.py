@@ -11,8 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import Engine
 
 from safegraft.settings import SharedSettings
+from safegraft.stores.database import open_database
 from safegraft.stores.objects import Objects, open_objects
 from tests import scaled
 from tests.scaled import free_port as free_port
@@ -36,6 +39,20 @@ def objects_of(data: Path) -> Objects:
     return open_objects(
         SharedSettings(data=data, storage_url=scaled.environment(data).get("SAFEGRAFT_STORAGE_URL", ""))
     )
+
+
+def database_of(data: Path) -> Engine:
+    """The database of the installation in a data folder; to be disposed of."""
+    given = scaled.environment(data).get("SAFEGRAFT_DATABASE_URL", "")
+    return open_database(SharedSettings(data=data, database_url=given).database)
+
+
+def execute(data: Path, statement: str, **values: object) -> None:
+    """SQL on the database of the installation in a data folder."""
+    engine = database_of(data)
+    with engine.begin() as connection:
+        connection.execute(text(statement), values)
+    engine.dispose()
 
 
 def environment_of(data: Path) -> dict[str, str]:

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -32,9 +30,8 @@ from service.app import create_app
 from service.auth import Gatekeeper
 from service.errors import Forbidden, Unauthorized
 from service.settings import GatewaySettings
-from tests.scaled import SCALED
 from tests.service.answers import refused
-from tests.service.conftest import SAFEGRAFT, files_of, free_port, upload
+from tests.service.conftest import SAFEGRAFT, database_of, environment_of, execute, files_of, free_port, operate, upload
 
 MAX_UPLOAD = 2**22
 CACHE_SECONDS = 0.5
@@ -42,22 +39,17 @@ CACHE_SECONDS = 0.5
 SLOW, SMALL, UNLIMITED = "slow", "small", "unlimited"
 
 
-def clean(**environment: str) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
-    return kept | environment
-
-
 def make_key(data: Path, tenant: str = "default", name: str = "default", *, scopes: str = "write") -> dict[str, Any]:
     """A key, made as operators make it: its record, and itself as `key`."""
     command = [SAFEGRAFT, "keys", "create", "--json", "--data", str(data), "--tenant", tenant, "--name", name]
-    done = subprocess.run([*command, "--scopes", scopes], env=clean(), check=True, capture_output=True)
+    done = subprocess.run([*command, "--scopes", scopes], env=environment_of(data), check=True, capture_output=True)
     made: dict[str, Any] = json.loads(done.stdout)
     return made
 
 
 def list_keys(data: Path) -> dict[str, dict[str, Any]]:
     command = [SAFEGRAFT, "keys", "list", "--json", "--data", str(data)]
-    done = subprocess.run(command, env=clean(), check=True, capture_output=True)
+    done = subprocess.run(command, env=environment_of(data), check=True, capture_output=True)
     return {key["id"]: key for key in json.loads(done.stdout)}
 
 
@@ -67,20 +59,17 @@ class Gateway:
     other_url: str  # a second gateway of the same service
     data: Path
     broker_port: int
+    store: KeyStore
 
     def client(self, key: str | None, url: str = "") -> httpx.Client:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         return httpx.Client(base_url=url or self.url, timeout=30, trust_env=False, headers=headers)
 
-    def store(self) -> KeyStore:
-        settings = SharedSettings(data=self.data)
-        return KeyStore(open_database(settings.database), open_vault(settings))
-
     def shift(self, key_id: str, column: str, seconds: float) -> None:
         """Moves one of a key's times, as if the clock had moved the other way."""
-        with sqlite3.connect(self.data / "safegraft.sqlite", timeout=30) as database:
-            database.execute(f"UPDATE api_keys SET {column} = {column} + ? WHERE id = ?", (seconds, key_id))
-        database.close()
+        execute(
+            self.data, f"UPDATE api_keys SET {column} = {column} + :seconds WHERE id = :id", seconds=seconds, id=key_id
+        )
 
 
 @contextmanager
@@ -112,23 +101,27 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Iterator[
     folder = tmp_path_factory.mktemp("keys")
     broker_port, ports = free_port(), (free_port(), free_port())
     data = folder / "data"
-    environment = clean(
-        SAFEGRAFT_DATA=str(data),
-        SAFEGRAFT_REDIS_URL=f"redis://127.0.0.1:{broker_port}/0",
-        SAFEGRAFT_MAX_UPLOAD_BYTES=str(MAX_UPLOAD),
-        SAFEGRAFT_KEY_CACHE_SECONDS=str(CACHE_SECONDS),
-    )
-    subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], env=clean(), check=True)
+    own = environment_of(data)
+    environment = own | {
+        "SAFEGRAFT_DATA": str(data),
+        "SAFEGRAFT_REDIS_URL": f"redis://127.0.0.1:{broker_port}/0",
+        "SAFEGRAFT_MAX_UPLOAD_BYTES": str(MAX_UPLOAD),
+        "SAFEGRAFT_KEY_CACHE_SECONDS": str(CACHE_SECONDS),
+    }
+    subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], env=own, check=True)
     with ExitStack() as stack:
         broker = [str(find_broker()), "--port", str(broker_port), "--save", "", "--dir", str(folder)]
-        stack.enter_context(running(broker, folder / "broker.log", clean()))
+        stack.enter_context(running(broker, folder / "broker.log", own))
         for port in ports:
             command = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--port", str(port)]
             stack.enter_context(running(command, folder / f"{port}.log", environment))
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         for url, port in zip(urls, ports, strict=True):
             answers(url, folder / f"{port}.log")
-        yield Gateway(urls[0], urls[1], data, broker_port)
+        engine = database_of(data)
+        stack.callback(engine.dispose)
+        store = KeyStore(engine, open_vault(SharedSettings(data=data)))
+        yield Gateway(urls[0], urls[1], data, broker_port, store)
     logs = "".join((folder / f"{port}.log").read_text() for port in ports)
     assert "Traceback" not in logs
     assert "does not answer" not in logs
@@ -149,7 +142,7 @@ def keys(gateway: Gateway) -> dict[str, str]:
         "small": make_key(gateway.data, SMALL),
         "unlimited": make_key(gateway.data, UNLIMITED),
     }
-    store = gateway.store()
+    store = gateway.store
     store.set_limits(SLOW, Limits(max_requests_per_second=3))
     store.set_limits(SMALL, Limits(max_jobs=1))
     store.set_limits(UNLIMITED, Limits(max_requests_per_second=0, max_jobs=0))
@@ -200,11 +193,9 @@ def test_a_very_long_key_is_a_wrong_one(client: httpx.Client, length: int) -> No
 def test_every_wrong_key_gets_the_same_answer(gateway: Gateway, client: httpx.Client) -> None:
     """Whether it never was one, or is no longer: who guesses learns nothing."""
     revoked, expired = make_key(gateway.data, "ended"), make_key(gateway.data, "ended", "expiring")
-    store = gateway.store()
+    store = gateway.store
     store.revoke(revoked["id"])
-    with sqlite3.connect(gateway.data / "safegraft.sqlite", timeout=30) as database:
-        database.execute("UPDATE api_keys SET expires_at = created_at WHERE id = ?", (expired["id"],))
-    database.close()
+    execute(gateway.data, "UPDATE api_keys SET expires_at = created_at WHERE id = :id", id=expired["id"])
     unknown = new_key()
     assert well_formed(unknown)
     bodies = []
@@ -360,16 +351,13 @@ def test_a_revoked_key_is_refused_soon_and_the_new_one_goes_on(gateway: Gateway)
     old, new = make_key(gateway.data, "rotating"), make_key(gateway.data, "rotating")
     with gateway.client(old["key"]) as before, gateway.client(new["key"]) as after:
         assert before.get("/v1/methods").status_code == after.get("/v1/methods").status_code == 200
-        subprocess.run(
-            [SAFEGRAFT, "keys", "revoke", old["id"], "--data", str(gateway.data)], env=clean(), check=True,
-            capture_output=True,
-        )  # fmt: skip
+        operate(gateway.data, "keys", "revoke", old["id"])
         assert refused_within(before, CACHE_SECONDS + 1.0)
         assert after.get("/v1/methods").status_code == 200
 
 
 def test_an_expired_key_is_refused(gateway: Gateway) -> None:
-    made = gateway.store().create("expiring", seconds=3600.0)
+    made = gateway.store.create("expiring", seconds=3600.0)
     with gateway.client(made[1]) as client:
         assert client.get("/v1/methods").status_code == 200
         gateway.shift(made[0].id, "expires_at", -3601.0)
@@ -497,7 +485,7 @@ def test_a_tenant_has_only_so_many_open_jobs(gateway: Gateway, keys: dict[str, s
 
 def test_thirty_posts_at_once_keep_the_limit(gateway: Gateway, keys: dict[str, str], fresh: Path) -> None:
     key = make_key(gateway.data, "racing")["key"]
-    gateway.store().set_limits("racing", Limits(max_jobs=4))
+    gateway.store.set_limits("racing", Limits(max_jobs=4))
     with gateway.client(key) as client:
         body = {"adapter_id": upload(client, fresh)["id"]}
         with ThreadPoolExecutor(30) as pool:
@@ -645,13 +633,12 @@ def test_scopes_contain_each_other(tmp_path: Path, scopes: list[Any], allowed: i
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.1"])
 def test_serving_the_world_without_keys_is_refused(tmp_path: Path, host: str) -> None:
     command = [SAFEGRAFT, "serve", "--dev", "--host", host, "--data", str(tmp_path / "data")]
-    ended = subprocess.run(command, env=clean(), capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=environment_of(tmp_path), capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2, ended.stderr
     assert "loopback" in ended.stderr
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.skipif(SCALED, reason="the gateway of this test is this process, whose database is a file")
 def test_a_gateway_on_its_own_without_keys_answers_nobody(tmp_path: Path) -> None:
     """Started by hand it is no error to have none: a key that is made later opens it."""
     settings = GatewaySettings(data=tmp_path, redis_url="redis://127.0.0.1:1/0")

@@ -5,6 +5,7 @@ import contextlib
 import time
 from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
@@ -15,6 +16,7 @@ from service.app import create_app
 from service.metrics import HttpMetrics, Slots
 from service.observer import Observer
 from service.settings import GatewaySettings
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import free_port
 
@@ -43,6 +45,7 @@ def test_an_application_can_be_started_twice(tmp_path: Path) -> None:
             assert client.get("/metrics").text.count("# TYPE safegraft_jobs gauge") == 1
 
 
+@pytest.mark.skipif(SCALED, reason="the database is not a file that could be taken away")
 def test_without_a_database_the_process_still_tells_of_itself(tmp_path: Path) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:

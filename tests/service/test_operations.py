@@ -13,11 +13,22 @@ import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import MetaData
 
-from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
+from tests.scaled import SCALED
 from tests.service.answers import refused
-from tests.service.conftest import SAFEGRAFT, Running, finished, realign, start, upload
+from tests.service.conftest import (
+    SAFEGRAFT,
+    Running,
+    database_of,
+    environment_of,
+    finished,
+    objects_of,
+    realign,
+    start,
+    upload,
+)
 from tests.service.otlp import Receiver, receiver
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +71,10 @@ def admin(watched: Running) -> Callable[..., Any]:
     """`safegraft admin …` on this service, as JSON."""
 
     def run(*arguments: str, status: int = 0) -> Any:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_")}
-        lease = {"SAFEGRAFT_LEASE_SECONDS": "6", "SAFEGRAFT_DATA": str(watched.data)}
+        environment = environment_of(watched.data)
+        environment |= {"SAFEGRAFT_LEASE_SECONDS": "6", "SAFEGRAFT_DATA": str(watched.data)}
         done = subprocess.run(
-            [SAFEGRAFT, "admin", *arguments, "--json"], env=clean | lease, capture_output=True, text=True, timeout=60
+            [SAFEGRAFT, "admin", *arguments, "--json"], env=environment, capture_output=True, text=True, timeout=60
         )
         assert done.returncode == status, done.stdout + done.stderr
         return json.loads(done.stdout)
@@ -283,6 +294,7 @@ def test_a_draining_worker_ends_its_job_and_takes_no_other(
     assert admin("workers")[0]["state"] == "live"
 
 
+@pytest.mark.skipif(SCALED, reason="the broker is not this service's own to be killed")
 def test_a_drained_worker_stays_so_when_the_broker_comes_back(
     http: httpx.Client, admin: Callable[..., Any], watched: Running, fresh: Path
 ) -> None:
@@ -315,7 +327,7 @@ def test_a_dead_job_is_queued_again_by_the_operator(
     adapter_id = upload(http, fresh)["id"]
     admin("drain", "--all")
     job_id = http.post("/v1/realignments", json={"adapter_id": adapter_id, **ANALYZE}).json()["id"]
-    engine = open_database(f"sqlite:///{watched.data / 'safegraft.sqlite'}")
+    engine = database_of(watched.data)
     store = JobStore(engine, lease_seconds=30, max_attempts=1)
     assert store.claim(job_id, "somebody") is not None
     store.release(job_id, 1, "It failed on our side.", code="internal_error")
@@ -336,7 +348,7 @@ def test_nothing_of_a_deleted_job_is_left(http: httpx.Client, watched: Running, 
     method = {"type": "safetylock", "heads": 3, "output": "side_car"}
     job = realign(http, adapter_id, method=method)
     made = job["result"]["adapter_id"]
-    files = {path.name for path in places(watched.data, job["id"])}
+    files = {path.rpartition("/")[2] for path in places(watched.data, job["id"])}
     assert {"report.json", "side_car.safetensors", "adapter_model.safetensors"} <= files
     answer = http.delete(f"/v1/realignments/{job['id']}", params={"adapters": adapters})
     assert answer.status_code == 200
@@ -350,24 +362,40 @@ def test_nothing_of_a_deleted_job_is_left(http: httpx.Client, watched: Running, 
     else:
         weights = http.get(f"/v1/adapters/{made}/files/adapter_model.safetensors")
         assert weights.status_code == 200
-        left = {path.name for path in places(watched.data, job["id"]) if path.is_file()}
+        left = {path.rpartition("/")[2] for path in places(watched.data, job["id"])}
         assert left == {"adapter_config.json", "adapter_model.safetensors"}
         assert http.delete(f"/v1/adapters/{made}").status_code == 200
     assert places(watched.data, job["id"]) == []
     assert http.get(f"/v1/adapters/{adapter_id}").status_code == 200
-    program = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).iterdump(), sep='\\n')"
-    dump = subprocess.run(
-        ["python3", "-c", program, str(watched.data / "safegraft.sqlite")], capture_output=True, text=True, check=True
-    ).stdout
-    # Who deleted it is noted for ever; nothing else names it.
-    rows = "\n".join(line for line in dump.splitlines() if not line.startswith('INSERT INTO "audit"'))
+    rows = everything_but_the_audit(watched.data)
     assert adapter_id in rows
     assert job["id"] not in rows
 
 
-def places(data: Path, word: str) -> list[Path]:
-    """Everything in the data folder whose path has the word; logs are no data of a customer's."""
-    return [path for path in (data / "objects").rglob("*") if word in str(path)]
+def everything_but_the_audit(data: Path) -> str:
+    """All rows: who deleted something is noted for ever, and nothing else may name it."""
+    engine, tables = database_of(data), MetaData()
+    tables.reflect(engine)
+    with engine.connect() as connection:
+        rows = [
+            str(row) for table in tables.sorted_tables if table.name != "audit"
+            for row in connection.execute(table.select())
+        ]  # fmt: skip
+    engine.dispose()
+    return "\n".join(rows)
+
+
+def places(data: Path, word: str) -> list[str]:
+    """Every object and everything in the data folder whose path has the word; logs are no data of a customer's."""
+    objects, waiting, found = objects_of(data), ["tenants"], []
+    while waiting:
+        prefix = waiting.pop()
+        found += [f"{prefix}/{name}" for name in objects.names(prefix)]
+        waiting += [inner for inner, _ in objects.prefixes(prefix)]
+    local = [str(path) for path in (data / "objects").rglob("*") if path.is_file() and not SCALED]
+    assert SCALED or len(found) == len([path for path in local if "/tenants/" in path])
+    local = [path for path in local if "/tenants/" not in path]
+    return [path for path in found + local if word in path]
 
 
 def test_a_job_that_has_not_ended_is_not_deleted(http: httpx.Client, admin: Callable[..., Any], fresh: Path) -> None:

@@ -1,7 +1,6 @@
 """docs/operations.md: every command on it, run as it stands there, on a service that runs."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore
-from tests.service.conftest import SAFEGRAFT, Running, start, upload
+from tests.service.conftest import SAFEGRAFT, Running, database_of, environment_of, start, upload
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.M | re.S)
@@ -31,7 +29,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def test_every_command_of_the_page(running: Running, bundle: Path, fresh: Path, tmp_path: Path) -> None:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    clean = environment_of(running.data)
     environment = clean | {
         "PATH": f"{Path(sys.executable).parent}:{clean['PATH']}",
         "SAFEGRAFT_DATA": str(running.data),
@@ -88,7 +86,7 @@ def dead_job(running: Running, fresh: Path, drain: object) -> str:
         adapter_id = upload(client, fresh)["id"]
         request = {"adapter_id": adapter_id, "method": {"type": "gram"}, "mode": "analyze"}
         job_id = str(client.post("/v1/realignments", json=request).json()["id"])
-    engine = open_database(f"sqlite:///{running.data / 'safegraft.sqlite'}")
+    engine = database_of(running.data)
     store = JobStore(engine, lease_seconds=30, max_attempts=1)
     assert store.claim(job_id, "somebody") is not None
     store.release(job_id, 1, "It failed on our side.")

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,6 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from safegraft.contracts.webhooks import EventType, WebhookEndpointCreate
 from safegraft.settings import SharedSettings
-from safegraft.stores.database import open_database
 from safegraft.stores.jobs import JobStore, Origins
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.webhooks import PER_ENDPOINT, WebhookStore
@@ -32,7 +30,7 @@ from service.routes.webhooks import MEANINGS
 from service.settings import GatewaySettings
 from service.webhooks import Sender, pause, retry_after
 from tests.service.answers import refused
-from tests.service.conftest import SAFEGRAFT, Running, free_port, start, upload
+from tests.service.conftest import SAFEGRAFT, Running, database_of, environment_of, free_port, start, upload
 from tests.service.receiving import Received, Receiver, drip, endless, hang
 from tests.stores.records import REFERENCE, request
 
@@ -54,7 +52,7 @@ def start_gateway(data: Path, **environment: str) -> Running:
     """A gateway as uvicorn runs it, without broker and workers."""
     port, log = free_port(), data / "gateway.log"
     data.mkdir(parents=True, exist_ok=True)
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
+    kept = environment_of(data)
     own = {"SAFEGRAFT_DEV": "1", "SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": "redis://127.0.0.1:1/0"}
     command = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--port", str(port)]
     with log.open("ab") as out:
@@ -153,7 +151,7 @@ def _closed() -> Iterator[None]:
 def stores(data: Path) -> tuple[WebhookStore, JobStore]:
     """The gateway's own records, as another process sees them."""
     settings = SharedSettings(data=data)
-    engine = open_database(settings.database)
+    engine = database_of(data)
     opened.append(engine)
     webhooks = WebhookStore(engine, open_vault(settings), lease_seconds=4 * TIMEOUT)
     return webhooks, JobStore(engine, lease_seconds=30, max_attempts=3)
@@ -481,7 +479,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def keyed(running: Running, tenant: str, scope: str = "admin") -> httpx.Client:
     settings = SharedSettings(data=running.data)
     scopes: Any = [scope]
-    opened.append(open_database(settings.database))
+    opened.append(database_of(running.data))
     _, key = KeyStore(opened[-1], open_vault(settings)).create(tenant, name=scope, scopes=scopes)
     return httpx.Client(base_url=running.url, timeout=30, trust_env=False, headers={"authorization": f"Bearer {key}"})
 
