@@ -290,7 +290,9 @@ class JobStore:
         c = realignments.c
         is_due = and_(c.state == "queued", c.next_at <= now())
         with reading(self._engine) as connection:
-            chosen = list(connection.execute(select(c.id).where(is_due).order_by(c.next_at, c.id).limit(limit)).scalars())
+            chosen = list(
+                connection.execute(select(c.id).where(is_due).order_by(c.next_at, c.id).limit(limit)).scalars()
+            )
         if not chosen:
             return []
         with self._engine.begin() as connection:
@@ -353,13 +355,9 @@ class JobStore:
         first = (
             select(c.tenant, func.min(c.id).label("id")).where(ready, ~_draining(worker)).group_by(c.tenant).subquery()
         )
-        busy = (
-            select(c.tenant, func.count().label("number")).where(c.state == "running").group_by(c.tenant).subquery()
-        )
+        busy = select(c.tenant, func.count().label("number")).where(c.state == "running").group_by(c.tenant).subquery()
         other = realignments.alias()
-        served = (
-            select(func.max(other.c.attempt_started_at)).where(other.c.tenant == first.c.tenant).scalar_subquery()
-        )
+        served = select(func.max(other.c.attempt_started_at)).where(other.c.tenant == first.c.tenant).scalar_subquery()
         turn = (
             select(first.c.id)
             .outerjoin(busy, busy.c.tenant == first.c.tenant)

@@ -21,6 +21,7 @@ from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import adapters as adapter_rows
 from safegraft.stores.database import events, open_database, realignments
 from safegraft.stores.jobs import Claim, Filters, JobStore, Origins
+from safegraft.stores.workers import WorkerStore
 from tests.stores.records import REFERENCE, adapter, claimed, kinds, queued, request, shift
 
 PROGRESS = Progress(stage="patch", done=3, total=14)
@@ -269,7 +270,7 @@ def test_a_silent_worker_loses_its_job_and_whatever_it_still_says_is_ignored(
         assert store.fail(old.id, old.attempt, Incompatible("no")) is False
         assert store.release(old.id, old.attempt, "no") is False
         assert store.cancelled(old.id, old.attempt) is False
-        assert store.release_from(old.id, "w1", "no") is False
+        assert store.release_from(old.id, "w1", "no") == []
         with pytest.raises(NotFound):
             adapters.get("t", made.id)
 
@@ -318,12 +319,12 @@ def test_after_the_last_attempt_the_failure_is_ours(store: JobStore, engine: Eng
 
 def test_a_job_is_given_back_only_from_the_worker_that_holds_it(store: JobStore) -> None:
     claim = claimed(store, "w1")
-    assert store.release_from(claim.id, "w2", "It died.") is False
+    assert store.release_from(claim.id, "w2", "It died.") == []
     assert store.get("t", claim.id).status == "running"
-    assert store.release_from(claim.id, "w1", "It died.") is True
+    assert store.release_from(claim.id, "w1", "It died.") == [claim.id]
     assert store.get("t", claim.id).status == "queued"
-    assert store.release_from(claim.id, "w1", "It died.") is False
-    assert store.release_from("rlg_nothing", "w1", "It died.") is False
+    assert store.release_from(claim.id, "w1", "It died.") == []
+    assert store.release_from("rlg_nothing", "w1", "It died.") == []
 
 
 def test_a_failure_of_the_input_is_final(store: JobStore) -> None:
@@ -470,33 +471,81 @@ def test_only_so_many_are_announced_oldest_first(store: JobStore) -> None:
     assert store.due(10) == ids[2:]
 
 
+def test_a_message_is_for_whoever_s_turn_it_is(store: JobStore, engine: Engine) -> None:
+    first = [queued(store, "first") for _ in range(3)]
+    assert store.due(10) == first
+    late = queued(store, "late")
+    claim = store.claim_next("w", first[0])
+    assert claim is not None
+    assert claim.id == first[0]
+    # Nobody has announced it, and it is next: its tenant has nothing at work.
+    claim = store.claim_next("w", first[1])
+    assert claim is not None
+    assert claim.id == late
+    assert store.due(10) == [first[1]], "the message that named it is used up"
+    # Its parent knows the message alone.
+    assert store.release_from(late, "w", "It died.") == []
+    assert store.release_from(first[1], "other", "It died.") == []
+    assert store.release_from(first[1], "w", "It died.") == [late]
+    assert store.claim_next("w", "rlg_gone") is not None
+
+
 def test_tenants_take_turns(store: JobStore) -> None:
-    first = [queued(store, "first") for _ in range(5)]
-    second = [queued(store, "second") for _ in range(2)]
-    third = [queued(store, "third")]
-    assert store.due(4) == [first[0], second[0], third[0], first[1]]
-    assert store.due(10) == [second[1], *first[2:]]
-
-
-def test_who_came_first_with_many_jobs_does_not_get_every_place(store: JobStore) -> None:
-    """Places come free one by one: also then the one that has least at work is next."""
-    many = [queued(store, "many") for _ in range(20)]
-    assert store.due(4) == many[:4]
-    few = [queued(store, "few") for _ in range(2)]
+    """One worker: by who was served longest ago."""
+    ids = {name: [queued(store, name) for _ in range(number)] for name, number in {"a": 5, "b": 2, "c": 1}.items()}
     order = []
-    for job_id in many[:3]:
-        claim = store.claim(job_id, "w")
+    for _ in range(8):
+        claim = store.claim_next("w", "ticket")
         assert claim is not None
-        store.succeed(job_id, claim.attempt)
-        order += store.due(1)
-    assert order == [few[0], few[1], many[4]]
+        order.append(claim.id)
+        assert store.succeed(claim.id, claim.attempt)
+    a, b, c = ids["a"], ids["b"], ids["c"]
+    assert order == [a[0], b[0], c[0], a[1], b[1], a[2], a[3], a[4]]
+    assert store.claim_next("w", "ticket") is None
 
 
-def test_what_runs_is_a_turn_too(store: JobStore) -> None:
-    for _ in range(3):
-        claimed(store, tenant="busy")
-    busy, idle = queued(store, "busy"), [queued(store, "idle") for _ in range(3)]
-    assert store.due(10) == [*idle, busy]
+def test_who_came_first_with_many_jobs_does_not_get_every_worker(store: JobStore) -> None:
+    many = [queued(store, "many") for _ in range(20)]
+    running = [store.claim_next(f"w{number}", many[number]) for number in range(4)]
+    assert [claim and claim.id for claim in running] == many[:4]
+    few = [queued(store, "few") for _ in range(2)]
+    claims = [store.claim_next(f"w{number}", many[number]) for number in range(4, 8)]
+    assert [claim and claim.id for claim in claims] == [*few, *many[4:6]]
+
+
+def test_what_a_fault_of_ours_put_off_has_no_turn(store: JobStore, engine: Engine) -> None:
+    claim = claimed(store)
+    store.release(claim.id, claim.attempt, "The disk is full.", code="disk_full")
+    assert store.claim_next("w", claim.id) is None
+    shift(engine, claim.id, "next_at", -module.FAULT_PAUSE - 1)
+    again = store.claim_next("w", claim.id)
+    assert again is not None
+    assert again.attempt == 2
+
+
+def test_a_draining_worker_has_no_turn_and_the_message_is_given_back(store: JobStore, engine: Engine) -> None:
+    workers = WorkerStore(engine, lease_seconds=30)
+    workers.beat("w", "cpu", "1")
+    workers.drain("w")
+    job_id = queued(store)
+    assert store.due(10) == [job_id]
+    assert store.claim_next("w", job_id) is None
+    assert store.due(10) == [job_id]
+
+
+def test_as_many_turns_at_once_as_there_are_jobs(store: JobStore) -> None:
+    ids = {queued(store, f"t{number % 3}") for number in range(12)}
+    barrier = threading.Barrier(16)
+
+    def take(number: int) -> str | None:
+        barrier.wait()
+        claim = store.claim_next(f"w{number}", "ticket")
+        return claim.id if claim else None
+
+    with ThreadPoolExecutor(16) as pool:
+        taken = list(pool.map(take, range(16)))
+    assert taken.count(None) == 4
+    assert set(taken) - {None} == ids
 
 
 def test_a_lost_announcement_is_repeated_in_its_turn(store: JobStore, engine: Engine) -> None:
@@ -833,7 +882,7 @@ class AnyOrder(RuleBasedStateMachine):
     def release_from(self, claim: Claim, worker: str) -> None:
         job = self.jobs[claim.id]
         held = job.state == "running" and job.worker == worker
-        assert self.store.release_from(claim.id, worker, "It died.") == held
+        assert self.store.release_from(claim.id, worker, "It died.") == [claim.id] * held
         if held:
             self.given_back(job)
 
