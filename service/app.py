@@ -33,7 +33,7 @@ from service.batches import Batches
 from service.dependencies import Services
 from service.destinations import Destinations
 from service.loops import Loop
-from service.metrics import HttpMetrics, Slots
+from service.metrics import HttpMetrics
 from service.observer import Observer
 from service.queue import Dispatcher, Queue
 from service.routes import (
@@ -52,6 +52,7 @@ from service.routes import (
     webhooks,
 )
 from service.settings import GatewaySettings
+from service.shares import Shares
 from service.validation import Limits, Validator
 from service.webhooks import Sender
 
@@ -152,7 +153,8 @@ def open_services(settings: GatewaySettings) -> Services:
         queue=queue,
         dispatcher=dispatcher,
         loops=[dispatcher, sender, garbage],
-        upload_slots=Slots(settings.max_active_uploads),
+        upload_slots=Shares("uploads", settings.max_active_uploads),
+        event_streams=Shares("streams", settings.max_event_streams),
         files=FileStore(database),
         uploads=UploadStore(database, seconds=settings.upload_expiry_seconds),
         validator=Validator(

@@ -23,9 +23,9 @@ from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
 from service.destinations import Destinations
 from service.loops import Loop
-from service.metrics import Slots
 from service.queue import Queue
 from service.settings import GatewaySettings
+from service.shares import Shares
 from service.validation import Validator
 
 
@@ -53,7 +53,8 @@ class Services:
     audit: AuditLog
     provenance_keys: list[ProvenanceKey]
     workers: WorkerStore
-    upload_slots: Slots
+    upload_slots: Shares
+    event_streams: Shares
     batches: BatchStore
 
 

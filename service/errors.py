@@ -41,6 +41,7 @@ STATUS: dict[type[errors.SafegraftError], int] = {
 STATUS_BY_CODE = {
     "unauthorized": 401,
     "too_many_uploads": 429,
+    "too_many_streams": 429,
     "idempotency_key_reused": 422,
     "unsupported_media_type": 415,
     "upload_stalled": 408,
@@ -73,7 +74,7 @@ class RateLimited(errors.QuotaExceeded):
 # So many of a request's faults are told.
 MAX_ERRORS = 20
 # Seconds after which it is worth to try again; never above the 120 that clients accept.
-RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_jobs": 30}
+RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_streams": 5, "too_many_jobs": 30}
 # OpenAI's client chooses its exception by status; its users read this.
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -6,7 +6,6 @@ up: routes are templates, methods the known ones.
 
 import logging
 from collections.abc import Iterable, Iterator
-from threading import BoundedSemaphore
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
@@ -17,23 +16,12 @@ from sqlalchemy.exc import SQLAlchemyError
 import safegraft
 from safegraft.stores import overview, totals
 from safegraft.stores.workers import WorkerStore
+from service.shares import Shares
 
 log = logging.getLogger("safegraft.metrics")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # From a poll that the cache answers to the upload of some gigabytes.
 SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0)
-
-
-class Slots(BoundedSemaphore):
-    """Upload slots that know how many are taken."""
-
-    def __init__(self, value: int) -> None:
-        super().__init__(value)
-        self._all = value
-
-    @property
-    def taken(self) -> int:
-        return self._all - self._value
 
 
 class HttpMetrics:
@@ -68,7 +56,7 @@ class HttpMetrics:
         children[0].inc()
         children[1].observe(seconds)
 
-    def watch(self, database: Engine, workers: WorkerStore, slots: Slots) -> None:
+    def watch(self, database: Engine, workers: WorkerStore, slots: Shares) -> None:
         """Adds what is only known once the gateway has started."""
         self._uploads.set_function(lambda: slots.taken)
         if self._installation is not None:

@@ -9,8 +9,8 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from safegraft.errors import InvalidParameter, StorageFault, TooLarge, UserError
+from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
 from service.auth import Principal
@@ -34,17 +34,6 @@ FRAMING = 2**16
 IDLE_SECONDS, MIN_RATE = 60.0, 2**13
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-@contextmanager
-def slot(here: Services) -> Iterator[None]:
-    """One of the few requests that may bring bytes at a time. Raises UserError (`too_many_uploads`)."""
-    if not here.upload_slots.acquire(blocking=False):
-        raise UserError("Too many uploads at once.", code="too_many_uploads", hint="Try again in a few seconds.")
-    try:
-        yield
-    finally:
-        here.upload_slots.release()
 
 
 @asynccontextmanager

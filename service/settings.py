@@ -19,7 +19,12 @@ class GatewaySettings(SharedSettings):
         default="", description="Whose admin keys may read /metrics; empty: every tenant's. It tells of all of them."
     )
     max_upload_bytes: int = Field(default=8 * 2**30, gt=0)
-    max_active_uploads: int = Field(default=32, gt=0)
+    max_active_uploads: int = Field(
+        default=32, gt=0, description="Requests that bring bytes, at a time; one tenant's at most three quarters."
+    )
+    max_event_streams: int = Field(
+        default=256, gt=0, description="Open streams of events, at a time; one tenant's at most three quarters."
+    )
     upload_expiry_seconds: float = Field(
         default=24 * 3600.0, gt=0, description="A resumable upload that is not completed by then is given up."
     )

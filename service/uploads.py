@@ -28,7 +28,6 @@ from service.receiving import (
     receive_json,
     receive_raw,
     scratch,
-    slot,
     storage_fault,
     unsupported_kind,
 )
@@ -73,7 +72,7 @@ async def _create(
     name: str,
     sha256: str,
 ) -> Adapter:
-    with slot(here):
+    with here.upload_slots.place(asking.tenant):
         allowed = await asyncio.to_thread(allowance, here, asking, here.settings.max_upload_bytes)
         async with scratch(here) as folder:
             delivery = Delivery(folder / "adapter", name=name, sha256=sha256)

@@ -52,7 +52,7 @@ async def create(request: Request, here: Here, asking: Asking) -> FileObject:
     """Uploads a file. What it is is only looked at when it is used."""
     if receiving.kind_of(request) != "multipart/form-data":
         raise receiving.unsupported_kind("Send multipart/form-data with the parts `file` and `purpose`.")
-    with receiving.slot(here):
+    with here.upload_slots.place(asking.tenant):
         allowed = await asyncio.to_thread(receiving.allowance, here, asking, here.settings.max_upload_bytes)
         allowed.announced(request, framing=receiving.FRAMING)
         async with receiving.scratch(here) as folder:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.contracts.listing import PRINTABLE, Page
@@ -25,6 +25,8 @@ from service.submission import metadata_filters, submit
 router = APIRouter(prefix="/v1/realignments", tags=["realignments"], route_class=JsonRoute)
 RealignmentId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 Wanted = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE)]
+# A comment in a stream that has nothing to say, every so many half seconds: proxies cut what is silent for a minute.
+KEEP_ALIVE = 30
 ENDED = ("succeeded", "failed", "cancelled")
 
 
@@ -110,6 +112,18 @@ def cancel(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realign
     return here.jobs.cancel(tenant, realignment_id)
 
 
+async def streaming_(request: Request, here: Here, tenant: Tenant) -> AsyncIterator[bool]:
+    """Whether a stream is asked for. Its place is held until the answer has ended, however it did."""
+    if "text/event-stream" not in request.headers.get("accept", ""):
+        yield False
+        return
+    with here.event_streams.place(tenant):
+        yield True
+
+
+Streaming = Annotated[bool, Depends(streaming_)]
+
+
 @router.get(
     "/{realignment_id}/events",
     operation_id="listRealignmentEvents",
@@ -121,6 +135,7 @@ async def events(
     request: Request,
     here: Here,
     tenant: Tenant,
+    streaming: Streaming,
     limit: Limit = 100,
     after: Annotated[str | None, Query(pattern="^[0-9]{1,18}$")] = None,
     last_event_id: Annotated[str | None, Header(pattern="^[0-9]{1,18}$")] = None,
@@ -128,7 +143,7 @@ async def events(
     """What happened, oldest first; as a stream of events with `Accept: text/event-stream`, until the job has ended."""
     seen = int(last_event_id or after or 0)
     first = await asyncio.to_thread(here.jobs.events, tenant, realignment_id, after=seen, limit=limit + 1)
-    if "text/event-stream" not in request.headers.get("accept", ""):
+    if not streaming:
         return page(first[:limit], len(first) > limit)
     stream = _stream(here, tenant, realignment_id, seen, request)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -136,7 +151,7 @@ async def events(
 
 async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: Request) -> AsyncIterator[str]:
     """Events with their numbers as ids, and progress in between (without ids: it is not kept)."""
-    shown = None
+    shown, quiet = None, 0
     while not await request.is_disconnected():
         # The job first: an end that is seen here has its event in the list that is read after it.
         job = await asyncio.to_thread(here.jobs.get, tenant, job_id)
@@ -144,7 +159,12 @@ async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: 
             seen = int(event.id)
             yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
         state = (job.status, job.progress)
+        quiet += 1
+        if state == shown and quiet >= KEEP_ALIVE:
+            yield ": still here\n\n"
+            quiet = 0
         if state != shown:
+            quiet = 0
             body = {"status": job.status, "progress": job.progress.model_dump()}
             yield f"event: progress\ndata: {json.dumps(body)}\n\n"
             shown = state

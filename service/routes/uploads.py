@@ -69,7 +69,7 @@ async def create_part(upload_id: UploadId, request: Request, here: Here, asking:
     `upload_url` for the bytes where the storage has such addresses.
     """
     await asyncio.to_thread(here.uploads.require_pending, asking.tenant, upload_id)
-    with receiving.slot(here):
+    with here.upload_slots.place(asking.tenant):
         if receiving.kind_of(request) == "application/json":
             wanted = await receiving.receive_json(request, PartCreate, here.settings.max_json_bytes)
             return await asyncio.to_thread(_promise, here, asking, upload_id, wanted)
@@ -82,7 +82,7 @@ async def create_part(upload_id: UploadId, request: Request, here: Here, asking:
 @router.post("/{upload_id}/complete", operation_id="completeUpload")
 def complete(upload_id: UploadId, request: UploadComplete, here: Here, tenant: Tenant) -> Upload:
     """Makes the file of the parts in this order. Can be repeated, with the same answer."""
-    with receiving.slot(here):
+    with here.upload_slots.place(tenant):
         return stitching.complete(here.uploads, here.objects, tenant, upload_id, request)
 
 

@@ -13,7 +13,7 @@ from safegraft.stores.database import open_database
 from safegraft.stores.keys import KeyStore
 from safegraft.vault import open_vault
 from service.app import create_app
-from service.metrics import HttpMetrics, Slots
+from service.metrics import HttpMetrics
 from service.observer import Observer
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
@@ -59,17 +59,6 @@ def test_without_a_database_the_process_still_tells_of_itself(tmp_path: Path) ->
         assert "safegraft_database_up 0.0" in answer.text
         assert "safegraft_jobs{" not in answer.text
         assert 'safegraft_http_requests_total{method="GET",route="/metrics",status="200"} 1.0' in answer.text
-
-
-def test_taken_slots() -> None:
-    slots = Slots(2)
-    assert slots.taken == 0
-    assert slots.acquire(blocking=False)
-    assert slots.acquire(blocking=False)
-    assert not slots.acquire(blocking=False)
-    assert slots.taken == 2
-    slots.release()
-    assert slots.taken == 1
 
 
 SCOPE: Scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
