@@ -18,7 +18,9 @@ def operation(tag: str, name: str) -> Any:
 
 def main() -> None:
     url, key, folder, out = sys.argv[1:]
-    client = importlib.import_module("safegraft_client").AuthenticatedClient(base_url=url, token=key)
+    # With object storage, files are one step further.
+    made = importlib.import_module("safegraft_client").AuthenticatedClient
+    client = made(base_url=url, token=key, follow_redirects=True)
     models = importlib.import_module("safegraft_client.models")
     file_of = importlib.import_module("safegraft_client.types").File
     paths = sorted(path for path in Path(folder).iterdir() if path.is_file())

@@ -16,11 +16,11 @@ from fastapi.testclient import TestClient
 import service.main
 from safegraft.contracts.realignment import RealignmentCreate
 from safegraft.dsse import load_public_key, make_keys
-from safegraft.stores.objects import LocalObjects, result_prefix
+from safegraft.stores.objects import result_prefix
 from service.app import create_app
 from service.settings import GatewaySettings
 from tests.service.answers import refused
-from tests.service.conftest import SAFEGRAFT, Running, free_port, realign, start, upload
+from tests.service.conftest import SAFEGRAFT, Running, free_port, objects_of, realign, start, upload
 
 ENVELOPE, STATEMENT = "application/vnd.dsse.envelope.v1+json", "application/vnd.in-toto+json"
 
@@ -124,7 +124,7 @@ def test_a_measurement_attests_its_report(client: httpx.Client, fresh: Path) -> 
     assert [item["name"] for item in body["subject"]] == ["report.json"]
 
 
-def test_what_has_no_provenance_says_so(client: httpx.Client, service: Running, fresh: Path) -> None:
+def test_what_has_no_provenance_says_so(client: httpx.Client, service: Running, fresh: Path, tmp_path: Path) -> None:
     answer = client.get("/v1/realignments/rlg_nothing/provenance")
     refused(answer, 404, "realignment_not_found")
     adapter_id = upload(client, fresh)["id"]
@@ -132,10 +132,11 @@ def test_what_has_no_provenance_says_so(client: httpx.Client, service: Running, 
     refused(client.get(f"/v1/realignments/{failed['id']}/provenance"), 409, "no_provenance")
     # A result from before there was any.
     job = realign(client, adapter_id, method={"type": "gram"})
-    folder = LocalObjects(service.data / "objects").path(
-        f"{result_prefix('default', job['id'], job['attempt'])}/report", "provenance.json"
-    )
-    folder.unlink()
+    objects, prefix = objects_of(service.data), f"{result_prefix('default', job['id'], job['attempt'])}/report"
+    objects.fetch(prefix, tmp_path / "report")
+    (tmp_path / "report" / "provenance.json").unlink()
+    objects.remove(prefix)
+    objects.publish(tmp_path / "report", prefix)
     refused(client.get(f"/v1/realignments/{job['id']}/provenance"), 404, "no_provenance")
 
 

@@ -29,6 +29,7 @@ from service.destinations import Destinations
 from service.routes.webhooks import MEANINGS
 from service.settings import GatewaySettings
 from service.webhooks import Sender, pause, retry_after
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import SAFEGRAFT, Running, database_of, environment_of, free_port, start, upload
 from tests.service.receiving import Received, Receiver, drip, endless, hang
@@ -41,11 +42,10 @@ FAST = {
     "SAFEGRAFT_WEBHOOK_SECONDS": "0.05",
     "SAFEGRAFT_WEBHOOK_TIMEOUT_SECONDS": str(TIMEOUT),
     "SAFEGRAFT_WEBHOOK_RETRY_SECONDS": "[0.2, 0.2, 0.2]",
-    # Nobody listens there: who used the environment's proxies would deliver nothing.
-    "HTTP_PROXY": "http://127.0.0.1:9",
-    "HTTPS_PROXY": "http://127.0.0.1:9",
-    "ALL_PROXY": "http://127.0.0.1:9",
 }
+if not SCALED:  # the client of object storage rightly uses them
+    # Nobody listens there: who used the environment's proxies would deliver nothing.
+    FAST |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
 
 
 def start_gateway(data: Path, **environment: str) -> Running:

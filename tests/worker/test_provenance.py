@@ -34,9 +34,12 @@ def shop(tmp_path: Path, bundle: Path, public: Path, monkeypatch: pytest.MonkeyP
 
 def provenance(shop: Shop, job_id: str) -> Path:
     attempt = shop.job(job_id).attempt
-    path = shop.bench.objects.local(f"tenants/{TENANT}/realignments/{job_id}/{attempt}/report", "provenance.json")
-    assert path is not None
-    return path
+    folder = shop.data / "delivered" / job_id
+    for kind in ("report", "side_car"):
+        prefix = f"tenants/{TENANT}/realignments/{job_id}/{attempt}/{kind}"
+        if shop.bench.objects.names(prefix):
+            shop.bench.objects.fetch(prefix, folder / kind)
+    return folder / "report" / "provenance.json"
 
 
 @pytest.mark.parametrize("strengths", [[], [0.3, 3.0]])
