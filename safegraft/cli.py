@@ -519,7 +519,8 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
             raise InvalidParameter("The method is chosen by --method, not by --set type=….", param="--set")
         values[name] = value
     try:
-        return METHOD_PARAMETERS.validate_python(values)
+        # All of them are text here.
+        return METHOD_PARAMETERS.validate_python(values, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])

@@ -35,7 +35,7 @@ def storage_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
         def place(root: str) -> str:
             nonlocal count
             count += 1
-            return f"{root}/place{count}"
+            return f"{root}/place{scaled.process()}_{count}"
 
         if scaled.SCALED:
             yield lambda: place(os.environ["SAFEGRAFT_TEST_STORAGE_URL"])

@@ -5,7 +5,7 @@
 starts them and runs pytest with these variables, which the fixtures read:
 
     SAFEGRAFT_TEST_BACKEND=scaled
-    SAFEGRAFT_TEST_DATABASE_URL   a database that the stores' tests empty again and again
+    SAFEGRAFT_TEST_DATABASE_URL   a server; the stores' tests empty one database on it again and again
     SAFEGRAFT_TEST_STORAGE_URL    a bucket; each data folder has a prefix of its own in it
     SAFEGRAFT_TEST_REDIS_URL      a server; each data folder has a database of its own on it
     AWS_ENDPOINT_URL …            the S3 server is moto's
@@ -39,12 +39,31 @@ from safegraft.launch import _die_with_parent, find_broker
 
 SCALED = os.environ.get("SAFEGRAFT_TEST_BACKEND") == "scaled"
 READY_SECONDS = 60.0
-REDIS_DATABASES = 4096
+REDIS_DATABASES = 8192
+# Where several pytest processes share the servers, each has so many of Redis's databases.
+DATABASES_PER_PROCESS = 1024
 _numbers: dict[str, int] = {}
 
 
 class Missing(Exception):
     """A server that these tests need is not installed."""
+
+
+def process() -> int:
+    """Which of the pytest processes this is that share the servers; 0 where there is one."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+
+
+def stores_database() -> str:
+    """This process's database for the stores' tests; made where there is none yet."""
+    given = make_url(os.environ["SAFEGRAFT_TEST_DATABASE_URL"])
+    name = f"{given.database}{process()}"
+    engine = create_engine(given, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        if not connection.execute(text("SELECT 1 FROM pg_database WHERE datname = :name"), {"name": name}).scalar():
+            connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return given.set(database=name).render_as_string(hide_password=False)
 
 
 def environment(data: Path) -> dict[str, str]:
@@ -55,8 +74,8 @@ def environment(data: Path) -> dict[str, str]:
     number = _numbers.get(name)
     admin = make_url(os.environ["SAFEGRAFT_TEST_DATABASE_URL"])
     if number is None:
-        number = _numbers[name] = len(_numbers) + 1
-        assert number < REDIS_DATABASES
+        assert len(_numbers) < DATABASES_PER_PROCESS
+        number = _numbers[name] = process() * DATABASES_PER_PROCESS + len(_numbers)
         engine = create_engine(admin, isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
             connection.execute(text(f"CREATE DATABASE {name}"))

@@ -73,7 +73,7 @@ def test_what_costs_too_much_or_crashes_is_refused_by_its_own_code(
     began = time.monotonic()
     with pytest.raises(SafegraftError) as refused:
         judged(how, limits)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60, "it was left to its own devices"
     assert (refused.value.code, status_of(refused.value), refused.value.fault) == (code, status, "user")
     assert refused.value.hint
     assert judged(judges.name_back)

@@ -1,6 +1,5 @@
-"""Stores on real files; with SAFEGRAFT_TEST_DATABASE_URL on that (empty) Postgres database instead."""
+"""Stores on real files; on the scaled backend on a Postgres database instead."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +10,14 @@ from sqlalchemy.engine import Engine
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import metadata, open_database
 from safegraft.stores.jobs import JobStore
+from tests import scaled
 
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
     """A database without tables."""
-    given = os.environ.get("SAFEGRAFT_TEST_DATABASE_URL")
-    if given:
+    if scaled.SCALED:
+        given = scaled.stores_database()
         engine = create_engine(given)
         metadata.drop_all(engine)
         engine.dispose()
