@@ -17,10 +17,10 @@ from safegraft.contracts.files import MAX_PART_BYTES, MAX_PARTS
 from safegraft.ingest import GROWTH, MAX_COMPANION_BYTES, ROOM
 from service.receiving import IDLE_SECONDS, MAX_SEGMENTS, MIN_RATE
 from service.settings import GatewaySettings
-from tests.service.conftest import Running, operate, start
+from tests.service.conftest import SAFEGRAFT, Running, environment_of, start
 
 PAGE = (Path(__file__).parents[2] / "docs" / "uploads.md").read_text(encoding="utf-8")
-PIECE = 20_000
+PIECE = 8_000
 
 
 def blocks(language: str) -> list[str]:
@@ -32,8 +32,14 @@ def running(
     bundle: Path, storage_url: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     data = tmp_path_factory.mktemp("page") / "data"
-    operate(data, "reference", "add", str(bundle))
-    running = start(data, workers=1, log=data / "serve.log", SAFEGRAFT_STORAGE_URL=storage_url())
+    place = {"SAFEGRAFT_STORAGE_URL": storage_url()}
+    subprocess.run(
+        [SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)],
+        check=True,
+        capture_output=True,
+        env=environment_of(data) | place,
+    )
+    running = start(data, workers=1, log=data / "serve.log", **place)
     yield running
     running.process.terminate()
     assert running.process.wait(60) == 0
