@@ -88,7 +88,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app = FastAPI(
         title="safegraft",
         version=safegraft.__version__,
-        description="Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.",
+        description=openapi.DESCRIPTION,
+        openapi_tags=openapi.TAGS,
         lifespan=lifespan,
         redirect_slashes=False,
         docs_url=None,  # FastAPI's own page loads its assets from elsewhere

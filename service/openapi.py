@@ -8,6 +8,30 @@ from fastapi import FastAPI
 from service.examples import PROBLEM, REQUESTS, RESPONSES
 
 PROBLEM_TYPE = "application/problem+json"
+DESCRIPTION = """Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.
+
+Upload an adapter, start a realignment job, wait for its end (poll it, stream its events, or register a webhook), and
+download the patched adapter that its result names. Requests carry `Authorization: Bearer sgk_…`, except for the probes
+and this description. Times are Unix seconds. Lists turn pages by `limit` and `after`. Refusals have one shape, with a
+stable `error.code`; every answer carries an `x-request-id`.
+"""
+# In the order in which a reader needs them.
+TAGS = [
+    {"name": "adapters", "description": "LoRA adapters: what is uploaded, and what jobs make of it."},
+    {"name": "realignments", "description": "Jobs that repair one adapter, their events and their reports."},
+    {"name": "catalogue", "description": "The references and the methods that this installation offers."},
+    {"name": "uploads", "description": "Large files in parts, in the shape of OpenAI's Uploads API."},
+    {"name": "files", "description": "Uploaded files and results as files, in the shape of OpenAI's Files API."},
+    {"name": "fine_tuning", "description": "The same jobs, in the shape of OpenAI's fine-tuning API."},
+    {
+        "name": "batches",
+        "description": "Many adapters against one reference: a canary first, and a rule that stops it.",
+    },
+    {"name": "webhooks", "description": "Addresses that hear of the ends of jobs; deliveries and what they carry."},
+    {"name": "provenance", "description": "What a result was made from, and the keys that sign it."},
+    {"name": "audit", "description": "Who changed what in this tenant."},
+    {"name": "health", "description": "Probes and metrics, for operators."},
+]
 
 
 def describe(app: FastAPI) -> None:

@@ -24,6 +24,7 @@ from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
 from service.auth import Principal
+from service.body import cut_off, object_of, unsupported_kind
 from service.dependencies import Services
 
 MAX_FIELD_BYTES = 1024
@@ -47,20 +48,9 @@ async def scratch(here: Services) -> AsyncIterator[Path]:
     try:
         yield folder
     except ClientDisconnect as error:
-        raise InvalidParameter("The upload was cut off.", code="upload_interrupted") from error
+        raise cut_off() from error
     finally:
         await asyncio.to_thread(shutil.rmtree, folder, True)
-
-
-def kind_of(request: Request) -> str:
-    """The body's media type in lower case, without parameters."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-
-def unsupported_kind(hint: str) -> InvalidParameter:
-    return InvalidParameter(
-        "The body's Content-Type is not accepted here.", code="unsupported_media_type", param="Content-Type", hint=hint
-    )
 
 
 @dataclass
@@ -168,14 +158,17 @@ async def receive_raw(request: Request, sink: Sink) -> None:
 
 
 async def receive_json(request: Request, model: type[Body], max_bytes: int) -> Body:
-    """A small body. Raises RequestValidationError, TooLarge (`request_too_large`)."""
+    """A small body. Raises RequestValidationError, InvalidParameter, TooLarge (`request_too_large`)."""
     raw = bytearray()
-    async for piece in pieces(request):
-        raw += piece
-        if len(raw) > max_bytes:
-            raise TooLarge(f"At most {max_bytes} bytes of JSON are accepted.", code="request_too_large")
     try:
-        return model.model_validate_json(bytes(raw))
+        async for piece in pieces(request):
+            raw += piece
+            if len(raw) > max_bytes:
+                raise TooLarge(f"At most {max_bytes} bytes of JSON are accepted.", code="request_too_large")
+    except ClientDisconnect as error:
+        raise cut_off() from error
+    try:
+        return model.model_validate(object_of(raw))
     except ValidationError as error:
         raise _invalid(error) from error
 
@@ -212,8 +205,15 @@ async def receive_form(request: Request, form: Form, check: Callable[[int], None
     Raises InvalidParameter, StorageFault, and what `check` and the sinks raise.
     """
     kind, options = multipart.parse_options_header(request.headers.get("content-type", ""))
-    if kind != "multipart/form-data" or not options.get("boundary"):
-        raise unsupported_kind("Send multipart/form-data with its boundary.")
+    if kind != "multipart/form-data":
+        raise unsupported_kind(request, "Send multipart/form-data.")
+    if not options.get("boundary"):
+        raise InvalidParameter(
+            "The Content-Type multipart/form-data names no boundary.",
+            code="unsupported_media_type",
+            param="Content-Type",
+            hint="Let your HTTP client write this header by itself.",
+        )
     parser = _Parts(form, options["boundary"], check)
     try:
         async for piece in pieces(request):

@@ -16,20 +16,19 @@ from safegraft.ingest import MAX_COMPANION_BYTES, Delivery
 from safegraft.stores.files import CONTENT
 from safegraft.stores.objects import adapter_prefix
 from service.auth import Principal
+from service.body import kind_of, unsupported_kind
 from service.dependencies import Services
 from service.receiving import (
     FRAMING,
     Allowance,
     Sink,
     allowance,
-    kind_of,
     quota_of,
     receive_form,
     receive_json,
     receive_raw,
     scratch,
     storage_fault,
-    unsupported_kind,
 )
 
 RAW = {
@@ -39,7 +38,8 @@ RAW = {
     "application/x-zip-compressed": "adapter.zip",
 }
 KINDS = (
-    "Send multipart/form-data with parts named `files`, an archive as application/x-tar or application/zip, or JSON."
+    "Send multipart/form-data with parts named `files`, an archive as application/x-tar or application/zip, or "
+    "application/json with `file_ids`."
 )
 
 
@@ -101,7 +101,7 @@ async def _receive(request: Request, here: Services, asking: Principal, delivery
         delivery.sha256 = wanted.sha256 or delivery.sha256
         await asyncio.to_thread(_collect, here, asking.tenant, wanted.file_ids, delivery, allowed)
     else:
-        raise unsupported_kind(KINDS)
+        raise unsupported_kind(request, KINDS)
 
 
 def _keep(here: Services, asking: Principal, adapter: Adapter, folder: Path) -> Adapter:

@@ -44,7 +44,9 @@ UPLOAD_SCHEMA: dict[str, Any] = {
 }
 
 
-@router.post("", status_code=201, operation_id="createAdapter", openapi_extra=UPLOAD_SCHEMA)
+@router.post(
+    "", status_code=201, operation_id="createAdapter", summary="Upload an adapter", openapi_extra=UPLOAD_SCHEMA
+)
 async def create(
     request: Request,
     response: Response,
@@ -63,19 +65,19 @@ async def create(
     return adapter
 
 
-@router.get("", operation_id="listAdapters")
+@router.get("", operation_id="listAdapters", summary="List adapters")
 def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[Adapter]:
     """Newest first."""
     return page(*here.adapters.page(tenant, limit=limit, after=after))
 
 
-@router.get("/{adapter_id}", operation_id="getAdapter")
+@router.get("/{adapter_id}", operation_id="getAdapter", summary="Show an adapter")
 def get(adapter_id: AdapterId, here: Here, tenant: Tenant) -> Adapter:
     """What the adapter's files say about it."""
     return here.adapters.get(tenant, adapter_id)
 
 
-@router.delete("/{adapter_id}", operation_id="deleteAdapter")
+@router.delete("/{adapter_id}", operation_id="deleteAdapter", summary="Delete an adapter")
 def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
     """Deletes the record and its bytes."""
     here.objects.remove(here.adapters.delete(tenant, adapter_id))
@@ -84,7 +86,11 @@ def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
 
 @router.head("/{adapter_id}/files/{name}", include_in_schema=False)
 @router.get(
-    "/{adapter_id}/files/{name}", operation_id="getAdapterFile", response_class=FileResponse, responses=downloads.FILE
+    "/{adapter_id}/files/{name}",
+    operation_id="getAdapterFile",
+    summary="Download one file of an adapter",
+    response_class=FileResponse,
+    responses=downloads.FILE,
 )
 def file(
     adapter_id: AdapterId, name: Annotated[str, Path(max_length=200)], request: Request, here: Here, tenant: Tenant
@@ -101,6 +107,7 @@ def file(
 @router.get(
     "/{adapter_id}/download",
     operation_id="downloadAdapter",
+    summary="Download an adapter as a tar",
     response_class=StreamingResponse,
     responses=downloads.tar_schema(),
 )

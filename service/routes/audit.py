@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1/audit_events", tags=["audit"])
 Wanted = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE)]
 
 
-@router.get("", operation_id="listAuditEvents")
+@router.get("", operation_id="listAuditEvents", summary="List audit events")
 def list_(
     here: Here,
     tenant: AdminTenant,

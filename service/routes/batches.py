@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/realignment_batches", tags=["batches"], route_cla
 BatchId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 
 
-@router.post("", status_code=202, operation_id="createRealignmentBatch")
+@router.post("", status_code=202, operation_id="createRealignmentBatch", summary="Start a batch of realignments")
 def create(
     request: BatchCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey = None
 ) -> RealignmentBatch:
@@ -29,25 +29,25 @@ def create(
     return batch
 
 
-@router.get("", operation_id="listRealignmentBatches")
+@router.get("", operation_id="listRealignmentBatches", summary="List batches")
 def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[RealignmentBatch]:
     """Newest first."""
     return page(*here.batches.page(tenant, limit=limit, after=after))
 
 
-@router.get("/{batch_id}", operation_id="getRealignmentBatch")
+@router.get("/{batch_id}", operation_id="getRealignmentBatch", summary="Show a batch")
 def get(batch_id: BatchId, here: Here, tenant: Tenant) -> RealignmentBatch:
     """The batch's state, with its adapters counted by what became of them."""
     return here.batches.get(tenant, batch_id)
 
 
-@router.post("/{batch_id}/cancel", operation_id="cancelRealignmentBatch")
+@router.post("/{batch_id}/cancel", operation_id="cancelRealignmentBatch", summary="Cancel a batch")
 def cancel(batch_id: BatchId, here: Here, tenant: Tenant) -> RealignmentBatch:
     """Stops a batch that has not ended, and its open jobs. Cancelling an ended one changes nothing."""
     return cancel_batch(here, tenant, batch_id)
 
 
-@router.get("/{batch_id}/adapters", operation_id="listRealignmentBatchAdapters")
+@router.get("/{batch_id}/adapters", operation_id="listRealignmentBatchAdapters", summary="List the adapters of a batch")
 def adapters(
     batch_id: BatchId,
     here: Here,

@@ -14,19 +14,19 @@ from service.paging import page
 router = APIRouter(prefix="/v1", tags=["catalogue"])
 
 
-@router.get("/references", operation_id="listReferences")
+@router.get("/references", operation_id="listReferences", summary="List references")
 def references(here: Here, tenant: Tenant) -> Page[Reference]:
     """The installed references, newest first."""
     return page([_shown(item) for item in here.references.installed()], False)
 
 
-@router.get("/references/{reference_id}", operation_id="getReference")
+@router.get("/references/{reference_id}", operation_id="getReference", summary="Show a reference")
 def reference(reference_id: Annotated[str, Path(max_length=80)], here: Here, tenant: Tenant) -> Reference:
     """What a reference was built from and what it serves."""
     return _shown(here.references.get(reference_id))
 
 
-@router.get("/methods", operation_id="listMethods")
+@router.get("/methods", operation_id="listMethods", summary="List repair methods")
 def methods(here: Here, tenant: Tenant) -> Page[Method]:
     """The repair methods with the JSON Schema of their parameters."""
     found = [

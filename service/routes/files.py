@@ -19,6 +19,7 @@ from safegraft.stores.files import CONTENT, NewFile, file_not_found
 from safegraft.stores.objects import file_prefix, result_prefix
 from service import downloads, receiving
 from service.auth import Principal
+from service.body import kind_of, unsupported_kind
 from service.dependencies import After, Asking, Here, Services, Tenant
 from service.paging import page
 from service.routes import adapters, realignments
@@ -47,11 +48,11 @@ FILE_SCHEMA: dict[str, Any] = {
 }
 
 
-@router.post("", operation_id="createFile", openapi_extra=FILE_SCHEMA)
+@router.post("", operation_id="createFile", summary="Upload a file", openapi_extra=FILE_SCHEMA)
 async def create(request: Request, here: Here, asking: Asking) -> FileObject:
     """Uploads a file. What it is is only looked at when it is used."""
-    if receiving.kind_of(request) != "multipart/form-data":
-        raise receiving.unsupported_kind("Send multipart/form-data with the parts `file` and `purpose`.")
+    if kind_of(request) != "multipart/form-data":
+        raise unsupported_kind(request, "Send multipart/form-data with the parts `file` and `purpose`.")
     with here.upload_slots.place(asking.tenant):
         allowed = await asyncio.to_thread(receiving.allowance, here, asking, here.settings.max_upload_bytes)
         allowed.announced(request, framing=receiving.FRAMING)
@@ -61,7 +62,7 @@ async def create(request: Request, here: Here, asking: Asking) -> FileObject:
             return await asyncio.to_thread(_keep, here, asking, form)
 
 
-@router.get("", operation_id="listFiles")
+@router.get("", operation_id="listFiles", summary="List uploaded files")
 def list_(
     here: Here,
     tenant: Tenant,
@@ -74,7 +75,7 @@ def list_(
     return page(*here.files.page(tenant, limit=limit, after=after, order=order, purpose=purpose))
 
 
-@router.get("/{file_id}", operation_id="getFile")
+@router.get("/{file_id}", operation_id="getFile", summary="Show a file")
 def get(file_id: FileId, here: Here, tenant: Tenant) -> FileObject:
     """A file's record. The id may also be an adapter's (its tar) or a realignment's (its report)."""
     with _as_file(file_id):
@@ -86,7 +87,13 @@ def get(file_id: FileId, here: Here, tenant: Tenant) -> FileObject:
 
 
 @router.head("/{file_id}/content", include_in_schema=False)
-@router.get("/{file_id}/content", operation_id="getFileContent", response_class=FileResponse, responses=downloads.FILE)
+@router.get(
+    "/{file_id}/content",
+    operation_id="getFileContent",
+    summary="Download a file",
+    response_class=FileResponse,
+    responses=downloads.FILE,
+)
 def content(file_id: FileId, request: Request, here: Here, tenant: Tenant) -> Response:
     """The bytes; understands Range."""
     with _as_file(file_id):
@@ -98,7 +105,7 @@ def content(file_id: FileId, request: Request, here: Here, tenant: Tenant) -> Re
     return downloads.stored_file(request, here.objects, file.prefix, CONTENT, file.sha256, filename=file.shown.filename)
 
 
-@router.delete("/{file_id}", operation_id="deleteFile")
+@router.delete("/{file_id}", operation_id="deleteFile", summary="Delete a file")
 def delete(file_id: FileId, here: Here, tenant: Tenant) -> FileDeleted:
     """Deletes an uploaded file. Adapters that were made from it stay."""
     if file_id.startswith(("adp_", "rlg_")):

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine_tuning"], route_cl
 JobId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 
 
-@router.post("", operation_id="createFineTuningJob")
+@router.post("", operation_id="createFineTuningJob", summary="Start a fine-tuning job")
 def create(
     body: FineTuningJobCreate,
     response: Response,
@@ -38,7 +38,7 @@ def create(
     return fine_tuning.job_of(created.job, asking.tenant)
 
 
-@router.get("", operation_id="listFineTuningJobs")
+@router.get("", operation_id="listFineTuningJobs", summary="List fine-tuning jobs")
 def list_(
     request: Request,
     here: Here,
@@ -56,19 +56,19 @@ def list_(
     return page([fine_tuning.job_of(job, tenant) for job in jobs], more)
 
 
-@router.get("/{job_id}", operation_id="getFineTuningJob")
+@router.get("/{job_id}", operation_id="getFineTuningJob", summary="Show a fine-tuning job")
 def get(job_id: JobId, here: Here, tenant: Tenant) -> FineTuningJob:
     """The job; also one that `POST /v1/realignments` made."""
     return fine_tuning.job_of(here.jobs.get(tenant, job_id), tenant)
 
 
-@router.post("/{job_id}/cancel", operation_id="cancelFineTuningJob")
+@router.post("/{job_id}/cancel", operation_id="cancelFineTuningJob", summary="Cancel a fine-tuning job")
 def cancel(job_id: JobId, here: Here, tenant: Tenant) -> FineTuningJob:
     """Stops a job that has not ended; a running one is shown as running until its worker has stopped."""
     return fine_tuning.job_of(here.jobs.cancel(tenant, job_id), tenant)
 
 
-@router.get("/{job_id}/events", operation_id="listFineTuningEvents")
+@router.get("/{job_id}/events", operation_id="listFineTuningEvents", summary="List the events of a fine-tuning job")
 def events(
     job_id: JobId,
     here: Here,
@@ -81,7 +81,11 @@ def events(
     return page([fine_tuning.event_of(event) for event in found[:limit]], len(found) > limit)
 
 
-@router.get("/{job_id}/checkpoints", operation_id="listFineTuningCheckpoints")
+@router.get(
+    "/{job_id}/checkpoints",
+    operation_id="listFineTuningCheckpoints",
+    summary="List the checkpoints of a fine-tuning job",
+)
 def checkpoints(
     job_id: JobId, here: Here, tenant: Tenant, limit: Limit = 10, after: After = None
 ) -> Page[FineTuningCheckpoint]:

@@ -20,13 +20,15 @@ class Health(BaseModel):
     checks: dict[str, bool] = {}
 
 
-@router.get("/livez", operation_id="livez")
+@router.get("/livez", operation_id="livez", summary="Check that the process is alive")
 async def livez() -> Health:
     """Answers as long as the process does."""
     return Health(status="ok")
 
 
-@router.get("/readyz", operation_id="readyz", responses={503: {"model": Health}})
+@router.get(
+    "/readyz", operation_id="readyz", summary="Check that the service can serve", responses={503: {"model": Health}}
+)
 def readyz(
     here: Here,
     response: Response,

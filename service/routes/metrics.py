@@ -12,6 +12,7 @@ router = APIRouter(tags=["health"])
 @router.get(
     "/metrics",
     operation_id="metrics",
+    summary="Read the metrics for Prometheus",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )

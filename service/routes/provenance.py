@@ -25,6 +25,7 @@ IN_TOTO = {"type": "object", "description": "An in-toto Statement v1 with SLSA p
 @router.get(
     "/realignments/{realignment_id}/provenance",
     operation_id="getProvenance",
+    summary="Show the provenance of a result",
     response_class=Response,
     responses={
         200: {
@@ -56,7 +57,7 @@ def provenance(
     return Response(body, media_type=media_type(body), headers=headers)
 
 
-@router.get("/provenance_keys", operation_id="listProvenanceKeys")
+@router.get("/provenance_keys", operation_id="listProvenanceKeys", summary="List the keys that sign provenance")
 def keys(here: Here, tenant: Tenant) -> Page[ProvenanceKey]:
     """The public keys that sign provenance here, or did. Keep a copy: whoever could change a result could change this
     list too."""

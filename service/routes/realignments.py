@@ -46,7 +46,7 @@ MEDIA = {
 }
 
 
-@router.post("", status_code=202, operation_id="createRealignment")
+@router.post("", status_code=202, operation_id="createRealignment", summary="Start a realignment job")
 def create(
     request: RealignmentCreate,
     response: Response,
@@ -63,7 +63,7 @@ def create(
     return created.job
 
 
-@router.get("", operation_id="listRealignments")
+@router.get("", operation_id="listRealignments", summary="List realignment jobs")
 def list_(
     request: Request,
     here: Here,
@@ -86,7 +86,9 @@ def list_(
     return page(*here.jobs.page(tenant, limit=limit, after=after, filters=filters))
 
 
-@router.get("/{realignment_id}", operation_id="getRealignment", response_model=Realignment)
+@router.get(
+    "/{realignment_id}", operation_id="getRealignment", summary="Show a realignment job", response_model=Realignment
+)
 def get(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Response:
     """The job's state, progress, result or error."""
     # The one that is polled: written once, and not checked a second time against its own model.
@@ -94,7 +96,7 @@ def get(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Response:
     return Response(job.model_dump_json(), media_type="application/json")
 
 
-@router.delete("/{realignment_id}", operation_id="deleteRealignment")
+@router.delete("/{realignment_id}", operation_id="deleteRealignment", summary="Delete a realignment job")
 def delete(
     realignment_id: RealignmentId,
     here: Here,
@@ -106,7 +108,7 @@ def delete(
     return RealignmentDeleted(id=realignment_id)
 
 
-@router.post("/{realignment_id}/cancel", operation_id="cancelRealignment")
+@router.post("/{realignment_id}/cancel", operation_id="cancelRealignment", summary="Cancel a realignment job")
 def cancel(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
     """Stops a job that has not ended. Cancelling an ended one changes nothing."""
     return here.jobs.cancel(tenant, realignment_id)
@@ -127,6 +129,7 @@ Streaming = Annotated[bool, Depends(streaming_)]
 @router.get(
     "/{realignment_id}/events",
     operation_id="listRealignmentEvents",
+    summary="List or stream the events of a realignment job",
     response_model=Page[Event],
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
@@ -174,7 +177,13 @@ async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: 
 
 
 @router.head("/{realignment_id}/report", include_in_schema=False)
-@router.get("/{realignment_id}/report", operation_id="getReport", response_model=Report, responses=downloads.CONDITIONS)
+@router.get(
+    "/{realignment_id}/report",
+    operation_id="getReport",
+    summary="Show the report of a realignment job",
+    response_model=Report,
+    responses=downloads.CONDITIONS,
+)
 def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: Tenant) -> Response:
     """What was measured and changed, module by module."""
     return _report(here, request, tenant, realignment_id, ReportForm.json)
@@ -184,6 +193,7 @@ def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: 
 @router.get(
     "/{realignment_id}/report.{form}",
     operation_id="getReportAs",
+    summary="Download the report as JSON, HTML, CSV or PNG",
     response_class=Response,
     responses={
         200: {
@@ -203,6 +213,7 @@ def report_as(
 @router.get(
     "/{realignment_id}/side_car/{name}",
     operation_id="getSideCar",
+    summary="Download a side-car of a result",
     response_class=FileResponse,
     responses=downloads.FILE,
 )

@@ -15,7 +15,7 @@ from safegraft.stores import stitching
 from safegraft.stores.uploads import PART, part_prefix
 from service import receiving
 from service.auth import Principal
-from service.body import JsonRoute
+from service.body import JsonRoute, kind_of, unsupported_kind
 from service.dependencies import After, Asking, Here, Services, Tenant
 from service.paging import page
 
@@ -38,20 +38,20 @@ PART_SCHEMA: dict[str, Any] = {
 }
 
 
-@router.post("", operation_id="createUpload")
+@router.post("", operation_id="createUpload", summary="Begin an upload in parts")
 def create(request: UploadCreate, here: Here, asking: Asking) -> Upload:
     """Begins an upload of a file in parts. It expires by itself if it is not completed."""
     receiving.allowance(here, asking, here.settings.max_upload_bytes).check(request.bytes)
     return here.uploads.create(asking.tenant, request)
 
 
-@router.get("/{upload_id}", operation_id="getUpload")
+@router.get("/{upload_id}", operation_id="getUpload", summary="Show an upload")
 def get(upload_id: UploadId, here: Here, tenant: Tenant) -> Upload:
     """The upload's state, and its file once it is completed."""
     return here.uploads.get(tenant, upload_id)
 
 
-@router.get("/{upload_id}/parts", operation_id="listUploadParts")
+@router.get("/{upload_id}/parts", operation_id="listUploadParts", summary="List the parts that have arrived")
 def parts(
     upload_id: UploadId,
     here: Here,
@@ -63,14 +63,16 @@ def parts(
     return page(*here.uploads.parts(tenant, upload_id, limit=limit, after=after))
 
 
-@streams.post("/{upload_id}/parts", operation_id="createUploadPart", openapi_extra=PART_SCHEMA)
+@streams.post(
+    "/{upload_id}/parts", operation_id="createUploadPart", summary="Add a part to an upload", openapi_extra=PART_SCHEMA
+)
 async def create_part(upload_id: UploadId, request: Request, here: Here, asking: Asking) -> UploadPart:
     """Adds a part: as the form field `data`, as a stream of bytes, or as JSON `{"bytes": n}`, which is answered with an
     `upload_url` for the bytes where the storage has such addresses.
     """
     await asyncio.to_thread(here.uploads.require_pending, asking.tenant, upload_id)
     with here.upload_slots.place(asking.tenant):
-        if receiving.kind_of(request) == "application/json":
+        if kind_of(request) == "application/json":
             wanted = await receiving.receive_json(request, PartCreate, here.settings.max_json_bytes)
             return await asyncio.to_thread(_promise, here, asking, upload_id, wanted)
         allowed = await asyncio.to_thread(receiving.allowance, here, asking, MAX_PART_BYTES)
@@ -79,14 +81,14 @@ async def create_part(upload_id: UploadId, request: Request, here: Here, asking:
             return await asyncio.to_thread(_keep, here, asking, upload_id, sink)
 
 
-@router.post("/{upload_id}/complete", operation_id="completeUpload")
+@router.post("/{upload_id}/complete", operation_id="completeUpload", summary="Complete an upload")
 def complete(upload_id: UploadId, request: UploadComplete, here: Here, tenant: Tenant) -> Upload:
     """Makes the file of the parts in this order. Can be repeated, with the same answer."""
     with here.upload_slots.place(tenant):
         return stitching.complete(here.uploads, here.objects, tenant, upload_id, request)
 
 
-@router.post("/{upload_id}/cancel", operation_id="cancelUpload")
+@router.post("/{upload_id}/cancel", operation_id="cancelUpload", summary="Cancel an upload")
 def cancel(upload_id: UploadId, here: Here, tenant: Tenant) -> Upload:
     """Gives an upload up and deletes its parts. Can be repeated."""
     cancelled = here.uploads.cancel(tenant, upload_id)
@@ -117,7 +119,7 @@ class _PartForm:
 
 
 async def _receive(request: Request, folder: Folder, allowed: receiving.Allowance) -> receiving.Sink:
-    kind = receiving.kind_of(request)
+    kind = kind_of(request)
     form = _PartForm(folder, allowed)
     if kind == "multipart/form-data":
         allowed.announced(request, framing=receiving.FRAMING)
@@ -126,7 +128,7 @@ async def _receive(request: Request, folder: Folder, allowed: receiving.Allowanc
         allowed.announced(request)
         await receiving.receive_raw(request, form.file("data", ""))
     else:
-        raise receiving.unsupported_kind("Send multipart/form-data with the field `data`, or application/octet-stream.")
+        raise unsupported_kind(request, "Send multipart/form-data with the field `data`, or application/octet-stream.")
     if form.sink is None or not form.sink.size:
         raise InvalidParameter("The part has no bytes.", code="empty_part", param="data")
     return form.sink

@@ -4,6 +4,7 @@ All of it needs the scope `admin`, reading too: where a tenant's messages go, an
 the tenant's configuration, and an endpoint's address often is a secret of its own.
 """
 
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
@@ -32,7 +33,9 @@ EndpointId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 DeliveryId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 
 
-@router.post("/webhook_endpoints", status_code=201, operation_id="createWebhookEndpoint")
+@router.post(
+    "/webhook_endpoints", status_code=201, operation_id="createWebhookEndpoint", summary="Register a webhook endpoint"
+)
 def create(
     request: WebhookEndpointCreate, response: Response, here: Here, tenant: AdminTenant
 ) -> WebhookEndpointWithSecret:
@@ -43,19 +46,21 @@ def create(
     return WebhookEndpointWithSecret(**created.model_dump(), signing_secret=secret)
 
 
-@router.get("/webhook_endpoints", operation_id="listWebhookEndpoints")
+@router.get("/webhook_endpoints", operation_id="listWebhookEndpoints", summary="List webhook endpoints")
 def list_(here: Here, tenant: AdminTenant, limit: Limit = 20, after: After = None) -> Page[WebhookEndpoint]:
     """Newest first, without secrets."""
     return page(*here.webhooks.page(tenant, limit=limit, after=after))
 
 
-@router.get("/webhook_endpoints/{endpoint_id}", operation_id="getWebhookEndpoint")
+@router.get("/webhook_endpoints/{endpoint_id}", operation_id="getWebhookEndpoint", summary="Show a webhook endpoint")
 def get(endpoint_id: EndpointId, here: Here, tenant: AdminTenant) -> WebhookEndpoint:
     """Where it goes, what it hears of, and whether it works."""
     return here.webhooks.get(tenant, endpoint_id)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}", operation_id="updateWebhookEndpoint")
+@router.post(
+    "/webhook_endpoints/{endpoint_id}", operation_id="updateWebhookEndpoint", summary="Change a webhook endpoint"
+)
 def update(endpoint_id: EndpointId, request: WebhookEndpointUpdate, here: Here, tenant: AdminTenant) -> WebhookEndpoint:
     """Changes address, name or types, disables, or enables again. Pending deliveries go to the new address."""
     if request.url is not None:
@@ -63,14 +68,20 @@ def update(endpoint_id: EndpointId, request: WebhookEndpointUpdate, here: Here, 
     return here.webhooks.update(tenant, endpoint_id, request)
 
 
-@router.delete("/webhook_endpoints/{endpoint_id}", operation_id="deleteWebhookEndpoint")
+@router.delete(
+    "/webhook_endpoints/{endpoint_id}", operation_id="deleteWebhookEndpoint", summary="Delete a webhook endpoint"
+)
 def delete(endpoint_id: EndpointId, here: Here, tenant: AdminTenant) -> WebhookEndpointDeleted:
     """Deletes the endpoint and its secret; what is still pending for it is not sent."""
     here.webhooks.delete(tenant, endpoint_id)
     return WebhookEndpointDeleted(id=endpoint_id)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}/rotate_secret", operation_id="rotateWebhookSecret")
+@router.post(
+    "/webhook_endpoints/{endpoint_id}/rotate_secret",
+    operation_id="rotateWebhookSecret",
+    summary="Rotate the secret of a webhook endpoint",
+)
 def rotate_secret(
     endpoint_id: EndpointId,
     here: Here,
@@ -82,7 +93,12 @@ def rotate_secret(
     return WebhookEndpointWithSecret(**rotated.model_dump(), signing_secret=secret)
 
 
-@router.post("/webhook_endpoints/{endpoint_id}/test", status_code=202, operation_id="testWebhookEndpoint")
+@router.post(
+    "/webhook_endpoints/{endpoint_id}/test",
+    status_code=202,
+    operation_id="testWebhookEndpoint",
+    summary="Send a test message to a webhook endpoint",
+)
 def test(endpoint_id: EndpointId, here: Here, tenant: AdminTenant) -> WebhookDelivery:
     """Sends a message of the type `ping`, the way all messages go. How it went is in the delivery."""
     sent = here.webhooks.ping(tenant, endpoint_id)
@@ -90,7 +106,7 @@ def test(endpoint_id: EndpointId, here: Here, tenant: AdminTenant) -> WebhookDel
     return sent
 
 
-@router.get("/webhook_deliveries", operation_id="listWebhookDeliveries")
+@router.get("/webhook_deliveries", operation_id="listWebhookDeliveries", summary="List webhook deliveries")
 def deliveries(
     here: Here,
     tenant: AdminTenant,
@@ -104,13 +120,18 @@ def deliveries(
     return page(*found)
 
 
-@router.get("/webhook_deliveries/{delivery_id}", operation_id="getWebhookDelivery")
+@router.get("/webhook_deliveries/{delivery_id}", operation_id="getWebhookDelivery", summary="Show a webhook delivery")
 def delivery(delivery_id: DeliveryId, here: Here, tenant: AdminTenant) -> WebhookDeliveryDetail:
     """The message, and how each attempt to deliver it went."""
     return here.webhooks.delivery(tenant, delivery_id)
 
 
-@router.post("/webhook_deliveries/{delivery_id}/replay", status_code=202, operation_id="replayWebhookDelivery")
+@router.post(
+    "/webhook_deliveries/{delivery_id}/replay",
+    status_code=202,
+    operation_id="replayWebhookDelivery",
+    summary="Send a webhook delivery again",
+)
 def replay(delivery_id: DeliveryId, here: Here, tenant: AdminTenant) -> WebhookDelivery:
     """Sends it again now, whatever its state, with the same message id. One that is being sent stays as it is."""
     replayed = here.webhooks.replay(tenant, delivery_id)
@@ -147,7 +168,7 @@ for _type, _meaning in (*MEANINGS.items(), (PING, "A test that was asked for. `d
         _receive,
         methods=["POST"],
         operation_id="on" + "".join(part.capitalize() for part in _type.replace("_", ".").split(".")),
-        summary=_type,
+        summary=re.split("[.;]", _meaning)[0],
         description=_meaning + SIGNED,
         responses={
             200: {"description": "Delivered, like any other 2xx.", "content": None},

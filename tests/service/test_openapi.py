@@ -58,6 +58,26 @@ def test_operation_ids_are_unique_and_described(document: dict[str, Any]) -> Non
         assert "application/problem+json" in operation["responses"]["4XX"]["content"]
 
 
+def test_summaries_stand_alone(document: dict[str, Any]) -> None:
+    webhooks = [operation for path in document["webhooks"].values() for operation in path.values()]
+    found = [operation["summary"] for operation in [*operations(document), *webhooks]]
+    assert len(found) >= 60
+    for summary in found:
+        assert len(summary.split()) >= 2, summary
+        assert found.count(summary) == 1, summary
+
+
+def test_every_tag_has_its_line_and_its_place(document: dict[str, Any]) -> None:
+    tags = [tag["name"] for tag in document["tags"]]
+    used = [tag for operation in operations(document) for tag in operation["tags"]]
+    assert sorted(set(used)) == sorted(tags)
+    assert tags[:2] == ["adapters", "realignments"]  # what everybody needs
+    assert tags[-1] == "health"
+    for tag in document["tags"]:
+        assert tag["description"].endswith(".")
+        assert "\n" not in tag["description"]
+
+
 def test_no_parameter_may_be_null(document: dict[str, Any]) -> None:
     for operation in operations(document):
         for parameter in operation.get("parameters", []):

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from safegraft.stores.jobs import JobStore
+from service.settings import GatewaySettings
 from tests.scaled import SCALED
 from tests.service.conftest import SAFEGRAFT, Running, database_of, environment_of, start, upload
 
+ALERTS = Path(__file__).parents[2] / "docs" / "prometheus" / "alerts.yml"
+PROMTOOL = shutil.which("promtool")
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.M | re.S)
 
@@ -102,3 +106,22 @@ def test_the_page_names_every_command_of_admin() -> None:
     assert set(commands) >= {"jobs", "requeue", "workers", "drain", "limits", "gc", "references"}
     for command in commands:
         assert f"safegraft admin {command}" in PAGE
+
+
+def test_the_page_says_what_to_do_about_every_alert() -> None:
+    rules = [rule["alert"] for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
+    section = PAGE.partition("## Alerts, and what to do")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| (Safegraft\w+) \|", section, flags=re.M) == rules
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool, which comes with Prometheus, is not installed")
+def test_alerts_come_when_they_should() -> None:
+    for command in (["check", "rules", str(ALERTS)], ["test", "rules", str(Path(__file__).parent / "alerts.test.yml")]):
+        done = subprocess.run([str(PROMTOOL), *command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_names_what_one_tenant_cannot_take_whole() -> None:
+    defaults = GatewaySettings()
+    for name in ("max_active_uploads", "max_event_streams"):
+        assert f"`SAFEGRAFT_{name.upper()}` ({getattr(defaults, name)})" in PAGE.replace("\n  ", " ")

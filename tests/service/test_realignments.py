@@ -446,7 +446,7 @@ def test_unknown_things_are_refused_in_one_shape(client: httpx.Client, fresh: Pa
         assert problem["error"]["code"] == code
         assert problem["error"]["message"] == problem["detail"]
         assert answer.headers["x-request-id"].startswith("req_")
-    assert client.post("/v1/realignments", content=b"{").json()["error"]["code"] == "invalid_request"
+    assert client.post("/v1/realignments", content=b"{").json()["error"]["code"] == "unsupported_media_type"
     assert client.get("/v1/nothing").json()["error"]["code"] == "route_not_found"
     assert client.delete("/v1/realignments").json()["error"]["code"] == "method_not_allowed"
     assert client.get("/v1/realignments/rlg_nothing").json()["error"]["code"] == "realignment_not_found"

@@ -343,7 +343,7 @@ def test_files_that_make_no_adapter_are_refused(gateway: Gateway, http: httpx.Cl
     refused(http.post("/v1/adapters", json={"file_ids": ["file_none"]}), 404, "file_not_found")
     refused(http.post("/v1/adapters", json={"file_ids": [tar], "name": "x" * MIB}), 413, "request_too_large")
     broken = http.post("/v1/adapters", content=b"{", headers={"content-type": "application/json"})
-    refused(broken, 422, "invalid_request")
+    refused(broken, 422, "invalid_json")
     assert gateway.stored("adapters") == before
 
 
