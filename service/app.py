@@ -32,7 +32,7 @@ from service.auth import Gatekeeper
 from service.batches import Batches
 from service.dependencies import Services
 from service.destinations import Destinations
-from service.loops import Loop
+from service.loops import Loop, stop_all
 from service.metrics import HttpMetrics
 from service.observer import Observer
 from service.queue import Dispatcher, Queue
@@ -77,8 +77,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         try:
             yield
         finally:
-            for loop in here.loops:
-                loop.stop()
+            stop_all(here.loops)
             here.validator.close()
             await here.gatekeeper.close()
             here.queue.close()

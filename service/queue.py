@@ -13,6 +13,9 @@ from safegraft.stores.jobs import JobStore
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.dispatcher")
+# A kept connection may be stale: once more, and soon. By itself kombu sleeps for two seconds before that, and whoever
+# asks after health, or stops the gateway, waits with it.
+RETRY = {"max_retries": 1, "interval_start": 0.1}
 
 
 class Queue:
@@ -23,7 +26,7 @@ class Queue:
         self._celery.conf.update(
             task_ignore_result=True,
             broker_connection_retry_on_startup=True,
-            broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1},
+            broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, **RETRY},
             task_publish_retry=False,
         )
 
@@ -35,7 +38,7 @@ class Queue:
         """Does the broker answer?"""
         try:
             with self._celery.connection_for_read() as connection:
-                connection.ensure_connection(max_retries=1, timeout=2)
+                connection.ensure_connection(timeout=2, **RETRY)
             return True
         except (OperationalError, OSError):
             return False
