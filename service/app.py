@@ -57,8 +57,6 @@ from service.validation import Limits, Validator
 from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
-# Longer than any upload or job may take.
-SCRATCH_SECONDS = 24 * 3600.0
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -70,7 +68,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
         app.state.metrics.watch(here.database, here.workers, here.upload_slots)
-        here.objects.sweep(SCRATCH_SECONDS)
         here.validator.start()
         for loop in here.loops:
             loop.start()

@@ -55,17 +55,13 @@ from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
-from safegraft.stores.objects import open_objects, result_prefix
+from safegraft.stores.objects import open_objects, remove_or_leave, result_prefix
 from safegraft.stores.references import open_references
 from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
 
 log = logging.getLogger("safegraft.worker")
-
-
-# What killed processes left in scratch this long ago is nobody's.
-SCRATCH_SECONDS = 24 * 3600.0
 
 
 def worker_name() -> str:
@@ -258,7 +254,7 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
-    open_objects(WorkerSettings()).sweep(SCRATCH_SECONDS)
+    open_objects(WorkerSettings()).sweep()
     if WorkerSettings().log_format == "json":
         sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
@@ -372,7 +368,7 @@ def _publish(
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
-        bench.objects.remove(prefix)
+        remove_or_leave(bench.objects, prefix)
         raise
     timings = {**timings, "publish": time.monotonic() - began}
     # The commit point: files without this row are never shown, and this row is only written once.
@@ -387,7 +383,7 @@ def _publish(
         method=report.method.type,
         timings=timings,
     ):
-        bench.objects.remove(prefix)
+        remove_or_leave(bench.objects, prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
 
 

@@ -4,7 +4,6 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import BinaryIO, NoReturn, cast
 
 from safegraft.contracts.files import Upload, UploadComplete, UploadPart
@@ -12,7 +11,7 @@ from safegraft.errors import Conflict, InvalidParameter, NotFound, SafegraftErro
 from safegraft.files import CHUNK
 from safegraft.ids import new_id
 from safegraft.stores.files import CONTENT
-from safegraft.stores.objects import Objects, file_prefix, upload_prefix
+from safegraft.stores.objects import Objects, file_prefix, remove_or_leave, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
 
 # Of the parts: in an object store each piece is one request.
@@ -39,7 +38,7 @@ def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str
         sha256 = _stitch(objects, tenant, parts, prefix, request)
         won = uploads.complete(tenant, upload_id, request.part_ids, file_id=file_id, prefix=prefix, sha256=sha256)
     except BaseException as error:
-        _remove(objects, prefix)
+        remove_or_leave(objects, prefix)
         if isinstance(error, Conflict | InvalidParameter) and error.code in ("upload_not_pending", "part_missing"):
             # Another try may have come first, and have removed the parts that this one was reading.
             done = uploads.completed(tenant, upload_id, request.part_ids)
@@ -47,7 +46,7 @@ def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str
                 return done
         raise
     if not won:
-        _remove(objects, prefix)
+        remove_or_leave(objects, prefix)
         return _by_another(uploads, tenant, upload_id, request)
     discard(objects, tenant, upload_id)
     return uploads.get(tenant, upload_id)
@@ -55,7 +54,7 @@ def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str
 
 def discard(objects: Objects, tenant: str, upload_id: str) -> None:
     """Removes the parts of an upload that has ended."""
-    _remove(objects, upload_prefix(tenant, upload_id))
+    remove_or_leave(objects, upload_prefix(tenant, upload_id))
 
 
 def _by_another(uploads: UploadStore, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
@@ -89,12 +88,6 @@ def _compare(name: str, wanted: str | None, found: str) -> None:
             param=name,
             hint="Check the order of the parts, and send again those whose sha256 differs.",
         )
-
-
-def _remove(objects: Objects, prefix: str) -> None:
-    # What cannot be removed now is found by the garbage collector.
-    with suppress(StorageFault):
-        objects.remove(prefix)
 
 
 class ReadAhead:
