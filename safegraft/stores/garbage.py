@@ -28,13 +28,15 @@ from safegraft.stores.database import (
     reading,
     realignments,
     tenants,
+    upload_parts,
     uploads,
     webhook_deliveries,
 )
 from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import Erased, erase, made_adapters
 from safegraft.stores.objects import Objects, job_prefix, result_prefix
-from safegraft.stores.uploads import UploadStore
+from safegraft.stores.stitching import surplus
+from safegraft.stores.uploads import PART, UploadStore, part_prefix
 
 log = logging.getLogger("safegraft.garbage")
 DAY = 86400.0
@@ -98,6 +100,7 @@ class GarbageCollector:
         self._adapters(found, dry_run)
         self._files(found, dry_run)
         self._uploads(found, dry_run)
+        self._sent_past(found, dry_run)
         self._rows(found, dry_run)
         self._orphans(found, dry_run)
         self._scratch(found, dry_run)
@@ -179,6 +182,27 @@ class GarbageCollector:
                 store.emptied(prefixes)
         old = and_(c.state != "pending", c.prefix == "", c.expires_at < now() - HISTORY_SECONDS)
         self._delete(found, "upload_records", uploads, old, dry_run)
+
+    def _sent_past(self, found: Collected, dry_run: bool) -> None:
+        """What was sent to addresses of the store and no quota counts: more than was announced, or after the end."""
+        if self._objects.put_url("uploads", PART) is None:
+            return
+        c = uploads.c
+        p = upload_parts.c
+        open_parts = select(p.id, p.tenant, p.upload_id, p.bytes).join(uploads, c.id == p.upload_id)
+        for row in self._all(open_parts.where(c.state == "pending")):
+            prefix = part_prefix(row.tenant, row.upload_id, row.id)
+            with self._each(found, prefix):
+                if size := surplus(self._objects, prefix, row.bytes):
+                    log.warning("%s: %d bytes were sent, %d announced", prefix, size, row.bytes)
+                    self._remove(found, "oversized_parts", prefix, dry_run)
+        ended = self._all(select(c.tenant, c.prefix).where(c.state != "pending", c.prefix != "", c.expires_at > now()))
+        for tenant in sorted({row.tenant for row in ended}):
+            root = f"tenants/{tenant}/uploads"
+            with self._each(found, root):
+                there = {prefix for prefix, _ in self._objects.prefixes(root)}
+                for prefix in sorted(there & {row.prefix for row in ended}):
+                    self._remove(found, "late_parts", prefix, dry_run)
 
     def _expired(self, found: Collected, kind: str, batches: Iterable[list[str]], dry_run: bool) -> None:
         for prefix in (prefix for prefixes in batches for prefix in prefixes):

@@ -3,9 +3,10 @@
 import hashlib
 import io
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 from sqlalchemy import func, select, update
@@ -151,7 +152,7 @@ def test_bytes_that_are_not_the_recorded_ones_are_refused(store: UploadStore, ob
     for code, data, record in (
         ("part_mismatch", b"abX", {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}),
         ("part_mismatch", b"ab", {"size": 3, "sha256": None}),
-        ("part_mismatch", b"abcd", {"size": 3, "sha256": None}),
+        ("part_too_large", b"abcd", {"size": 3, "sha256": None}),
     ):
         upload = begun(store, 3)
         part = sent(store, objects, upload, data, **record)
@@ -312,6 +313,61 @@ def test_an_upload_that_ends_while_it_is_stitched_makes_no_file(
         completed(store, objects, upload, part)
     assert kept.page(TENANT, limit=9) == ([], False)
     assert not [path for path in stored(objects) if "files" in path.parts]
+
+
+class Ending(LocalObjects):
+    """Somebody ends the upload when its parts are opened, or when the second piece of one is read."""
+
+    def __init__(self, root: Path, end: Callable[[], object], *, reading: bool) -> None:
+        super().__init__(root)
+        self._end, self._reading = end, reading
+
+    def open(self, prefix: str, name: str) -> BinaryIO:
+        if self._reading:
+            return cast(BinaryIO, Ended(super().open(prefix, name), self._end))
+        self._end()
+        return super().open(prefix, name)
+
+
+class Ended(io.RawIOBase):
+    """As objects in S3 are read: each piece is a request, and the object may be gone by the next."""
+
+    def __init__(self, file: BinaryIO, end: Callable[[], object]) -> None:
+        self._file, self._end = file, end
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._end()
+        raise NotFound("There is no such file.", code="file_not_found")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize("winner", ["cancel", "complete"])
+def test_who_completes_while_another_ends_the_upload_is_told_that_it_has_ended(
+    store: UploadStore, kept: FileStore, objects: LocalObjects, tmp_path: Path, reading: bool, winner: str
+) -> None:
+    """And not that bytes are missing, which the other one has removed."""
+    upload = begun(store, 6)
+    parts = [sent(store, objects, upload, data) for data in (b"abc", b"def")]
+    order = parts if winner == "cancel" else parts[::-1]
+
+    def end() -> None:
+        if store.get(TENANT, upload.id).status != "pending":
+            return
+        if winner == "complete":
+            completed(store, objects, upload, *order)
+        else:
+            store.cancel(TENANT, upload.id)
+            stitching.discard(objects, TENANT, upload.id)
+
+    with refused("upload_not_pending"):
+        completed(store, Ending(tmp_path / "objects", end, reading=reading), upload, *parts)
+    assert len(kept.page(TENANT, limit=9)[0]) == (winner == "complete")
 
 
 def _let_expire(engine: Engine, upload: Upload) -> None:
