@@ -81,7 +81,7 @@ async def _create(
             except OSError as error:
                 raise storage_fault(error) from error
             await fill(delivery, allowed)
-            adapter = await here.validator.judge(new_id("adp"), delivery)
+            adapter = await here.validator.judge(asking.tenant, new_id("adp"), delivery)
             return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
 
 

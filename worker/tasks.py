@@ -39,7 +39,7 @@ from safegraft.dsse import load_signing_key
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
-from safegraft.files import sha256_file
+from safegraft.files import folder_bytes, sha256_file
 from safegraft.ids import new_id
 from safegraft.provenance import (
     PROVENANCE,
@@ -362,9 +362,12 @@ def _publish(
                 published.append(_published(bench, claim, desk.result / name, customer, f"{report.method.type} {name}"))
         side_cars = side_car_folder(desk.result)
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
+        own_bytes = 0
         if names:
+            own_bytes += folder_bytes(side_cars)
             bench.objects.publish(side_cars, f"{prefix}/side_car")
         _attest(bench, claim, desk, [adapter for adapter, _, _ in published], report, started)
+        own_bytes += folder_bytes(desk.report)
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
@@ -378,6 +381,7 @@ def _publish(
         published,
         strengths=strengths,
         side_cars=names,
+        own_bytes=own_bytes,
         summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
         method=report.method.type,

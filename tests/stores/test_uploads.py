@@ -15,14 +15,15 @@ from sqlalchemy.engine import Engine
 from safegraft.contracts.files import Upload, UploadComplete, UploadCreate, UploadPart
 from safegraft.errors import Conflict, NotFound, QuotaExceeded, SafegraftError, StorageFault, TooLarge
 from safegraft.ids import new_id
-from safegraft.stores import quotas, stitching
+from safegraft.stores import quotas, stitching, totals
 from safegraft.stores import uploads as uploads_module
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import files, now, reading, uploads
 from safegraft.stores.files import CONTENT, FileStore, NewFile
+from safegraft.stores.jobs import JobStore
 from safegraft.stores.objects import LocalObjects, file_prefix, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
-from tests.stores.records import adapter
+from tests.stores.records import adapter, claimed
 
 TENANT = "t"
 
@@ -471,6 +472,25 @@ def test_adapters_files_and_parts_count(
     file(kept, 1976, max_bytes=5000)
     assert quotas.room(engine, TENANT, 5000) == 0
     assert quotas.room(engine, TENANT, 10) == 0
+
+
+def test_reports_and_side_cars_count_until_their_job_is_deleted(
+    engine: Engine, adapters: AdapterStore, kept: FileStore
+) -> None:
+    jobs = JobStore(engine, lease_seconds=30, max_attempts=3)
+    first, second = claimed(jobs, tenant=TENANT), claimed(jobs, tenant=TENANT)
+    made = adapter()  # 1024 bytes
+    assert jobs.succeed(first.id, 1, [(made, TENANT, "p")], side_cars=["x"], own_bytes=2**33)
+    assert quotas.room(engine, TENANT, 2**34) == 2**33 - 1024
+    assert quotas.room(engine, "other", 2**34) == 2**34
+    assert jobs.succeed(second.id, 1, own_bytes=100)
+    assert not jobs.succeed(second.id, 1, own_bytes=100)
+    with pytest.raises(QuotaExceeded):
+        file(kept, 1, max_bytes=2**33 + 1124)
+    jobs.delete(TENANT, first.id)
+    assert quotas.room(engine, TENANT, 2**34) == 2**34 - 1124
+    published = {name: value for name, _, _, value in totals.read(engine)}["bytes_published"]
+    assert published == 2**33 + 1124
 
 
 def test_uploads_that_end_together_do_not_exceed_a_quota(engine: Engine, kept: FileStore) -> None:
