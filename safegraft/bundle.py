@@ -9,10 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from safegraft.contracts.reference import SCHEMA_VERSION, ReferenceManifest
-from safegraft.errors import CorruptReference
-from safegraft.files import sha256_file
+from safegraft.errors import CorruptReference, TooLarge
+from safegraft.files import read_bounded, sha256_file
 
 MANIFEST = "manifest.json"
+# One of a model with hundreds of layers has some hundred kilobytes.
+MAX_MANIFEST_BYTES = 2**24
 NLSR, GRAM, SAFETYLOCK = "nlsr.safetensors", "gram.safetensors", "safetylock.safetensors"
 
 
@@ -20,7 +22,9 @@ def read_manifest(folder: Path) -> tuple[ReferenceManifest, str]:
     """The manifest and its SHA-256, which is the bundle's identity. Raises CorruptReference."""
     path = folder / MANIFEST
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, MAX_MANIFEST_BYTES)
+    except TooLarge as error:
+        raise CorruptReference(error.message, code="manifest_too_large", param=str(path)) from error
     except OSError as error:
         raise _unreadable(str(path), error) from error
     return parse_manifest(raw, str(path))

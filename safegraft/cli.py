@@ -23,13 +23,13 @@ from rich.table import Column, Table
 
 from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
-from safegraft.bundle import MANIFEST, read_manifest, reference_id, verify_bundle
+from safegraft.bundle import MANIFEST, MAX_MANIFEST_BYTES, read_manifest, reference_id, verify_bundle
 from safegraft.commands import admin, keys, provenance
 from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.dsse import load_public_key, load_signing_key
 from safegraft.errors import InvalidParameter, SafegraftError
-from safegraft.files import sha256_file
+from safegraft.files import read_bounded, sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
 from safegraft.prompts import GENERAL, SAFETY
@@ -45,7 +45,7 @@ from safegraft.records import compatibility
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.references import open_references
 from safegraft.vault import open_vault
-from safegraft.verification import Evidence
+from safegraft.verification import MAX_DOCUMENT_BYTES, Evidence
 
 app = typer.Typer(
     name="safegraft",
@@ -458,7 +458,7 @@ def verify_report(
 ) -> None:
     """Runs a report's realignment again and compares the bytes, or checks provenance against files and a key, offline.
     Exit status 1 where something differs."""
-    body = report.read_bytes()
+    body = read_bounded(report, MAX_DOCUMENT_BYTES)
     if media_type(body) is not None:
         evidence = Evidence(
             adapter=adapter,
@@ -711,7 +711,7 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
 def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> None:
     """Prints the manifest of an installed reference (by id) or of a bundle (by folder); it is JSON in any case."""
     if Path(reference).is_dir():
-        raw = (_bundle(Path(reference)) / MANIFEST).read_bytes()
+        raw = read_bounded(_bundle(Path(reference)) / MANIFEST, MAX_MANIFEST_BYTES)
     else:
         raw = open_references(settings_for(data)).manifest(reference)
     sys.stdout.write(raw.decode("utf-8"))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from safegraft.errors import TooLarge
+
 CHUNK = 2**20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -22,6 +24,22 @@ def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """A file that is small by its nature. Raises TooLarge (`file_too_large`) where it has more than `most` bytes."""
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise TooLarge(
+            f"{path} has more than {most} bytes, which no such file has.", code="file_too_large", param=str(path)
+        )
+    return data
 
 
 @contextmanager

@@ -22,6 +22,10 @@ from safegraft.errors import CorruptReference
 from safegraft.files import sha256_file
 from safegraft.provenance import INPUT, REFERENCE, REPORT, SIDE_CAR, SOURCE, folder_digests, media_type
 
+# A statement or report of hundreds of modules and a dozen strengths has some megabytes. Whatever else is looked at is
+# hashed as it is read, however large.
+MAX_DOCUMENT_BYTES = 2**26
+
 
 @dataclass(frozen=True)
 class Evidence:

@@ -32,7 +32,7 @@ from service.auth import Gatekeeper
 from service.batches import Batches
 from service.dependencies import Services
 from service.destinations import Destinations
-from service.loops import Loop
+from service.loops import Loop, stop_all
 from service.metrics import HttpMetrics
 from service.observer import Observer
 from service.queue import Dispatcher, Queue
@@ -57,8 +57,6 @@ from service.validation import Limits, Validator
 from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
-# Longer than any upload or job may take.
-SCRATCH_SECONDS = 24 * 3600.0
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -70,15 +68,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             log.warning("development mode: no keys are asked for; keep this on loopback")
         app.state.services = here = open_services(settings)
         app.state.metrics.watch(here.database, here.workers, here.upload_slots)
-        here.objects.sweep(SCRATCH_SECONDS)
         here.validator.start()
         for loop in here.loops:
             loop.start()
         try:
             yield
         finally:
-            for loop in here.loops:
-                loop.stop()
+            stop_all(here.loops)
             here.validator.close()
             await here.gatekeeper.close()
             here.queue.close()

@@ -17,6 +17,7 @@ from safegraft.contracts.realignment import Event, Realignment, RealignmentCreat
 from safegraft.errors import Conflict, Incompatible, NotFound, SafegraftError
 from safegraft.stores import options
 from safegraft.stores.jobs import Created, Origins, hash_of
+from safegraft.stores.objects import remove_or_leave
 from service.auth import Principal
 from service.dependencies import Services
 from service.submission import submit
@@ -79,7 +80,7 @@ def _start(
         if used != made:
             # Refused, or a repeat that came in at the same time was faster: nobody knows of this adapter.
             with suppress(Conflict):
-                here.objects.remove(here.adapters.delete(asking.tenant, made))
+                remove_or_leave(here.objects, here.adapters.delete(asking.tenant, made))
 
 
 def _submit(

@@ -5,7 +5,7 @@ Every gateway runs them all; what they do is guarded by the records, so that sev
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 log = logging.getLogger("safegraft.loops")
 FAULT_SECONDS = 2.0
@@ -29,10 +29,14 @@ class Loop:
         """There is something to do: do not wait for the next turn."""
         self._wake.set()
 
-    def stop(self) -> None:
-        """Waits for the turn that runs."""
+    def end(self) -> None:
+        """Begins no further turn. Returns at once."""
         self._stop.set()
         self._wake.set()
+
+    def stop(self) -> None:
+        """Ends it, and waits for the turn that runs."""
+        self.end()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
@@ -46,3 +50,11 @@ class Loop:
                 self._stop.wait(FAULT_SECONDS)
             self._wake.wait(self._pause)
             self._wake.clear()
+
+
+def stop_all(loops: Collection[Loop]) -> None:
+    """Tells all of them before it waits for the first: their last turns run at the same time."""
+    for loop in loops:
+        loop.end()
+    for loop in loops:
+        loop.stop()

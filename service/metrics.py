@@ -141,6 +141,6 @@ class Installation(Collector):
         received = CounterMetricFamily("safegraft_received_bytes", "Of the adapters that were accepted.")
         received.add_metric([], counted.get("bytes_received", {}).get(("", ""), 0))
         yield received
-        published = CounterMetricFamily("safegraft_published_bytes", "Of the adapters that jobs made.")
+        published = CounterMetricFamily("safegraft_published_bytes", "Of what jobs made: adapters, side-cars, reports.")
         published.add_metric([], counted.get("bytes_published", {}).get(("", ""), 0))
         yield published

@@ -13,6 +13,9 @@ from safegraft.stores.jobs import JobStore
 from service.settings import GatewaySettings
 
 log = logging.getLogger("safegraft.dispatcher")
+# A kept connection may be stale: once more, at once. By itself kombu sleeps for two seconds before that, and whoever
+# asks after health, or stops the gateway, waits with it.
+RETRIES, PAUSE = 1, 0
 
 
 class Queue:
@@ -23,7 +26,12 @@ class Queue:
         self._celery.conf.update(
             task_ignore_result=True,
             broker_connection_retry_on_startup=True,
-            broker_transport_options={"socket_connect_timeout": 2, "socket_timeout": 5, "max_retries": 1},
+            broker_transport_options={
+                "socket_connect_timeout": 2,
+                "socket_timeout": 5,
+                "max_retries": RETRIES,
+                "interval_start": PAUSE,
+            },
             task_publish_retry=False,
         )
 
@@ -35,7 +43,7 @@ class Queue:
         """Does the broker answer?"""
         try:
             with self._celery.connection_for_read() as connection:
-                connection.ensure_connection(max_retries=1, timeout=2)
+                connection.ensure_connection(max_retries=RETRIES, interval_start=PAUSE, timeout=2)
             return True
         except (OperationalError, OSError):
             return False

@@ -28,7 +28,9 @@ class GatewaySettings(SharedSettings):
     upload_expiry_seconds: float = Field(
         default=24 * 3600.0, gt=0, description="A resumable upload that is not completed by then is given up."
     )
-    max_active_validations: int = Field(default=2, gt=0, description="Processes that read uploads at the same time.")
+    max_active_validations: int = Field(
+        default=3, gt=0, description="Processes that read uploads, at a time; one tenant's at most all but one."
+    )
     validation_memory_bytes: int = Field(
         default=2**31, ge=2**28, description="Address space of a process that reads an upload."
     )

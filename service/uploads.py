@@ -14,7 +14,7 @@ from safegraft.errors import TooLarge
 from safegraft.ids import new_id
 from safegraft.ingest import MAX_COMPANION_BYTES, Delivery
 from safegraft.stores.files import CONTENT
-from safegraft.stores.objects import adapter_prefix
+from safegraft.stores.objects import adapter_prefix, remove_or_leave
 from service.auth import Principal
 from service.body import kind_of, unsupported_kind
 from service.dependencies import Services
@@ -81,7 +81,7 @@ async def _create(
             except OSError as error:
                 raise storage_fault(error) from error
             await fill(delivery, allowed)
-            adapter = await here.validator.judge(new_id("adp"), delivery)
+            adapter = await here.validator.judge(asking.tenant, new_id("adp"), delivery)
             return await asyncio.to_thread(_keep, here, asking, adapter, delivery.folder)
 
 
@@ -112,7 +112,7 @@ def _keep(here: Services, asking: Principal, adapter: Adapter, folder: Path) -> 
         return here.adapters.add(adapter, asking.tenant, prefix, max_bytes=quota_of(here, asking))
     except BaseException:
         # No record names these files, and none will.
-        here.objects.remove(prefix)
+        remove_or_leave(here.objects, prefix)
         raise
 
 

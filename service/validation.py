@@ -17,7 +17,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -28,6 +27,7 @@ from typing import Any
 from safegraft import errors
 from safegraft.contracts.adapter import Adapter
 from safegraft.ingest import Delivery, ingest
+from service.turns import Turns
 
 log = logging.getLogger("safegraft.validation")
 # numpy before its threads are forbidden, and the module that the children enter by.
@@ -50,13 +50,13 @@ class Limits:
 
 
 class Validator:
-    """At most `at_once` processes; who comes later waits. One a gateway; close it at its end."""
+    """At most `at_once` processes; who comes later waits, in turns of tenants. One a gateway; close it at its end."""
 
     def __init__(self, limits: Limits, at_once: int, judge: Judge = ingest) -> None:
         self._limits = limits
         self._judge = judge
         # Threads of its own: those that write uploads to disk must not wait behind those that wait for a judgement.
-        self._waiting = ThreadPoolExecutor(at_once, thread_name_prefix="validation")
+        self._turns = Turns(at_once, "validation")
         self._context = multiprocessing.get_context("forkserver")
 
     def start(self) -> None:
@@ -66,14 +66,13 @@ class Validator:
         forkserver.ensure_running()
 
     def close(self) -> None:
-        self._waiting.shutdown(wait=False, cancel_futures=True)
+        self._turns.close()
 
-    async def judge(self, adapter_id: str, delivery: Delivery) -> Adapter:
-        """The delivery's record. Raises what `ingest` raises; TooLarge (`validation_too_large`), InvalidAdapter
-        (`validation_timeout`, `validation_crashed`) where a limit was met or the process crashed.
+    async def judge(self, tenant: str, adapter_id: str, delivery: Delivery) -> Adapter:
+        """The record of what a tenant delivered. Raises what `ingest` raises; TooLarge (`validation_too_large`),
+        InvalidAdapter (`validation_timeout`, `validation_crashed`) where a limit was met or the process crashed.
         """
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._waiting, self._judge_apart, adapter_id, delivery)
+        return await asyncio.wrap_future(self._turns.submit(tenant, lambda: self._judge_apart(adapter_id, delivery)))
 
     def _judge_apart(self, adapter_id: str, delivery: Delivery) -> Adapter:
         ours, theirs = self._context.Pipe(duplex=False)

@@ -29,8 +29,6 @@ CONCURRENT = 64
 # Retries of many messages that failed together do not come back together.
 JITTER = 0.1
 STOP_SECONDS = 5.0
-KEEP_SECONDS = 30 * 24 * 3600.0
-FORGET_EVERY = 3600.0
 GONE = 410
 UNCONNECTED = (httpx.ConnectError, httpx.ConnectTimeout)
 # Of a host with more, the first that answers counts.
@@ -51,7 +49,6 @@ class Sender(Loop):
         self._in_flight: dict[str, tuple[Sending, concurrent.futures.Future[None]]] = {}
         self._events: asyncio.AbstractEventLoop | None = None
         self._trusted = httpx.create_ssl_context()  # honours SSL_CERT_FILE, like the rest of Python
-        self._forgot: float | None = None
 
     def start(self) -> None:
         if self._settings.webhook_allow_private:
@@ -79,7 +76,6 @@ class Sender(Loop):
 
     def _claim(self) -> None:
         assert self._events is not None
-        self._forget()
         flying = [sending for sending, _ in list(self._in_flight.values())]
         if len(flying) >= CONCURRENT:
             return
@@ -97,11 +93,6 @@ class Sender(Loop):
     def _landed(self, delivery_id: str, _: concurrent.futures.Future[None]) -> None:
         self._in_flight.pop(delivery_id, None)
         self.wake()  # there is room again
-
-    def _forget(self) -> None:
-        if self._forgot is None or time.monotonic() - self._forgot > FORGET_EVERY:
-            self._forgot = time.monotonic()
-            self._store.forget(KEEP_SECONDS)
 
     async def _deliver(self, sending: Sending) -> None:
         try:

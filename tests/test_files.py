@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from safegraft.files import CHUNK, atomic_file, atomic_folder, sha256_file, write_atomic
+from safegraft.errors import TooLarge
+from safegraft.files import CHUNK, atomic_file, atomic_folder, folder_bytes, read_bounded, sha256_file, write_atomic
 
 
 class Broken(Exception):
@@ -74,3 +75,14 @@ def test_a_folder_that_appeared_meanwhile_is_refused_and_kept(tmp_path: Path) ->
         (tmp_path / "x" / "a").write_text("theirs")
     assert (tmp_path / "x" / "a").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_small_file_is_read_and_a_large_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    assert read_bounded(tmp_path / "x", 5) == b"12345"
+    with pytest.raises(TooLarge) as refused:
+        read_bounded(tmp_path / "x", 4)
+    assert refused.value.code == "file_too_large"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "y").write_bytes(b"12")
+    assert folder_bytes(tmp_path) == 7

@@ -39,7 +39,7 @@ from safegraft.dsse import load_signing_key
 from safegraft.engine.pipeline import realign, side_car_folder
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
-from safegraft.files import sha256_file
+from safegraft.files import folder_bytes, sha256_file
 from safegraft.ids import new_id
 from safegraft.provenance import (
     PROVENANCE,
@@ -55,17 +55,13 @@ from safegraft.report import render
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
-from safegraft.stores.objects import open_objects, result_prefix
+from safegraft.stores.objects import open_objects, remove_or_leave, result_prefix
 from safegraft.stores.references import open_references
 from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
 
 log = logging.getLogger("safegraft.worker")
-
-
-# What killed processes left in scratch this long ago is nobody's.
-SCRATCH_SECONDS = 24 * 3600.0
 
 
 def worker_name() -> str:
@@ -258,7 +254,7 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
-    open_objects(WorkerSettings()).sweep(SCRATCH_SECONDS)
+    open_objects(WorkerSettings()).sweep()
     if WorkerSettings().log_format == "json":
         sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
@@ -366,13 +362,16 @@ def _publish(
                 published.append(_published(bench, claim, desk.result / name, customer, f"{report.method.type} {name}"))
         side_cars = side_car_folder(desk.result)
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
+        own_bytes = 0
         if names:
+            own_bytes += folder_bytes(side_cars)
             bench.objects.publish(side_cars, f"{prefix}/side_car")
         _attest(bench, claim, desk, [adapter for adapter, _, _ in published], report, started)
+        own_bytes += folder_bytes(desk.report)
         bench.objects.publish(desk.report, f"{prefix}/report")
     except BaseException:
         # No row names these files yet, and none will: the next attempt has a prefix of its own.
-        bench.objects.remove(prefix)
+        remove_or_leave(bench.objects, prefix)
         raise
     timings = {**timings, "publish": time.monotonic() - began}
     # The commit point: files without this row are never shown, and this row is only written once.
@@ -382,12 +381,13 @@ def _publish(
         published,
         strengths=strengths,
         side_cars=names,
+        own_bytes=own_bytes,
         summaries=[variant.summary for variant in report.variants] or [report.summary],
         modules=report.summary.modules,
         method=report.method.type,
         timings=timings,
     ):
-        bench.objects.remove(prefix)
+        remove_or_leave(bench.objects, prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
 
 

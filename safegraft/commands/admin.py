@@ -175,10 +175,13 @@ def gc(
     settings = settings_for(data)
     collected = GarbageCollector(database_of(settings), open_objects(settings)).collect(dry_run=dry_run)
     if as_json:
-        print_json({"dry_run": dry_run, "removed": {kind: asdict(item) for kind, item in collected.kinds.items()}})
+        removed = {kind: asdict(item) for kind, item in collected.kinds.items()}
+        print_json({"dry_run": dry_run, "removed": removed, "failed": collected.failed})
         return
     rows = [(kind.replace("_", " "), str(item.count), str(item.bytes)) for kind, item in collected.kinds.items()]
     _print_table(("would be removed" if dry_run else "removed", "count", "bytes"), rows)
+    if collected.failed:
+        err.print(f"{collected.failed} things could not be removed; the log names them.", highlight=False)
 
 
 @references_app.command("list")

@@ -73,6 +73,7 @@ realignments = Table(
     Column("progress", JSON),
     Column("result", JSON),
     Column("result_attempt", Integer),
+    Column("result_bytes", BigInteger, nullable=False, default=0),  # of report and side-cars; adapters have their own
     Column("error", JSON),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
@@ -88,6 +89,7 @@ realignments = Table(
     Index("realignments_by_state", "tenant", "state", "id"),
     Index("realignments_by_request", "tenant", "request_hash", "idempotency_key", "id"),
     Index("realignments_expiring", "expires_at"),
+    Index("realignments_by_bytes", "tenant", "result_bytes"),  # summed with every upload, without reading the rows
 )
 
 events = Table(

@@ -5,18 +5,18 @@ one finds. Every row is deleted by a statement that names why, so that several c
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, func, or_, select
 from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from safegraft.contracts.keys import DEFAULT_TENANT
-from safegraft.errors import NotFound
+from safegraft.errors import NotFound, SafegraftError
 from safegraft.stores import options
 from safegraft.stores.database import (
     adapters,
@@ -28,17 +28,19 @@ from safegraft.stores.database import (
     reading,
     realignments,
     tenants,
+    upload_parts,
     uploads,
     webhook_deliveries,
 )
 from safegraft.stores.files import FileStore
 from safegraft.stores.jobs import Erased, erase, made_adapters
 from safegraft.stores.objects import Objects, job_prefix, result_prefix
-from safegraft.stores.uploads import UploadStore
+from safegraft.stores.stitching import surplus
+from safegraft.stores.uploads import PART, UploadStore, part_prefix
 
 log = logging.getLogger("safegraft.garbage")
 DAY = 86400.0
-# Longer than anything may lie in scratch, or among the objects before its record is written.
+# Longer than anything may lie among the objects before its record is written.
 ORPHAN_SECONDS = DAY
 # So long a finished webhook message, and the record of an upload that came to nothing, can still be looked at.
 HISTORY_SECONDS = 30 * DAY
@@ -54,9 +56,10 @@ class Removed:
 
 @dataclass
 class Collected:
-    """What was removed (or would be), by kind."""
+    """What was removed (or would be), by kind; and how many things could not be, which the log names."""
 
     kinds: dict[str, Removed] = field(default_factory=dict)
+    failed: int = 0
 
     def add(self, kind: str, count: int = 1, size: int = 0) -> None:
         found = self.kinds.setdefault(kind, Removed())
@@ -70,44 +73,70 @@ class GarbageCollector:
         self._objects = objects
 
     def turn(self) -> Collected | None:
-        """Collects where no gateway has done so for an hour; None where one has."""
-        if not options.due(self._engine, TURN, 0.9 * PERIOD):
-            return None
-        collected = self.collect()
+        """Collects where no gateway has done so for an hour; None where one has.
+
+        Scratch is this machine's own, and swept in any case.
+        """
+        due = options.due(self._engine, TURN, 0.9 * PERIOD)
+        collected = Collected()
+        if due:
+            collected = self.collect()
+        else:
+            self._scratch(collected, dry_run=False)
         for kind, removed in collected.kinds.items():
             log.info("removed %d %s, %d bytes", removed.count, kind, removed.bytes)
-        return collected
+        if collected.failed:
+            log.error("%d things could not be removed; see above", collected.failed)
+        return collected if due else None
 
     def collect(self, *, dry_run: bool = False) -> Collected:
         """Removes all that is due; with `dry_run` nothing, and says what would be.
 
-        Bytes are those of objects and scratch. What became an orphan by this very run is younger than a day.
+        Bytes are those of objects and scratch. What became an orphan by this very run is younger than a day. What
+        cannot be removed is counted and logged, and does not keep the rest; only a database that fails does.
         """
         found = Collected()
         self._jobs(found, dry_run)
         self._adapters(found, dry_run)
         self._files(found, dry_run)
         self._uploads(found, dry_run)
+        self._sent_past(found, dry_run)
         self._rows(found, dry_run)
         self._orphans(found, dry_run)
         self._scratch(found, dry_run)
         return found
 
+    @contextmanager
+    def _each(self, found: Collected, what: str) -> Iterator[None]:
+        """Around what is done for one thing: its fault is not that of the others."""
+        try:
+            yield
+        except SQLAlchemyError:
+            raise  # nor would the others get any further
+        except Exception:
+            found.failed += 1
+            log.exception("%s could not be collected", what)
+
     def _jobs(self, found: Collected, dry_run: bool) -> None:
         c = realignments.c
         ended = and_(c.expires_at < now(), c.state.notin_(("queued", "running")))
         for row in self._all(select(c.id).where(ended)):
-            with self._engine.begin() as connection:
-                job = connection.execute(select(realignments).where(ended, c.id == row.id).with_for_update()).first()
-                if job is None:
-                    continue
-                if dry_run:
-                    made = adapters.c.id.in_(made_adapters(job.result))
-                    kept = connection.execute(select(adapters.c.prefix).where(made)).scalars()
-                    erased = Erased(job_prefix(job.tenant, job.id), frozenset(kept))
-                else:
-                    erased = erase(connection, job)
-            found.add("realignments", size=clear(self._objects, erased, dry_run=dry_run))
+            with self._each(found, row.id):
+                with self._engine.begin() as connection:
+                    job = connection.execute(
+                        select(realignments).where(ended, c.id == row.id).with_for_update()
+                    ).first()
+                    if job is None:
+                        continue
+                    if dry_run:
+                        made = adapters.c.id.in_(made_adapters(job.result))
+                        kept = connection.execute(select(adapters.c.prefix).where(made)).scalars()
+                        erased = Erased(job_prefix(job.tenant, job.id), frozenset(kept))
+                    else:
+                        erased = erase(connection, job)
+                size, left = clear(self._objects, erased, dry_run=dry_run)
+                found.failed += left
+                found.add("realignments", size=size)
 
     def _adapters(self, found: Collected, dry_run: bool) -> None:
         c = adapters.c
@@ -126,13 +155,14 @@ class GarbageCollector:
         )
         due = and_(c.expires_at < now(), ~read.exists(), ~wanted.exists())
         for row in self._all(select(c.id, c.prefix).where(due)):
-            size = weight(self._objects, row.prefix)
-            if not dry_run:
-                with self._engine.begin() as connection:
-                    if not connection.execute(delete(adapters).where(due, c.id == row.id)).rowcount:
-                        continue  # a job reads it now
-                self._objects.remove(row.prefix)
-            found.add("adapters", size=size)
+            with self._each(found, row.prefix):
+                size = weight(self._objects, row.prefix)
+                if not dry_run:
+                    with self._engine.begin() as connection:
+                        if not connection.execute(delete(adapters).where(due, c.id == row.id)).rowcount:
+                            continue  # a job reads it now
+                    self._objects.remove(row.prefix)
+                found.add("adapters", size=size)
 
     def _files(self, found: Collected, dry_run: bool) -> None:
         due = select(files.c.prefix).where(files.c.expires_at <= now())
@@ -148,15 +178,42 @@ class GarbageCollector:
         for prefixes in self._listed(due) if dry_run else _until_none(store.expire):
             self._expired(found, "uploads", [prefixes], dry_run)
             if not dry_run:
+                # Those too that could not be removed: no record names them any more, and so they are orphans.
                 store.emptied(prefixes)
         old = and_(c.state != "pending", c.prefix == "", c.expires_at < now() - HISTORY_SECONDS)
         self._delete(found, "upload_records", uploads, old, dry_run)
 
+    def _sent_past(self, found: Collected, dry_run: bool) -> None:
+        """What was sent to addresses of the store and no quota counts: more than was announced, or after the end."""
+        if self._objects.put_url("uploads", PART) is None:
+            return
+        c = uploads.c
+        p = upload_parts.c
+        open_parts = select(p.id, p.tenant, p.upload_id, p.bytes).join(uploads, c.id == p.upload_id)
+        for row in self._all(open_parts.where(c.state == "pending")):
+            prefix = part_prefix(row.tenant, row.upload_id, row.id)
+            with self._each(found, prefix):
+                if size := surplus(self._objects, prefix, row.bytes):
+                    log.warning("%s: %d bytes were sent, %d announced", prefix, size, row.bytes)
+                    self._remove(found, "oversized_parts", prefix, dry_run)
+        ended = self._all(select(c.tenant, c.prefix).where(c.state != "pending", c.prefix != "", c.expires_at > now()))
+        for tenant in sorted({row.tenant for row in ended}):
+            root = f"tenants/{tenant}/uploads"
+            with self._each(found, root):
+                there = {prefix for prefix, _ in self._objects.prefixes(root)}
+                for prefix in sorted(there & {row.prefix for row in ended}):
+                    self._remove(found, "late_parts", prefix, dry_run)
+
     def _expired(self, found: Collected, kind: str, batches: Iterable[list[str]], dry_run: bool) -> None:
         for prefix in (prefix for prefixes in batches for prefix in prefixes):
-            found.add(kind, size=weight(self._objects, prefix))
-            if not dry_run:
-                self._objects.remove(prefix)
+            with self._each(found, prefix):
+                self._remove(found, kind, prefix, dry_run)
+
+    def _remove(self, found: Collected, kind: str, prefix: str, dry_run: bool) -> None:
+        size = weight(self._objects, prefix)
+        if not dry_run:
+            self._objects.remove(prefix)
+        found.add(kind, size=size)
 
     def _rows(self, found: Collected, dry_run: bool) -> None:
         d = webhook_deliveries.c
@@ -182,23 +239,22 @@ class GarbageCollector:
             names = {DEFAULT_TENANT, *connection.execute(select(tenants.c.id)).scalars()}
             for table in (adapters, realignments, files, uploads):
                 names |= set(connection.execute(select(table.c.tenant).distinct()).scalars())
-        roots = [f"tenants/{name}/{kind}" for name in sorted(names) for kind in ("adapters", "files", "uploads")]
-        old = [prefix for root in roots for prefix, changed in self._objects.prefixes(root) if changed < before]
-        jobs = [
-            prefix
-            for name in sorted(names)
-            for prefix, changed in self._objects.prefixes(f"tenants/{name}/realignments")
-            if changed < before
-        ]
+        kinds = ("adapters", "files", "uploads", "realignments")
+        old: list[str] = []
+        for root in (f"tenants/{name}/{kind}" for name in sorted(names) for kind in kinds):
+            with self._each(found, root):
+                old += [prefix for prefix, changed in self._objects.prefixes(root) if changed < before]
         with reading(self._engine) as connection:
             known, unmade = _named(connection)
         above = {prefix.rsplit("/", depth)[0] for prefix in known for depth in range(1, prefix.count("/"))}
-        for prefix in [*old, *jobs]:
-            for orphan in self._below(prefix, known, above, before):
-                self._orphan(found, orphan, dry_run)
+        for prefix in old:
+            with self._each(found, prefix):
+                for orphan in list(self._below(prefix, known, above, before)):
+                    self._orphan(found, orphan, dry_run)
         for prefix in unmade:
-            if self._objects.names(prefix):
-                self._orphan(found, prefix, dry_run)
+            with self._each(found, prefix):
+                if self._objects.names(prefix):
+                    self._orphan(found, prefix, dry_run)
 
     def _below(self, prefix: str, known: set[str], above: set[str], before: float) -> Iterator[str]:
         if prefix in known:
@@ -211,28 +267,15 @@ class GarbageCollector:
                 yield from self._below(inner, known, above, before)
 
     def _orphan(self, found: Collected, prefix: str, dry_run: bool) -> None:
-        found.add("orphans", size=weight(self._objects, prefix))
-        if not dry_run:
-            log.warning("%s belongs to no record", prefix)
-            self._objects.remove(prefix)
+        with self._each(found, prefix):
+            if not dry_run:
+                log.warning("%s belongs to no record", prefix)
+            self._remove(found, "orphans", prefix, dry_run)
 
     def _scratch(self, found: Collected, dry_run: bool) -> None:
-        scratch = self._objects.scratch
-        for path in scratch.iterdir() if scratch.is_dir() else ():
-            try:
-                if time.time() - path.stat().st_mtime <= ORPHAN_SECONDS:
-                    continue
-                inside = [path, *path.rglob("*")]
-                size = sum(item.stat().st_size for item in inside if item.is_file())
-            except FileNotFoundError:
-                continue  # its owner was faster
-            found.add("scratch", size=size)
-            if dry_run:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        with self._each(found, str(self._objects.scratch)):
+            for size in self._objects.sweep(dry_run=dry_run):
+                found.add("scratch", size=size)
 
     def _all(self, query: Any) -> list[Any]:
         with reading(self._engine) as connection:
@@ -248,25 +291,33 @@ def _until_none(expire: Callable[[], list[str]]) -> Iterator[list[str]]:
         yield prefixes
 
 
-def clear(objects: Objects, erased: Erased, *, dry_run: bool = False) -> int:
-    """Removes the bytes of a deleted job, but for the adapters that stay. Returns how many there were."""
-    removed = 0
+def clear(objects: Objects, erased: Erased, *, dry_run: bool = False) -> tuple[int, int]:
+    """Removes the bytes of a deleted job, but for the adapters that stay.
+
+    Returns how many bytes there were, and how many prefixes could not be removed: those are orphans from now on.
+    """
+    removed = left = 0
     above = {prefix.rsplit("/", depth)[0] for prefix in erased.kept for depth in range(1, prefix.count("/"))}
 
     def enter(prefix: str) -> None:
-        nonlocal removed
+        nonlocal removed, left
         if prefix in erased.kept:
             return
-        if prefix in above:
-            for inner, _ in list(objects.prefixes(prefix)):
-                enter(inner)
-            return
-        removed += weight(objects, prefix)
-        if not dry_run:
-            objects.remove(prefix)
+        try:
+            if prefix in above:
+                for inner, _ in list(objects.prefixes(prefix)):
+                    enter(inner)
+                return
+            size = weight(objects, prefix)
+            if not dry_run:
+                objects.remove(prefix)
+            removed += size
+        except (SafegraftError, OSError):
+            left += 1
+            log.exception("the bytes of %s could not be removed", prefix)
 
     enter(erased.prefix)
-    return removed
+    return removed, left
 
 
 def weight(objects: Objects, prefix: str) -> int:

@@ -433,6 +433,7 @@ class JobStore:
         *,
         strengths: Sequence[float] = (),
         side_cars: Sequence[str] = (),
+        own_bytes: int = 0,
         summaries: Sequence[Summary] = (),
         modules: int = 0,
         method: str = "",
@@ -441,7 +442,8 @@ class JobStore:
         """Publishes the result of this attempt: the job's end and the new adapters' rows, in one transaction.
 
         published: (adapter, tenant, prefix of its files), one a strength where there are several; side_cars: names of
-        files beside them; summaries: the report's, one a strength, or one; modules: how many were treated; method: the
+        files beside them; own_bytes: of these and of the report, which count as the tenant's until the job is deleted;
+        summaries: the report's, one a strength, or one; modules: how many were treated; method: the
         one that ran; timings: seconds by stage, for the totals. False where the attempt no longer owns the job.
         """
         made = [adapter.id for adapter, _, _ in published]
@@ -456,13 +458,15 @@ class JobStore:
             "side_cars": list(side_cars),
         }
         done = Progress(stage="done", done=modules, total=modules).model_dump()
-        values = {"result": result, "result_attempt": attempt, "progress": done, "expires_at": self._expiry()}
+        values = {"result": result, "result_attempt": attempt, "result_bytes": own_bytes, "progress": done}
         with self._engine.begin() as connection:
-            if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", **values):
+            if not _end(connection, _mine(job_id, attempt), job_id, "succeeded", expires_at=self._expiry(), **values):
                 return False
             for adapter, tenant, prefix in published:
                 insert_adapter(connection, expiring(adapter, self._retention), tenant, prefix)
-                totals.add(connection, "bytes_published", value=adapter.bytes)
+            totals.add(
+                connection, "bytes_published", value=own_bytes + sum(adapter.bytes for adapter, _, _ in published)
+            )
             # In one order in all transactions: Postgres locks the rows.
             for stage, seconds in sorted((timings or {}).items()):
                 if stage != "total":

@@ -5,9 +5,11 @@ tenant's.
 """
 
 import errno
+import logging
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,15 +17,18 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterDescription, pair_modules, parse_config
-from safegraft.errors import InvalidParameter, NotFound, StorageFault
+from safegraft.errors import InvalidParameter, NotFound, SafegraftError, StorageFault
 from safegraft.files import CHUNK, atomic_file, sync_folder, sync_tree
 from safegraft.header import header_of
 from safegraft.settings import SharedSettings
 
+log = logging.getLogger("safegraft.storage")
 PREFIX = re.compile(r"[a-z0-9_][a-z0-9_-]*(/[a-z0-9_][a-z0-9_-]*)*")
 # Names are the allow-list's for adapters, and otherwise made by this program.
 NAME = re.compile(r"[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,254}")
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Longer than anything in scratch stays without a byte written to it: a job's longest stage, for one.
+SCRATCH_SECONDS = 24 * 3600.0
 
 
 def adapter_prefix(tenant: str, adapter_id: str) -> str:
@@ -90,8 +95,11 @@ class Objects(Protocol):
     def remove(self, prefix: str) -> None:
         """Deletes the bytes below a prefix. Nothing happens where there are none."""
 
-    def sweep(self, age: float) -> None:
-        """Deletes what killed processes left in scratch more than `age` seconds ago."""
+    def sweep(self, *, dry_run: bool = False) -> list[int]:
+        """Deletes what killed processes left in this machine's scratch. Returns the bytes of each thing there.
+
+        With `dry_run` nothing is deleted.
+        """
 
     def ping(self) -> bool:
         """Can it be written to?"""
@@ -181,7 +189,7 @@ class LocalObjects:
         except FileNotFoundError:
             return
         for path in found:
-            changed = _newest(path)
+            changed = _newest(path) if path.is_dir() else None
             if changed is not None:
                 yield f"{root}/{path.name}", changed
 
@@ -195,7 +203,9 @@ class LocalObjects:
     def remove(self, prefix: str) -> None:
         """Deletes the bytes. Nothing happens where there are none."""
         folder = self._folder(prefix)
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
+        if os.path.lexists(folder):
+            raise StorageFault(f"The bytes of {prefix} could not be removed.")
         # Folders of a job that are empty now; `tenants/x/adapters` and the like stay, where others write.
         while len(folder.relative_to(self._root).parts) > 4:
             folder = folder.parent
@@ -204,8 +214,8 @@ class LocalObjects:
             except OSError:
                 break
 
-    def sweep(self, age: float) -> None:
-        sweep_folder(self.scratch, age)
+    def sweep(self, *, dry_run: bool = False) -> list[int]:
+        return sweep_folder(self.scratch, dry_run=dry_run)
 
     def _folder(self, prefix: str) -> Path:
         return self._root / checked_prefix(prefix)
@@ -225,36 +235,63 @@ def checked_name(name: str) -> str:
     return name
 
 
+def remove_or_leave(objects: Objects, prefix: str) -> None:
+    """Removes bytes that no record names any more. Where that fails now, the garbage collector finds them."""
+    try:
+        objects.remove(prefix)
+    except (SafegraftError, OSError):
+        log.warning(
+            "the bytes of %s could not be removed; they are left to the garbage collector", prefix, exc_info=True
+        )
+
+
 def not_stored(prefix: str, error: OSError) -> StorageFault:
     if error.errno in NO_SPACE:
         return StorageFault(f"The disk is full; {prefix} was not stored.", code="disk_full")
     return StorageFault(f"Could not store {prefix} ({error.strerror}).", code="storage_fault")
 
 
-def sweep_folder(folder: Path, age: float) -> None:
-    """Deletes what lies in a scratch folder and is older than `age` seconds."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # its own process ended meanwhile and took it along
-            if time.time() - path.stat().st_mtime > age:
-                shutil.rmtree(path, ignore_errors=True)
+def sweep_folder(folder: Path, age: float = SCRATCH_SECONDS, *, dry_run: bool = False) -> list[int]:
+    """Deletes what lies in a scratch folder and was written to last more than `age` seconds ago, in any depth.
+
+    Returns the bytes of each thing that went (with `dry_run`: that would go). What cannot be deleted stays.
+    """
+    found: list[int] = []
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        changed = _newest(path)
+        if changed is None or time.time() - changed <= age:
+            continue
+        size = sum(status.st_size for status in _statuses(path) if stat.S_ISREG(status.st_mode))
+        if not dry_run:
+            _delete(path)
+            if os.path.lexists(path):
+                log.warning("%s was left in scratch and cannot be removed", path)
+                continue
+        found.append(size)
+    return found
 
 
-def _newest(folder: Path) -> float | None:
-    """When a folder or anything below it changed last; None where it is no folder (any more)."""
-    try:
-        if not folder.is_dir():
-            return None
-        newest = folder.stat().st_mtime
-    except FileNotFoundError:
-        return None
-    for path in folder.rglob("*"):
-        try:
-            newest = max(newest, path.stat().st_mtime)
-        except FileNotFoundError:
-            continue  # removed while we look
-    return newest
+def _newest(path: Path) -> float | None:
+    """When a file, or a folder or anything below it, changed last; None where it is gone (by now)."""
+    return max((status.st_mtime for status in _statuses(path)), default=None)
+
+
+def _statuses(path: Path) -> Iterator[os.stat_result]:
+    """Of a path and all that is below it. Others may remove some of it while we look."""
+    names = [str(path)]
+    for folder, folders, files in os.walk(path):  # which passes over what it cannot read
+        names += [os.path.join(folder, name) for name in (*folders, *files)]
+    for name in names:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            yield os.lstat(name)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def open_objects(settings: SharedSettings) -> Objects:

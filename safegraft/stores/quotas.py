@@ -1,19 +1,21 @@
-"""How many bytes a tenant stores: adapters, files, and the parts of uploads that are not completed."""
+"""How many bytes a tenant stores: adapters, files, the parts of uploads that are not completed, and what its jobs left
+beside adapters, which are reports and side-cars. A job is not refused its result: that only counts from then on."""
 
-from sqlalchemy import ColumnElement, Table, func, select
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.engine import Connection, Engine
 
 from safegraft.errors import QuotaExceeded
-from safegraft.stores.database import adapters, files, reading, upload_parts
+from safegraft.stores.database import adapters, files, reading, realignments, upload_parts
 
 
 def stored_bytes(connection: Connection, tenant: str) -> int:
-    def total(table: Table) -> ColumnElement[int]:
-        found = select(func.coalesce(func.sum(table.c.bytes), 0)).where(table.c.tenant == tenant)
-        return found.scalar_subquery()
+    def total(size: ColumnElement[int], of: ColumnElement[str]) -> ColumnElement[int]:
+        return select(func.coalesce(func.sum(size), 0)).where(of == tenant).scalar_subquery()
 
+    found = [total(table.c.bytes, table.c.tenant) for table in (adapters, files, upload_parts)]
+    found.append(total(realignments.c.result_bytes, realignments.c.tenant))
     # Postgres sums big integers to a numeric.
-    return int(connection.execute(select(total(adapters) + total(files) + total(upload_parts))).scalar_one())
+    return sum(int(size) for size in connection.execute(select(*found)).one())
 
 
 def room(engine: Engine, tenant: str, max_bytes: int) -> int | None:

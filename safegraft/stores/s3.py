@@ -150,8 +150,8 @@ class S3Objects:
             for chunk in obstore.list(self._store, prefix=prefix, chunk_size=1000):
                 obstore.delete(self._store, [item["path"] for item in chunk])
 
-    def sweep(self, age: float) -> None:
-        sweep_folder(self.scratch, age)
+    def sweep(self, *, dry_run: bool = False) -> list[int]:
+        return sweep_folder(self.scratch, dry_run=dry_run)
 
     def ping(self) -> bool:
         try:

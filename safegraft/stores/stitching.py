@@ -1,6 +1,7 @@
 """From an upload's parts to its file: one pass over the bytes, hashed on the way, memory flat."""
 
 import hashlib
+import io
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,30 +9,38 @@ from contextlib import suppress
 from typing import BinaryIO, NoReturn, cast
 
 from safegraft.contracts.files import Upload, UploadComplete, UploadPart
-from safegraft.errors import Conflict, InvalidParameter, NotFound, SafegraftError, StorageFault
+from safegraft.errors import Conflict, InvalidParameter, NotFound, SafegraftError, StorageFault, TooLarge
 from safegraft.files import CHUNK
 from safegraft.ids import new_id
 from safegraft.stores.files import CONTENT
-from safegraft.stores.objects import Objects, file_prefix, upload_prefix
+from safegraft.stores.objects import Objects, file_prefix, remove_or_leave, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
 
 # Of the parts: in an object store each piece is one request.
 PIECE = 2**23
+# What is found where an upload ended, by `cancel` or another `complete`, while this one read its parts.
+GONE = ("upload_not_pending", "part_not_found", "part_missing")
 
 
 def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
     """Stitches the parts into a file. The upload stays pending if that fails, and can be completed again.
 
     Repeated with the same parts it returns what the first time made. Raises NotFound, Conflict, InvalidParameter
-    (`part_missing`, `checksum_mismatch`, …), StorageFault.
+    (`part_missing`, `checksum_mismatch`, …), TooLarge (`part_too_large`), StorageFault.
     """
     done = uploads.completed(tenant, upload_id, request.part_ids)
     if done is not None:
         return done
     try:
-        parts = uploads.chosen(tenant, upload_id, request.part_ids)
-    except Conflict:
-        return _by_another(uploads, tenant, upload_id, request)
+        return _complete(uploads, objects, tenant, upload_id, request)
+    except (Conflict, InvalidParameter) as error:
+        if error.code in GONE:
+            return _by_another(uploads, tenant, upload_id, request, error)
+        raise
+
+
+def _complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
+    parts = uploads.chosen(tenant, upload_id, request.part_ids)
     # Of its own for every try: two tries at once, with parts in another order, must not write the same file.
     file_id = new_id("file")
     prefix = file_prefix(tenant, file_id)
@@ -39,29 +48,52 @@ def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str
         sha256 = _stitch(objects, tenant, parts, prefix, request)
         won = uploads.complete(tenant, upload_id, request.part_ids, file_id=file_id, prefix=prefix, sha256=sha256)
     except BaseException as error:
-        _remove(objects, prefix)
-        if isinstance(error, Conflict | InvalidParameter) and error.code in ("upload_not_pending", "part_missing"):
-            # Another try may have come first, and have removed the parts that this one was reading.
-            done = uploads.completed(tenant, upload_id, request.part_ids)
-            if done is not None:
-                return done
+        remove_or_leave(objects, prefix)
+        if isinstance(error, TooLarge):
+            _remove_surplus(objects, tenant, parts)
         raise
     if not won:
-        _remove(objects, prefix)
-        return _by_another(uploads, tenant, upload_id, request)
+        remove_or_leave(objects, prefix)
+        raise Conflict(f"{upload_id} was completed meanwhile.", code="upload_not_pending", param="upload_id")
     discard(objects, tenant, upload_id)
     return uploads.get(tenant, upload_id)
 
 
+def _by_another(
+    uploads: UploadStore, tenant: str, upload_id: str, request: UploadComplete, error: SafegraftError
+) -> Upload:
+    """What another try made meanwhile. Raises Conflict where the upload has ended otherwise, and else `error`."""
+    done = uploads.completed(tenant, upload_id, request.part_ids)
+    if done is not None:
+        return done
+    uploads.require_pending(tenant, upload_id)
+    raise error
+
+
+def surplus(objects: Objects, prefix: str, announced: int) -> int:
+    """How many bytes a part has, where these are more than were announced; else 0.
+
+    Only what was sent to an address of the store can be more, and no quota counts those bytes: it was asked for as many
+    as were announced.
+    """
+    try:
+        size = objects.size(prefix, PART)
+    except NotFound:
+        return 0  # nothing was sent yet
+    return size if size > announced else 0
+
+
+def _remove_surplus(objects: Objects, tenant: str, parts: Sequence[UploadPart]) -> None:
+    with suppress(StorageFault):  # the garbage collector looks for them too
+        for part in parts:
+            prefix = part_prefix(tenant, part.upload_id, part.id)
+            if surplus(objects, prefix, part.bytes):
+                objects.remove(prefix)
+
+
 def discard(objects: Objects, tenant: str, upload_id: str) -> None:
     """Removes the parts of an upload that has ended."""
-    _remove(objects, upload_prefix(tenant, upload_id))
-
-
-def _by_another(uploads: UploadStore, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
-    """What another try made meanwhile. Raises Conflict where none did."""
-    done = uploads.completed(tenant, upload_id, request.part_ids)
-    return uploads.require_pending(tenant, upload_id) if done is None else done
+    remove_or_leave(objects, upload_prefix(tenant, upload_id))
 
 
 def _stitch(objects: Objects, tenant: str, parts: Sequence[UploadPart], prefix: str, request: UploadComplete) -> str:
@@ -89,12 +121,6 @@ def _compare(name: str, wanted: str | None, found: str) -> None:
             param=name,
             hint="Check the order of the parts, and send again those whose sha256 differs.",
         )
-
-
-def _remove(objects: Objects, prefix: str) -> None:
-    # What cannot be removed now is found by the garbage collector.
-    with suppress(StorageFault):
-        objects.remove(prefix)
 
 
 class ReadAhead:
@@ -135,8 +161,8 @@ class ReadAhead:
 class Stitched:
     """The parts one after another, as one file that is read once; each is checked against its record.
 
-    `read` raises InvalidParameter (`part_missing`, `part_mismatch`); `failure` keeps what it raised, because a store
-    may read in a thread of its own and tell only that reading failed.
+    `read` raises InvalidParameter (`part_missing`, `part_mismatch`) and TooLarge (`part_too_large`); `failure` keeps
+    what it raised, because a store may read in a thread of its own and tell only that reading failed.
     """
 
     def __init__(self, objects: Objects, tenant: str, parts: Sequence[UploadPart], *, md5: bool) -> None:
@@ -170,7 +196,10 @@ class Stitched:
                 if not self._left:
                     return b""
                 self._file = self._open(self._left.popleft())
-            piece = self._file.read(size)
+            try:
+                piece = self._file.read(size)
+            except NotFound as error:  # removed after it was opened: in an object store each piece is a request
+                raise self._missing() from error
             if piece:
                 self._count(piece)
                 return piece
@@ -179,14 +208,31 @@ class Stitched:
     def _open(self, part: UploadPart) -> BinaryIO:
         self._part, self._seen, self._part_sha256 = part, 0, hashlib.sha256()
         try:
-            return self._objects.open(part_prefix(self._tenant, part.upload_id, part.id), PART)
+            file = self._objects.open(part_prefix(self._tenant, part.upload_id, part.id), PART)
         except NotFound as error:
-            raise InvalidParameter(
-                f"The bytes of {part.id} never arrived.",
-                code="part_missing",
-                param="part_ids",
-                hint="Send the part again; it gets a new id.",
-            ) from error
+            raise self._missing() from error
+        size = file.seek(0, io.SEEK_END)
+        if size > part.bytes:
+            file.close()
+            self._exceeds(part, size)
+        file.seek(0)
+        return file
+
+    def _missing(self) -> InvalidParameter:
+        return InvalidParameter(
+            f"The bytes of {'a part' if self._part is None else self._part.id} never arrived.",
+            code="part_missing",
+            param="part_ids",
+            hint="Send the part again; it gets a new id.",
+        )
+
+    def _exceeds(self, part: UploadPart, size: int) -> NoReturn:
+        raise TooLarge(
+            f"{part.id} has {size} bytes; {part.bytes} were announced. They are removed.",
+            code="part_too_large",
+            param="part_ids",
+            hint="Send the part again, with the size that it has.",
+        )
 
     def _count(self, piece: bytes) -> None:
         self._seen += len(piece)
@@ -195,7 +241,7 @@ class Stitched:
         if self.md5 is not None:
             self.md5.update(piece)
         if self._part is not None and self._seen > self._part.bytes:
-            self._differs(f"more than {self._part.bytes} bytes")
+            self._exceeds(self._part, self._seen)  # it was replaced while it was read
 
     def _end_part(self) -> None:
         self.close()

@@ -338,12 +338,6 @@ class WebhookStore:
                     .values(lease_until=None)
                 )
 
-    def forget(self, seconds: float) -> int:
-        """Deletes deliveries that ended more than `seconds` ago; returns how many."""
-        with self._engine.begin() as connection:
-            old = and_(delivery.state != "pending", delivery.finished_at < now() - seconds)
-            return connection.execute(delete(webhook_deliveries).where(old)).rowcount
-
 
 def new_secret() -> str:
     """As the specification writes them: `whsec_` and base64."""

@@ -10,6 +10,7 @@ from safegraft.contracts.adapter import Adapter, AdapterDeleted
 from safegraft.contracts.files import AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.errors import NotFound
+from safegraft.stores.objects import remove_or_leave
 from service import downloads, uploads
 from service.dependencies import After, Asking, Here, Limit, Tenant
 from service.paging import page
@@ -80,7 +81,7 @@ def get(adapter_id: AdapterId, here: Here, tenant: Tenant) -> Adapter:
 @router.delete("/{adapter_id}", operation_id="deleteAdapter", summary="Delete an adapter")
 def delete(adapter_id: AdapterId, here: Here, tenant: Tenant) -> AdapterDeleted:
     """Deletes the record and its bytes."""
-    here.objects.remove(here.adapters.delete(tenant, adapter_id))
+    remove_or_leave(here.objects, here.adapters.delete(tenant, adapter_id))
     return AdapterDeleted(id=adapter_id)
 
 

@@ -16,7 +16,7 @@ from safegraft.contracts.realignment import Realignment
 from safegraft.errors import Conflict, InvalidParameter, NotFound
 from safegraft.ids import new_id
 from safegraft.stores.files import CONTENT, NewFile, file_not_found
-from safegraft.stores.objects import file_prefix, result_prefix
+from safegraft.stores.objects import file_prefix, remove_or_leave, result_prefix
 from service import downloads, receiving
 from service.auth import Principal
 from service.body import kind_of, unsupported_kind
@@ -116,7 +116,7 @@ def delete(file_id: FileId, here: Here, tenant: Tenant) -> FileDeleted:
             param="file_id",
             hint="An adapter is deleted by DELETE /v1/adapters/{id}.",
         )
-    here.objects.remove(here.files.delete(tenant, file_id))
+    remove_or_leave(here.objects, here.files.delete(tenant, file_id))
     return FileDeleted(id=file_id)
 
 
@@ -172,7 +172,7 @@ def _keep(here: Services, asking: Principal, form: _FileForm) -> FileObject:
     try:
         return here.files.add(asking.tenant, file, max_bytes=receiving.quota_of(here, asking))
     except BaseException:
-        here.objects.remove(file.prefix)
+        remove_or_leave(here.objects, file.prefix)
         raise
 
 

@@ -12,6 +12,7 @@ from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.errors import InvalidParameter
 from safegraft.ids import new_id
 from safegraft.stores import stitching
+from safegraft.stores.objects import remove_or_leave
 from safegraft.stores.uploads import PART, part_prefix
 from service import receiving
 from service.auth import Principal
@@ -149,7 +150,7 @@ def _keep(here: Services, asking: Principal, upload_id: str, sink: receiving.Sin
             max_bytes=receiving.quota_of(here, asking),
         )
     except BaseException:
-        here.objects.remove(prefix)
+        remove_or_leave(here.objects, prefix)
         raise
 
 

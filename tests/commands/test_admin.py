@@ -156,13 +156,14 @@ def test_jobs_and_requeue(data: Path, engine: Engine) -> None:
 
 
 def test_gc_says_what_it_would_do_and_does_it(data: Path, engine: Engine) -> None:
-    assert as_json(data, "gc") == {"dry_run": False, "removed": {}}
+    assert as_json(data, "gc") == {"dry_run": False, "removed": {}, "failed": 0}
     scratch = data / "objects" / "scratch" / "left"
     scratch.mkdir(parents=True)
     (scratch / "x").write_bytes(bytes(11))
-    os.utime(scratch, (1, 1))
+    for path in (scratch / "x", scratch):
+        os.utime(path, (1, 1))
     expected = {"scratch": {"count": 1, "bytes": 11}}
-    assert as_json(data, "gc", "--dry-run") == {"dry_run": True, "removed": expected}
+    assert as_json(data, "gc", "--dry-run") == {"dry_run": True, "removed": expected, "failed": 0}
     assert scratch.exists()
     shown = admin(data, "gc").stdout
     assert "scratch" in shown

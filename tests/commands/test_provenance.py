@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from safegraft.bundle import MAX_MANIFEST_BYTES
+from safegraft.verification import MAX_DOCUMENT_BYTES
 from tests.service.conftest import free_port
 from tests.test_cli import refused, safegraft
 
@@ -70,6 +73,26 @@ def test_what_differs_is_status_1_and_what_cannot_be_read_status_2(made: Path, a
     refused("verify", provenance, code="invalid_parameter")
     (tmp_path / "half.json").write_bytes(provenance.read_bytes()[:-20])
     refused("verify", tmp_path / "half.json", "--adapter", made / "out", code="not_a_report")
+
+
+def test_what_is_too_large_to_be_read_is_said_and_what_is_hashed_may_be_large(
+    made: Path, bundle: Path, tmp_path: Path
+) -> None:
+    large = tmp_path / "large.json"
+    with large.open("wb") as file:
+        file.truncate(MAX_DOCUMENT_BYTES + 1)
+    refused("verify", large, "--adapter", made / "out", code="file_too_large")
+    told = safegraft("verify", made / "out.provenance.json", "--report", large, status=1).stdout
+    assert "Differs: report.json has the SHA-256 " in told
+    reference = tmp_path / "reference"
+    shutil.copytree(bundle, reference)
+    with (reference / "manifest.json").open("r+b") as file:
+        file.truncate(MAX_MANIFEST_BYTES + 1)
+    told = safegraft("verify", made / "out.provenance.json", "--reference", reference, status=1).stdout
+    assert f"manifest.json has more than {MAX_MANIFEST_BYTES} bytes" in told
+    refused("verify", made / "out.report.json", "--adapter", made / "out", "--reference", reference,
+        code="manifest_too_large", status=1)  # fmt: skip
+    refused("reference", "show", reference, code="file_too_large")
 
 
 def test_names_out_of_a_statement_cannot_write_on_the_terminal(made: Path, tmp_path: Path) -> None:

@@ -64,6 +64,13 @@ def sleep(adapter_id: str, delivery: Delivery, max_bytes: int) -> Adapter:
     raise AssertionError
 
 
+def be_slow_if_asked(adapter_id: str, delivery: Delivery, max_bytes: int) -> Adapter:
+    """Those whose delivery is named `slow` wait for a file."""
+    while delivery.name == "slow" and not (delivery.folder / "go").exists():
+        time.sleep(0.02)
+    return adapter(adapter_id)
+
+
 def compute(adapter_id: str, delivery: Delivery, max_bytes: int) -> Adapter:
     (delivery.folder / f"{os.getpid()}").touch()
     while True:

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
+from safegraft.stores.garbage import GarbageCollector, Removed, weight
 from service.app import create_app
 from service.settings import GatewaySettings
 from tests.service.answers import refused
@@ -83,9 +84,8 @@ def test_what_did_not_arrive_as_promised_is_refused(client: TestClient) -> None:
     upload = begin(client, 3)
     part = promised(client, upload, 3)
     refused(complete(client, upload, part["id"]), 422, "part_missing")
-    for wrong in (b"ab", b"abcd"):
-        httpx.put(part["upload_url"], content=wrong, trust_env=False).raise_for_status()
-        refused(complete(client, upload, part["id"]), 422, "part_mismatch")
+    httpx.put(part["upload_url"], content=b"ab", trust_env=False).raise_for_status()
+    refused(complete(client, upload, part["id"]), 422, "part_mismatch")
     httpx.put(part["upload_url"], content=b"abc", trust_env=False).raise_for_status()
     refused(complete(client, upload, part["id"], md5="0" * 32), 422, "checksum_mismatch")
     assert client.get(f"/v1/uploads/{upload}").json()["status"] == "pending"
@@ -95,6 +95,41 @@ def test_what_did_not_arrive_as_promised_is_refused(client: TestClient) -> None:
     hashed = promised(client, other, 3, sha256="0" * 64)
     httpx.put(hashed["upload_url"], content=b"abc", trust_env=False).raise_for_status()
     refused(complete(client, other, hashed["id"]), 422, "part_mismatch")
+
+
+def test_parts_with_more_bytes_than_announced_are_refused_and_removed(client: TestClient) -> None:
+    """Else a tenant could keep any number of bytes, of which its quota knows none."""
+    objects = client.app.state.services.objects  # type: ignore[attr-defined]
+    upload = begin(client, 6)
+    parts = [promised(client, upload, 3), promised(client, upload, 3)]
+    for part in parts:
+        httpx.put(part["upload_url"], content=bytes(MIB), trust_env=False).raise_for_status()
+    answer = complete(client, upload, *(part["id"] for part in parts))
+    refused(answer, 413, "part_too_large")
+    assert weight(objects, "tenants/default") == 0
+    # The address still works, and the part is what was announced.
+    for part, data in zip(parts, (b"abc", b"def"), strict=True):
+        httpx.put(part["upload_url"], content=data, trust_env=False).raise_for_status()
+    done = complete(client, upload, *(part["id"] for part in parts))
+    assert content(client, done.json()["file"]["id"]) == b"abcdef"
+
+
+def test_bytes_that_no_quota_knows_are_collected(client: TestClient) -> None:
+    """More than was announced, to an upload that nobody completes; and what comes after the end."""
+    here = client.app.state.services  # type: ignore[attr-defined]
+    collector = GarbageCollector(here.database, here.objects)
+    upload, over = begin(client, 6), begin(client, 3)
+    small, large = promised(client, upload, 3), promised(client, upload, 3)
+    late = promised(client, over, 3)
+    client.post(f"/v1/uploads/{over}/cancel").raise_for_status()
+    for part, size in ((small, 3), (large, MIB), (late, 2 * MIB)):
+        httpx.put(part["upload_url"], content=bytes(size), trust_env=False).raise_for_status()
+    expected = {"oversized_parts": Removed(1, MIB), "late_parts": Removed(1, 2 * MIB)}
+    assert collector.collect(dry_run=True).kinds == expected
+    assert weight(here.objects, "tenants/default") == 3 * MIB + 3
+    assert collector.collect().kinds == expected
+    assert weight(here.objects, "tenants/default") == 3
+    assert collector.collect().kinds == {}
 
 
 def test_a_part_that_is_broken_after_many_megabytes_makes_no_file(client: TestClient) -> None:

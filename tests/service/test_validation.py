@@ -31,7 +31,7 @@ def judged(tmp_path: Path) -> Iterator[Any]:
         validator = Validator(limits, 2, how)
         made.append(validator)
         validator.start()
-        return asyncio.run(validator.judge("adp_1", Delivery(tmp_path, name="mine"))).name
+        return asyncio.run(validator.judge("t", "adp_1", Delivery(tmp_path, name="mine"))).name
 
     yield judge
     for validator in made:
@@ -106,7 +106,9 @@ def test_it_carries_no_load(judged: Any) -> None:
 
 def test_so_many_at_a_time_and_the_rest_waits(tmp_path: Path) -> None:
     async def all_of_them(validator: Validator) -> list[int]:
-        found = await asyncio.gather(*(validator.judge("adp_1", Delivery(tmp_path)) for _ in range(6)))
+        found = await asyncio.gather(
+            *(validator.judge(f"t{turn % 2}", "adp_1", Delivery(tmp_path)) for turn in range(6))
+        )
         return [int(adapter.name) for adapter in found]
 
     validator = Validator(LIMITS, 2, judges.take_turns)
@@ -115,6 +117,31 @@ def test_so_many_at_a_time_and_the_rest_waits(tmp_path: Path) -> None:
     finally:
         validator.close()
     assert max(together) == 2
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_one_tenants_slow_uploads_do_not_hold_up_another_ones(tmp_path: Path, at_once: int) -> None:
+    validator = Validator(LIMITS, at_once, judges.be_slow_if_asked)
+
+    async def all_of_them() -> None:
+        slow = [
+            asyncio.create_task(validator.judge("mallory", f"adp_{number}", Delivery(tmp_path, name="slow")))
+            for number in range(5)
+        ]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            quick = [validator.judge("alice", f"adp_{number}", Delivery(tmp_path)) for number in range(3)]
+            assert [adapter.name for adapter in await asyncio.gather(*quick)] == ["adp_0", "adp_1", "adp_2"]
+        assert not any(task.done() for task in slow)
+        # One whose client has gone while it waited is not judged any more, and takes nobody's place.
+        slow.pop().cancel()
+        (tmp_path / "go").touch()
+        assert len(await asyncio.gather(*slow)) == 4
+
+    try:
+        asyncio.run(all_of_them())
+    finally:
+        validator.close()
 
 
 PROGRAM = """
@@ -127,7 +154,7 @@ from tests.service import judges
 if __name__ == "__main__":
     validator = Validator(Limits(2**30, 600, 2**23), 2, getattr(judges, sys.argv[1]))
     validator.start()
-    asyncio.run(validator.judge("adp_1", Delivery(Path(sys.argv[2]))))
+    asyncio.run(validator.judge("t", "adp_1", Delivery(Path(sys.argv[2]))))
 """
 
 

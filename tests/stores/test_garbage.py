@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import insert, select, update
 from sqlalchemy.engine import Engine
 
+from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.stores import options
 from safegraft.stores.adapters import AdapterStore
@@ -275,6 +277,94 @@ def test_old_scratch(attic: Attic) -> None:
     assert old.exists()
     assert attic.collector.collect().kinds == {"scratch": Removed(1, 9)}
     assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_scratch_in_which_something_is_still_written_stays(attic: Attic) -> None:
+    long = attic.objects.scratch / "upload-1"
+    (long / "adapter").mkdir(parents=True)
+    (long / "adapter" / "weights").write_bytes(bytes(9))
+    attic.age(long)
+    os.utime(long / "adapter" / "weights")
+    assert attic.collector.collect().kinds == {}
+    assert (long / "adapter" / "weights").exists()
+
+
+def test_every_gateway_sweeps_its_own_scratch(attic: Attic) -> None:
+    """Where several have one database, each machine has a scratch folder of its own."""
+    assert attic.collector.turn() is not None
+    old = attic.objects.scratch / "old"
+    old.mkdir(parents=True)
+    attic.age(old)
+    assert attic.collector.turn() is None
+    assert not old.exists()
+
+
+class Stubborn(LocalObjects):
+    """A place that cannot remove what lies under some prefixes, and not list others."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.stuck: set[str] = set()
+        self.mute: set[str] = set()
+
+    def remove(self, prefix: str) -> None:
+        self._ensure(prefix not in self.stuck)
+        super().remove(prefix)
+
+    def prefixes(self, root: str) -> Iterator[tuple[str, float]]:
+        self._ensure(root not in self.mute)
+        return super().prefixes(root)
+
+    def _ensure(self, works: bool) -> None:
+        if not works:
+            raise StorageFault("The object store does not answer as it should.", code="storage_unavailable")
+
+
+def test_one_thing_that_cannot_be_removed_does_not_keep_the_others(
+    attic: Attic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    objects = Stubborn(tmp_path / "objects")
+    collector = GarbageCollector(attic.engine, objects)
+    stuck_adapter, other_adapter = attic.adapter(20, expired=True), attic.adapter(30, expired=True)
+    stuck_file, other_file = file(attic, -9), file(attic, -5)
+    stuck_upload, other_upload = upload(attic, "pending", -9), upload(attic, "pending", -5)
+    stuck_job, _ = attic.job(expired=True)
+    other_job, _ = attic.job(expired=True)
+    attic.put("tenants/t/adapters/adp_stuck", 3, old=True)
+    attic.put("tenants/t/adapters/adp_orphan", 4, old=True)
+    attic.put("tenants/default/files/file_1", 5, old=True)
+    objects.stuck = {
+        adapter_prefix("t", stuck_adapter),
+        file_prefix("t", stuck_file),
+        upload_prefix("t", stuck_upload),
+        f"{result_prefix('t', stuck_job, 1)}/report",
+        "tenants/t/adapters/adp_stuck",
+    }
+    objects.mute = {"tenants/default/files"}
+    with caplog.at_level("ERROR"):
+        collected = collector.collect()
+    # Adapter, file and upload twice: as what they were, and as the orphans that they are now.
+    assert collected.failed == 3 * 2 + 3
+    assert {kind: removed.count for kind, removed in collected.kinds.items()} == {
+        "adapters": 1,
+        "files": 1,
+        "uploads": 1,
+        "realignments": 2,
+        "orphans": 1,
+    }
+    for prefix in objects.stuck | objects.mute:
+        assert prefix in caplog.text
+    left = str(attic.left())
+    for gone in (other_adapter, other_file, other_upload, "adp_orphan"):
+        assert gone not in left
+    for kept in (stuck_adapter, stuck_file, stuck_upload, f"{stuck_job}/1/report", "adp_stuck", "file_1"):
+        assert kept in left
+    assert f"{other_job}/1/report" not in left
+    assert attic.ids(adapters).isdisjoint({stuck_adapter, other_adapter})
+    # A later turn, when the place works again.
+    attic.age(attic.root / "tenants/t/realignments" / stuck_job)
+    objects.stuck = objects.mute = set()
+    assert collector.collect().kinds == {"orphans": Removed(6, 20 + 5 + 7 + 10 + 3 + 5)}
 
 
 def test_of_several_gateways_one_collects_in_an_hour(attic: Attic) -> None:

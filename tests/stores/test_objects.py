@@ -15,7 +15,7 @@ import pytest
 
 from safegraft.errors import InvalidParameter, NotFound, StorageFault
 from safegraft.settings import SharedSettings
-from safegraft.stores.objects import LocalObjects, Objects, open_objects
+from safegraft.stores.objects import LocalObjects, Objects, open_objects, remove_or_leave
 from tests.scaled import free_port
 
 LARGE = 20 * 2**20 + 12345
@@ -255,12 +255,20 @@ def test_a_place_says_that_it_works(objects: Objects) -> None:
 
 
 def test_what_killed_processes_left_is_swept(objects: Objects) -> None:
-    objects.sweep(3600)
+    assert objects.sweep() == []
     folder(objects.scratch / "new", one=b"1")
     folder(objects.scratch / "old", one=b"1")
-    os.utime(objects.scratch / "old", (1000, 1000))
-    objects.sweep(3600)
-    assert [path.name for path in objects.scratch.iterdir()] == ["new"]
+    # An upload in its second day: its folder was made yesterday, and a byte arrives now.
+    folder(objects.scratch / "long" / "adapter", one=b"22")
+    (objects.scratch / "file").write_bytes(b"333")
+    for path in objects.scratch.rglob("*"):
+        if "new" not in path.parts:
+            os.utime(path, (1000, 1000))
+    os.utime(objects.scratch / "long" / "adapter" / "one")
+    assert sorted(objects.sweep(dry_run=True)) == [1, 3]
+    assert len(list(objects.scratch.iterdir())) == 4
+    assert sorted(objects.sweep()) == [1, 3]
+    assert sorted(path.name for path in objects.scratch.iterdir()) == ["long", "new"]
 
 
 # One's own
@@ -274,6 +282,23 @@ def test_local_files_are_files_and_have_no_address(tmp_path: Path) -> None:
     assert objects.local("adapters/adp_1", "one") == tmp_path / "objects" / "adapters" / "adp_1" / "one"
     assert objects.url("adapters/adp_1", "one", filename="one", media_type="a/b") is None
     assert objects.put_url("adapters/adp_1", "one") is None
+
+
+def test_bytes_that_cannot_be_removed_are_no_success(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    objects = LocalObjects(tmp_path / "objects")
+    objects.put("adapters/adp_1", "one", io.BytesIO(b"1"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rmdir", _refuse)  # which shutil.rmtree ends with
+        with pytest.raises(StorageFault):
+            objects.remove("adapters/adp_1")
+        remove_or_leave(objects, "adapters/adp_1")
+    assert "adapters/adp_1 could not be removed" in caplog.text
+    objects.remove("adapters/adp_1")
+    objects.remove("adapters/adp_1")
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise PermissionError(1, "not permitted")
 
 
 def test_clients_fetch_past_us_by_an_address_that_is_signed(s3: Callable[..., Objects]) -> None:

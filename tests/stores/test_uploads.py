@@ -3,9 +3,10 @@
 import hashlib
 import io
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pytest
 from sqlalchemy import func, select, update
@@ -14,14 +15,15 @@ from sqlalchemy.engine import Engine
 from safegraft.contracts.files import Upload, UploadComplete, UploadCreate, UploadPart
 from safegraft.errors import Conflict, NotFound, QuotaExceeded, SafegraftError, StorageFault, TooLarge
 from safegraft.ids import new_id
-from safegraft.stores import quotas, stitching
+from safegraft.stores import quotas, stitching, totals
 from safegraft.stores import uploads as uploads_module
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import files, now, reading, uploads
 from safegraft.stores.files import CONTENT, FileStore, NewFile
+from safegraft.stores.jobs import JobStore
 from safegraft.stores.objects import LocalObjects, file_prefix, upload_prefix
 from safegraft.stores.uploads import PART, UploadStore, part_prefix
-from tests.stores.records import adapter
+from tests.stores.records import adapter, claimed
 
 TENANT = "t"
 
@@ -151,7 +153,7 @@ def test_bytes_that_are_not_the_recorded_ones_are_refused(store: UploadStore, ob
     for code, data, record in (
         ("part_mismatch", b"abX", {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}),
         ("part_mismatch", b"ab", {"size": 3, "sha256": None}),
-        ("part_mismatch", b"abcd", {"size": 3, "sha256": None}),
+        ("part_too_large", b"abcd", {"size": 3, "sha256": None}),
     ):
         upload = begun(store, 3)
         part = sent(store, objects, upload, data, **record)
@@ -314,6 +316,61 @@ def test_an_upload_that_ends_while_it_is_stitched_makes_no_file(
     assert not [path for path in stored(objects) if "files" in path.parts]
 
 
+class Ending(LocalObjects):
+    """Somebody ends the upload when its parts are opened, or when the second piece of one is read."""
+
+    def __init__(self, root: Path, end: Callable[[], object], *, reading: bool) -> None:
+        super().__init__(root)
+        self._end, self._reading = end, reading
+
+    def open(self, prefix: str, name: str) -> BinaryIO:
+        if self._reading:
+            return cast(BinaryIO, Ended(super().open(prefix, name), self._end))
+        self._end()
+        return super().open(prefix, name)
+
+
+class Ended(io.RawIOBase):
+    """As objects in S3 are read: each piece is a request, and the object may be gone by the next."""
+
+    def __init__(self, file: BinaryIO, end: Callable[[], object]) -> None:
+        self._file, self._end = file, end
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1, /) -> bytes:
+        self._end()
+        raise NotFound("There is no such file.", code="file_not_found")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize("winner", ["cancel", "complete"])
+def test_who_completes_while_another_ends_the_upload_is_told_that_it_has_ended(
+    store: UploadStore, kept: FileStore, objects: LocalObjects, tmp_path: Path, reading: bool, winner: str
+) -> None:
+    """And not that bytes are missing, which the other one has removed."""
+    upload = begun(store, 6)
+    parts = [sent(store, objects, upload, data) for data in (b"abc", b"def")]
+    order = parts if winner == "cancel" else parts[::-1]
+
+    def end() -> None:
+        if store.get(TENANT, upload.id).status != "pending":
+            return
+        if winner == "complete":
+            completed(store, objects, upload, *order)
+        else:
+            store.cancel(TENANT, upload.id)
+            stitching.discard(objects, TENANT, upload.id)
+
+    with refused("upload_not_pending"):
+        completed(store, Ending(tmp_path / "objects", end, reading=reading), upload, *parts)
+    assert len(kept.page(TENANT, limit=9)[0]) == (winner == "complete")
+
+
 def _let_expire(engine: Engine, upload: Upload) -> None:
     with engine.begin() as connection:
         connection.execute(update(uploads).where(uploads.c.id == upload.id).values(expires_at=now() - 1))
@@ -415,6 +472,25 @@ def test_adapters_files_and_parts_count(
     file(kept, 1976, max_bytes=5000)
     assert quotas.room(engine, TENANT, 5000) == 0
     assert quotas.room(engine, TENANT, 10) == 0
+
+
+def test_reports_and_side_cars_count_until_their_job_is_deleted(
+    engine: Engine, adapters: AdapterStore, kept: FileStore
+) -> None:
+    jobs = JobStore(engine, lease_seconds=30, max_attempts=3)
+    first, second = claimed(jobs, tenant=TENANT), claimed(jobs, tenant=TENANT)
+    made = adapter()  # 1024 bytes
+    assert jobs.succeed(first.id, 1, [(made, TENANT, "p")], side_cars=["x"], own_bytes=2**33)
+    assert quotas.room(engine, TENANT, 2**34) == 2**33 - 1024
+    assert quotas.room(engine, "other", 2**34) == 2**34
+    assert jobs.succeed(second.id, 1, own_bytes=100)
+    assert not jobs.succeed(second.id, 1, own_bytes=100)
+    with pytest.raises(QuotaExceeded):
+        file(kept, 1, max_bytes=2**33 + 1124)
+    jobs.delete(TENANT, first.id)
+    assert quotas.room(engine, TENANT, 2**34) == 2**34 - 1124
+    published = {name: value for name, _, _, value in totals.read(engine)}["bytes_published"]
+    assert published == 2**33 + 1124
 
 
 def test_uploads_that_end_together_do_not_exceed_a_quota(engine: Engine, kept: FileStore) -> None:

@@ -421,18 +421,6 @@ def test_deliveries_are_listed_by_endpoint_and_state(webhooks: WebhookStore) -> 
     assert len(webhooks.deliveries("t", limit=9, endpoint_id=one.id, state="pending")[0]) == 2
 
 
-def test_what_ended_long_ago_is_forgotten(webhooks: WebhookStore, engine: Engine) -> None:
-    endpoint = made(webhooks)
-    old, new, open_ = (webhooks.ping("t", endpoint.id) for _ in range(3))
-    for sending in webhooks.claim(10):
-        if sending.id != open_.id:
-            webhooks.record(sending, DELIVERED)
-    shift(engine, "webhook_deliveries", old.id, "finished_at", -31 * DAY)
-    shift(engine, "webhook_deliveries", open_.id, "created_at", -31 * DAY)
-    assert webhooks.forget(30 * DAY) == 1
-    assert {d.id for d in webhooks.deliveries("t", limit=9)[0]} == {new.id, open_.id}
-
-
 def test_a_message_is_not_sent_for_what_was_rolled_back(webhooks: WebhookStore, engine: Engine) -> None:
     endpoint = made(webhooks)
     with engine.connect() as connection:

@@ -24,6 +24,8 @@ from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render as report_files
 from safegraft.settings import SharedSettings
+from safegraft.stores import quotas
+from safegraft.stores.garbage import weight
 from safegraft.stores.references import LIST_SECONDS, SHARED, SharedReferences, open_references
 from worker import tasks
 from worker.settings import WorkerSettings
@@ -497,3 +499,9 @@ def test_a_side_car_is_published_beside_the_unchanged_adapter(shop: Shop, fresh:
     assert shop.bench.adapters.get(TENANT, job.result.adapter_id).sha256 == customer.sha256
     assert job.result.side_car_urls == [f"/v1/realignments/{job_id}/side_car/side_car.safetensors"]
     assert shop.bench.objects.names(f"tenants/{TENANT}/realignments/{job_id}/1/side_car") == ["side_car.safetensors"]
+    # All bytes that lie there are the tenant's: what was sent, what was made, side-cars and reports.
+    engine = create_engine(shop.bench.settings.database)
+    with engine.connect() as connection:
+        counted = quotas.stored_bytes(connection, TENANT)
+    assert counted == customer.bytes + weight(shop.bench.objects, f"tenants/{TENANT}")
+    engine.dispose()
