@@ -115,7 +115,7 @@ def migrate(connection: Connection, metadata: MetaData) -> list[str]:
 
 
 def _make(connection: Connection, metadata: MetaData, head: str) -> None:
-    # What all revisions together come to, in a third of the time and without Alembic; a test holds them together.
+    # What all revisions together come to, in half the time and without Alembic; a test holds the two together.
     metadata.create_all(connection, checkfirst=False)
     connection.exec_driver_sql(
         f"CREATE TABLE IF NOT EXISTS {VERSION_TABLE} "
