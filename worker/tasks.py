@@ -259,6 +259,7 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
     settings = WorkerSettings()
+    open_objects(settings).sweep(SCRATCH_SECONDS)
     if settings.log_format == "json":
         sender.quiet = True  # no banner: it is text
     try:
@@ -266,7 +267,6 @@ def recover(sender: Any = None, **_: Any) -> None:
     except SafegraftError as error:
         # Celery would log it and go on, with processes that can do nothing.
         raise SystemExit(f"{error.code}: {error}") from None
-    open_objects(settings).sweep(SCRATCH_SECONDS)
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
         with _job_store() as jobs:
             for job_id in jobs.release_all(worker_name(), "Its worker was killed."):
