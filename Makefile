@@ -78,6 +78,14 @@ format: .venv/.check
 clean:
 	rm -rf .venv .cache .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
+# The next revision of the schema, from the tables: make revision WHAT="jobs have a colour". And the first one, until it is
+# released.
+.PHONY: revision first-revision
+revision: .venv/.check
+	@$(BIN)/python -m tests.stores.schemas revision $(WHAT)
+first-revision: .venv/.check
+	@$(BIN)/python -m tests.stores.schemas first
+
 # The table in docs/methods.md: every method tried on tiny models of every architecture, and every parameter.
 .PHONY: methods
 methods: .venv/.ready

@@ -24,7 +24,7 @@ OWN_HANDLERS = (
     "celery.redirected",
     "multiprocessing",
 )
-CHATTY = ("httpx", "httpcore", "urllib3", "opentelemetry", "multiprocessing")
+CHATTY = ("alembic", "httpx", "httpcore", "urllib3", "opentelemetry", "multiprocessing")
 CONTROL = {number: f"\\x{number:02x}" for number in (*range(32), 127)} | {9: "\t", 10: "\\n", 13: "\\r"}
 
 

@@ -16,6 +16,11 @@ class SharedSettings(BaseSettings):
 
     data: Path = Field(default=Path("var"), description="Folder for the database, adapters, results and references.")
     database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder.")
+    database_upgrade: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether a start changes a database that is behind. `auto`: SQLite yes, Postgres no; an empty one "
+        "gets its tables. `never`: `safegraft admin database upgrade` does both.",
+    )
     storage_url: str = Field(
         default="", description="`s3://bucket/prefix` for adapters and results; empty: files in the data folder."
     )

@@ -122,7 +122,7 @@ def _trace(app: FastAPI) -> None:
 
 def open_services(settings: GatewaySettings) -> Services:
     settings.data.mkdir(parents=True, exist_ok=True)
-    database = open_database(settings.database)
+    database = open_database(settings.database, upgrade=settings.database_upgrade)
     retention = settings.retention_seconds
     jobs = JobStore(
         database, lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts, retention=retention

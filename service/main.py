@@ -4,6 +4,8 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 
 from safegraft import logs
+from safegraft.errors import SafegraftError
+from safegraft.stores.database import open_database
 from service.app import create_app
 from service.settings import GatewaySettings
 
@@ -16,4 +18,9 @@ def app() -> FastAPI:
         where = ".".join(str(part) for part in first["loc"])
         raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
     logs.setup(settings.log_format)
+    try:
+        # Also opened when the app starts; but what is raised there comes as a page of traceback.
+        open_database(settings.database, upgrade=settings.database_upgrade).dispose()
+    except SafegraftError as error:
+        raise SystemExit(f"{error.code}: {error}") from None
     return create_app(settings)

@@ -52,7 +52,9 @@ class Presence:
             log.warning("the worker could not take itself off the list", exc_info=True)
 
     def _open(self) -> WorkerStore:
-        return WorkerStore(open_database(self._settings.database), lease_seconds=self._settings.lease_seconds)
+        settings = self._settings
+        database = open_database(settings.database, upgrade=settings.database_upgrade)
+        return WorkerStore(database, lease_seconds=settings.lease_seconds)
 
     def _follow(self, draining: bool) -> None:
         if draining == self._draining:

@@ -90,7 +90,7 @@ class Bench:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self.settings = settings
-        database = open_database(settings.database)
+        database = open_database(settings.database, upgrade=settings.database_upgrade)
         self.jobs = JobStore(
             database,
             lease_seconds=settings.lease_seconds,
@@ -254,9 +254,15 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
     """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
-    open_objects(WorkerSettings()).sweep()
-    if WorkerSettings().log_format == "json":
+    settings = WorkerSettings()
+    open_objects(settings).sweep()
+    if settings.log_format == "json":
         sender.quiet = True  # no banner: it is text
+    try:
+        open_database(settings.database, upgrade=settings.database_upgrade).dispose()
+    except SafegraftError as error:
+        # Celery would log it and go on, with processes that can do nothing.
+        raise SystemExit(f"{error.code}: {error}") from None
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):
         with _job_store() as jobs:
             for job_id in jobs.release_all(worker_name(), "Its worker was killed."):
@@ -267,7 +273,7 @@ def recover(sender: Any = None, **_: Any) -> None:
 def _job_store() -> Iterator[JobStore]:
     """For the parent, which keeps no connection: its pool processes do the work."""
     settings = WorkerSettings()
-    engine = open_database(settings.database)
+    engine = open_database(settings.database, upgrade=settings.database_upgrade)
     try:
         yield JobStore(
             engine,

@@ -15,6 +15,7 @@ from safegraft.commands.terminal import Data, Json, database_of, err, out, print
 from safegraft.contracts.keys import Limits
 from safegraft.errors import Conflict, InvalidParameter
 from safegraft.stores import options, overview
+from safegraft.stores.database import database_status, upgrade_database
 from safegraft.stores.garbage import GarbageCollector
 from safegraft.stores.jobs import JobStore
 from safegraft.stores.keys import KeyStore
@@ -28,6 +29,8 @@ references_app = typer.Typer(
     help="Install and remove references, and say which one is preferred.", no_args_is_help=True
 )
 app.add_typer(references_app, name="references")
+database_app = typer.Typer(help="Look at the database's schema, and upgrade it.", no_args_is_help=True)
+app.add_typer(database_app, name="database")
 DEFAULT = "default"
 Identity = Annotated[str, typer.Argument(help="The reference's id, ref_…")]
 
@@ -249,6 +252,42 @@ def default_reference(
         print_json({"default": identity})
     else:
         err.print(f"{identity} is preferred." if identity else "None is preferred.", highlight=False)
+
+
+@database_app.command("status")
+def status(data: Data = Path("var"), as_json: Json = False) -> None:
+    """Says at which revision the database is, and which ones an upgrade would apply. Changes nothing."""
+    found = database_status(settings_for(data).database)
+    if as_json:
+        print_json(asdict(found))
+        return
+    rows = [
+        ("state", found.state),
+        ("revision", found.revision or "none"),
+        ("this version's", found.head),
+        ("to be applied", ", ".join(found.pending) or "none"),
+    ]
+    _print_table(("database", ""), rows)
+
+
+@database_app.command("upgrade")
+def upgrade(data: Data = Path("var"), as_json: Json = False) -> None:
+    """Brings the database to this version's revision, at once or not at all. Stop gateways and workers, and back it up
+    first: there is no downgrade, only the backup."""
+    settings = settings_for(data)
+    if not as_json:
+        err.print("There is no way back but a backup of the database.", highlight=False)
+    before, applied = upgrade_database(settings.database)
+    if applied:
+        audited(settings, "admin.database.upgrade", applied[-1])
+    if as_json:
+        print_json({"before": before.revision, "revision": before.head, "applied": applied})
+    elif applied:
+        err.print(
+            f"The database is at revision {before.head} now; it was at {before.revision or 'none'}.", highlight=False
+        )
+    else:
+        err.print(f"The database was at revision {before.head} already.", highlight=False)
 
 
 def _registry(data: Path) -> ReferenceRegistry:

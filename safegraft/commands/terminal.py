@@ -34,5 +34,5 @@ def settings_for(data: Path) -> SharedSettings:
 
 
 def database_of(settings: SharedSettings) -> Engine:
-    """The service's database, made where it is not there yet."""
-    return open_database(settings.database)
+    """The service's database, made where it is not there yet. Raises SystemFault where it is another version's."""
+    return open_database(settings.database, upgrade=settings.database_upgrade)

@@ -1,13 +1,16 @@
 """The tables, and an engine for them. SQLite for one machine, Postgres for several.
 
 All times are the database's own clock (`now()` below), so that no two machines ever disagree about a lease.
+
+What is changed here needs a revision in `migrations/versions`: see CONTRIBUTING.md, "How to change the schema".
 """
 
 import fcntl
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import (
     JSON,
@@ -22,14 +25,15 @@ from sqlalchemy import (
     UniqueConstraint,
     create_engine,
     event,
-    inspect,
 )
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
-from safegraft.errors import SystemFault
+from safegraft.stores import migrations
 
+log = logging.getLogger("safegraft.database")
+Upgrade = Literal["auto", "always", "never"]
 metadata = MetaData()
 CREATING = 0x5AFE62AF7  # any number that no other program locks
 
@@ -319,20 +323,24 @@ AUDIT_POSTGRES = (
     """CREATE TRIGGER audit_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON audit
     FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()""",
 )
+AUDIT_GUARDS = "SELECT count(*) FROM sqlite_master WHERE type = 'trigger' AND tbl_name = 'audit'"
 AUDIT_GUARDED = "SELECT 1 FROM pg_trigger WHERE tgname = 'audit_append_only' AND tgrelid = 'audit'::regclass"
 
 
 @event.listens_for(metadata, "after_create")
 def _guard_audit(target: Any, connection: Connection, **_: Any) -> None:
-    """At every opening, not only when the table is made: databases that are older than the triggers get them too."""
-    if connection.dialect.name == "sqlite":
-        statements: tuple[str, ...] = AUDIT_SQLITE
-    elif connection.exec_driver_sql(AUDIT_GUARDED).first() is None:
-        statements = AUDIT_POSTGRES
-    else:
+    """No part of a revision, but made at the end of every upgrade: SQLite's way to alter a table drops its triggers.
+    Also at every opening of a database that lacks them."""
+    if _guarded(connection):
         return  # making it again would wait for every transaction that uses the table
-    for statement in statements:
+    for statement in AUDIT_SQLITE if connection.dialect.name == "sqlite" else AUDIT_POSTGRES:
         connection.exec_driver_sql(statement)
+
+
+def _guarded(connection: Connection) -> bool:
+    if connection.dialect.name == "sqlite":
+        return connection.exec_driver_sql(AUDIT_GUARDS).scalar() == len(AUDIT_SQLITE)
+    return connection.exec_driver_sql(AUDIT_GUARDED).first() is not None
 
 
 class now(FunctionElement[float]):
@@ -353,48 +361,105 @@ def _now_postgres(element: Any, compiler: Any, **kw: Any) -> str:
     return "extract(epoch from clock_timestamp())"
 
 
-def open_database(url: str) -> Engine:
-    """An engine whose tables exist. Opened after a fork or spawn, never shared across one."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        if parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
-        event.listen(engine, "connect", _prepare_sqlite)
-        # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
-        event.listen(engine, "begin", _begin_sqlite)
-    else:
-        engine = create_engine(url, pool_pre_ping=True)
-    first = _first_opening(parsed.database if parsed.get_backend_name() == "sqlite" else None)
-    with first, engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            # Gateway and workers start together, and "create if it is not there" is no single step on Postgres.
-            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATING})")
-        metadata.create_all(connection)
-        _same_columns(connection)
+def open_database(url: str, *, upgrade: Upgrade = "auto") -> Engine:
+    """An engine on a database of this version's schema. Opened after a fork or spawn, never shared across one.
+
+    upgrade: what is done without asking. auto: an empty database gets its tables, and SQLite is brought to the newest
+    revision; Postgres waits for its operator. always: Postgres does not, either. never: not even tables are made.
+
+    Raises SystemFault: `database_behind`, `database_ahead`, `database_unknown` or `schema_mismatch`.
+    """
+    engine = _engine(url)
+    try:
+        with _one_at_a_time(engine):
+            with reading(engine) as connection:
+                found = migrations.status(connection, metadata)
+                migrations.refuse_strangers(found)
+                ready = found.state == "current" and _guarded(connection)
+            if not ready:
+                if not _by_itself(engine, found, upgrade):
+                    migrations.refuse_behind(found)
+                _upgrade(engine)
+            with reading(engine) as connection:
+                migrations.same_columns(connection, _columns())
+    except BaseException:
+        engine.dispose()
+        raise
     return engine
 
 
-def _same_columns(connection: Connection) -> None:
-    """Raises SystemFault (`schema_mismatch`) for the database of another version: its tables are not altered."""
-    inspector = inspect(connection)
-    for table in metadata.sorted_tables:
-        there = {column["name"] for column in inspector.get_columns(table.name)}
-        missing = sorted({column.name for column in table.columns} - there)
-        if missing:
-            raise SystemFault(
-                f"The database was made by another version: {table.name} lacks {', '.join(missing)}.",
-                code="schema_mismatch",
-                hint="Begin with a new database, or go back to the version that made this one.",
-            )
+def _by_itself(engine: Engine, found: migrations.Status, upgrade: Upgrade) -> bool:
+    if found.state == "current":
+        return True  # it only lacks its guards
+    if upgrade == "auto":
+        return engine.dialect.name == "sqlite" or found.state == "empty"
+    return upgrade == "always"
+
+
+def upgrade_database(url: str) -> tuple[migrations.Status, list[str]]:
+    """What `safegraft admin database upgrade` does: where the database stood, and the revisions that were applied.
+
+    Raises SystemFault: `database_ahead`, `database_unknown` or `schema_mismatch`.
+    """
+    engine = _engine(url)
+    try:
+        with _one_at_a_time(engine):
+            with reading(engine) as connection:
+                before = migrations.status(connection, metadata)
+            return before, _upgrade(engine)
+    finally:
+        engine.dispose()
+
+
+def database_status(url: str) -> migrations.Status:
+    """Where a database stands, without changing it. A file that is not there is an empty database."""
+    parsed = make_url(url)
+    here = parsed.get_backend_name() != "sqlite" or not parsed.database or Path(parsed.database).exists()
+    engine = _engine(url) if here else create_engine("sqlite://")
+    try:
+        with reading(engine) as connection:
+            return migrations.status(connection, metadata)
+    finally:
+        engine.dispose()
+
+
+def _engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+    event.listen(engine, "connect", _prepare_sqlite)
+    # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _upgrade(engine: Engine) -> list[str]:
+    """In one transaction: an upgrade that is killed has not happened."""
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            # Gateway and workers start together; the second one finds nothing left to do.
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({CREATING})")
+        applied = migrations.migrate(connection, metadata)
+        _guard_audit(None, connection)
+    if applied:
+        log.info("the database is at revision %s now", applied[-1])
+    return applied
+
+
+def _columns() -> dict[str, set[str]]:
+    return {table.name: {column.name for column in table.columns} for table in metadata.sorted_tables}
 
 
 @contextmanager
-def _first_opening(path: str | None) -> Iterator[None]:
-    """One process at a time: turning a new file to WAL fails at once, whatever the timeout, while another one does."""
-    if not path or path == ":memory:":
+def _one_at_a_time(engine: Engine) -> Iterator[None]:
+    """One process at a time on a file: turning a new one to WAL fails at once, whatever the timeout, while another one
+    does. Postgres has a lock of its own (`_upgrade`)."""
+    path = engine.url.database
+    if engine.dialect.name != "sqlite" or not path or path == ":memory:":
         yield
         return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{path}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

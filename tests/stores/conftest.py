@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, text
 from sqlalchemy.engine import Engine
 
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.database import metadata, open_database
 from safegraft.stores.jobs import JobStore
+from safegraft.stores.migrations import VERSION_TABLE
 from tests import scaled
 
 
@@ -19,7 +20,9 @@ def url(tmp_path: Path) -> str:
     if scaled.SCALED:
         given = scaled.stores_database()
         engine = create_engine(given)
-        metadata.drop_all(engine)
+        with engine.begin() as connection:
+            metadata.drop_all(connection)
+            connection.execute(text(f"DROP TABLE IF EXISTS {VERSION_TABLE}"))
         engine.dispose()
         return given
     return f"sqlite:///{tmp_path / 'data' / 'safegraft.sqlite'}"
