@@ -141,6 +141,7 @@ CREATE TABLE IF NOT EXISTS realignments (
     progress JSON,
     result JSON,
     result_attempt INTEGER,
+    result_bytes BIGINT NOT NULL,
     error JSON,
     created_at FLOAT NOT NULL,
     started_at FLOAT,
@@ -152,6 +153,8 @@ CREATE TABLE IF NOT EXISTS realignments (
 );
 
 CREATE INDEX IF NOT EXISTS realignments_by_batch ON realignments (batch_id);
+
+CREATE INDEX IF NOT EXISTS realignments_by_bytes ON realignments (tenant, result_bytes);
 
 CREATE INDEX IF NOT EXISTS realignments_by_request ON realignments (tenant, request_hash, idempotency_key, id);
 

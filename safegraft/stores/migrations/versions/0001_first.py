@@ -153,6 +153,7 @@ def upgrade() -> None:
         sa.Column("progress", sa.JSON(), nullable=True),
         sa.Column("result", sa.JSON(), nullable=True),
         sa.Column("result_attempt", sa.Integer(), nullable=True),
+        sa.Column("result_bytes", sa.BigInteger(), nullable=False),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.Float(), nullable=False),
         sa.Column("started_at", sa.Float(), nullable=True),
@@ -164,6 +165,9 @@ def upgrade() -> None:
         if_not_exists=True,
     )
     op.create_index("realignments_by_batch", "realignments", ["batch_id"], unique=False, if_not_exists=True)
+    op.create_index(
+        "realignments_by_bytes", "realignments", ["tenant", "result_bytes"], unique=False, if_not_exists=True
+    )
     op.create_index(
         "realignments_by_request",
         "realignments",
