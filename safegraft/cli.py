@@ -351,7 +351,7 @@ def realign(
     # Soft: paths that are broken at column 80 cannot be copied, and programs that read them find half.
     written = f"Adapter: {to}" if not analyze else "Only measured; nothing was patched."
     out.print(written, markup=False, highlight=False, soft_wrap=True)
-    from safegraft.engine.pipeline import side_car_folder
+    from safegraft.files import side_car_folder
 
     for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
         out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)

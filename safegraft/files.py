@@ -24,6 +24,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def side_car_folder(out: Path) -> Path:
+    """Where a method's side-car lies: beside the adapter, because servers want one .safetensors in an adapter's."""
+    return out.with_name(f"{out.name}.side_car")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """An open file that becomes `path` when the block ends without an error, and vanishes otherwise."""

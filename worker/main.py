@@ -1,5 +1,13 @@
 """What Celery loads: `celery -A worker.main worker`. Reads the environment once."""
 
+import os
+
+from worker.offline import OFFLINE
+
+os.environ.update(OFFLINE)
+
+# ruff: noqa: E402 - clients of hubs read these variables when they are imported
+
 from safegraft import logs
 from safegraft.dsse import load_signing_key
 from safegraft.errors import SafegraftError

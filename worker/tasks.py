@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -36,10 +35,9 @@ from safegraft.contracts.queue import REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.report import Report
 from safegraft.dsse import load_signing_key
-from safegraft.engine.pipeline import realign, side_car_folder
-from safegraft.engine.reference import LoadedReference
-from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
-from safegraft.files import sha256_file
+from safegraft.contracts.reference import ReferenceManifest
+from safegraft.errors import CorruptReference, LostLease, NotFound, OverLimit, SafegraftError, SystemFault, UserError
+from safegraft.files import sha256_file, side_car_folder
 from safegraft.ids import new_id
 from safegraft.provenance import (
     PROVENANCE,
@@ -57,6 +55,7 @@ from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, result_prefix
 from safegraft.stores.references import open_references
+from worker.engine import Engine
 from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
@@ -90,9 +89,9 @@ class Cancelled(Exception):
 
 
 class Bench:
-    """What one pool process keeps between jobs: stores, and the references in memory."""
+    """What one pool process keeps between jobs: stores, and the engine's process, which has the references in memory."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, engine: Engine | None = None) -> None:
         self.settings = settings
         database = open_database(settings.database)
         self.jobs = JobStore(
@@ -105,7 +104,8 @@ class Bench:
         self.objects = open_objects(settings)
         self.registry = open_references(settings, self.objects)
         self.signer = load_signing_key(settings.signing_key) if settings.signing_key is not None else None
-        self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
+        self.engine = engine or Engine(settings)
+        self._folders: dict[str, Path] = {}
 
     def warm(self) -> None:
         """Loads the newest references before the first job asks for them."""
@@ -114,24 +114,23 @@ class Bench:
         for installed in reversed(self.registry.installed()[: self.settings.loaded_references]):
             self.reference(installed.id)
 
-    def reference(self, reference_id: str) -> LoadedReference:
-        """From memory, or verified and loaded; the one that was not used for longest makes room."""
-        if reference_id not in self._loaded:
+    def reference(self, reference_id: str) -> tuple[Path, ReferenceManifest]:
+        """From the engine's memory, or verified and loaded; the one that was not used for longest makes room."""
+        folder = self._folders.get(reference_id)
+        if folder is None or str(folder) not in self.engine.loaded:
             try:
                 folder = self.registry.folder(reference_id)
             except NotFound as error:
                 # It was there when the job was accepted: the operator's move, not the customer's.
                 raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
-            while len(self._loaded) >= self.settings.loaded_references:
-                self._loaded.popitem(last=False)
             try:
-                self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+                self.engine.load(folder, keep=self.settings.loaded_references)
             except CorruptReference:
                 self.registry.discard_copy(reference_id)
                 raise
+            self._folders[reference_id] = folder
             log.info("%s loaded", reference_id)
-        self._loaded.move_to_end(reference_id)
-        return self._loaded[reference_id]
+        return folder, self.engine.loaded[str(folder)]
 
 
 class Heartbeat:
@@ -218,12 +217,17 @@ def quiet_spawning(**_: Any) -> None:
 def warm(**_: Any) -> None:
     """Loads the references before the first job, in the pool process."""
     tracing.start("safegraft-worker")
-    realign_job.bench.warm()
+    try:
+        realign_job.bench.warm()
+    except SafegraftError as error:
+        # Its jobs will say so too, one by one, and be tried elsewhere.
+        log.error("%s: %s", error.code, error)
 
 
 @worker_process_shutdown.connect
-def send_traces(**_: Any) -> None:
-    """In a pool process that ends by itself: what was not sent yet."""
+def leave(**_: Any) -> None:
+    """In a pool process that ends by itself: the engine ends too, and what was not sent yet is sent."""
+    realign_job.bench.engine.close()
     tracing.stop()
 
 
@@ -314,6 +318,10 @@ def _run_claimed(bench: Bench, claim: Claim) -> None:
         log.warning("%s: attempt %d was taken over", job_id, claim.attempt)
     except SoftTimeLimitExceeded:
         bench.jobs.release(job_id, claim.attempt, "It took too long.", code="time_limit")
+    except OverLimit as error:
+        # Ours and not the customer's: what the gateway accepted is within the limits that are told to customers.
+        log.error("%s: attempt %d: %s %s", job_id, claim.attempt, error.code, error)
+        bench.jobs.release(job_id, claim.attempt, error.message, code=error.code)
     except Exception as error:
         log.exception("%s: attempt %d failed", job_id, claim.attempt)
         # Only codes of ours: SQLAlchemy's errors have a `code` as well.
@@ -325,14 +333,14 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
     started = time.time()
     beat.report("fetch")
     began = time.monotonic()
-    reference = bench.reference(claim.reference_id)
+    reference, _ = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
     with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
         patching = claim.request.mode == "patch"
         fetched = time.monotonic()
-        report = realign(
-            desk.adapter,
+        report = bench.engine.realign(
             reference,
+            desk.adapter,
             claim.request.method,
             desk.result if patching else None,
             strengths=claim.request.strengths,
@@ -397,9 +405,10 @@ def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], re
     outputs: dict[str, str] = {}
     for adapter, name in zip(made, names, strict=False):  # none was made where the job only measured
         outputs |= record_digests(adapter.files, name)
+    _, manifest = bench.reference(claim.reference_id)
     statement = make_statement(
         report,
-        bench.reference(claim.reference_id).manifest,
+        manifest,
         invocation=Invocation(id=f"{claim.id}/{claim.attempt}", builder=bench.settings.builder_id, started=started),
         outputs=outputs,
         inputs=input_digests(desk.adapter, report),

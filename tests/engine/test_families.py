@@ -27,7 +27,8 @@ from safegraft.contracts.report import Report
 from safegraft.engine import models
 from safegraft.engine.build import placeholder
 from safegraft.engine.conversations import Conversation, encode
-from safegraft.engine.pipeline import SIDE_CAR, OutputRank, realign, side_car_folder
+from safegraft.engine.pipeline import SIDE_CAR, OutputRank, realign
+from safegraft.files import side_car_folder
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import InvalidParameter
 from tests import tiny

@@ -18,7 +18,6 @@ from safegraft.bundle import GRAM
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.realignment import Realignment, RealignmentCreate
 from safegraft.contracts.report import Report
-from safegraft.engine.pipeline import realign as run_engine
 from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
@@ -26,6 +25,7 @@ from safegraft.report import render as report_files
 from safegraft.settings import SharedSettings
 from safegraft.stores.references import LIST_SECONDS, SHARED, SharedReferences, open_references
 from worker import tasks
+from worker.engine import Engine
 from worker.settings import WorkerSettings
 from worker.tasks import Bench, run_job
 
@@ -35,9 +35,9 @@ TENANT = "t"
 class Shop:
     """A bench with a customer."""
 
-    def __init__(self, data: Path, **settings: Any) -> None:
+    def __init__(self, data: Path, engine: Engine | None = None, **settings: Any) -> None:
         self.data = data
-        self.bench = Bench(WorkerSettings(data=data, **settings))
+        self.bench = Bench(WorkerSettings(data=data, **settings), engine)
         self.jobs = self.bench.jobs
         self.reference = ""
 
@@ -115,10 +115,18 @@ class Shop:
         run_job(self.bench, job_id)
 
 
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """One process for all tests here: each has a reference in a folder of its own."""
+    engine = Engine(WorkerSettings())
+    yield engine
+    engine.close()
+
+
 @pytest.fixture
-def shop(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(tmp_path: Path, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     monkeypatch.setenv("SAFEGRAFT_WORKER_NAME", "w1")
-    shop = Shop(tmp_path / "data", max_attempts=2)
+    shop = Shop(tmp_path / "data", engine, max_attempts=2)
     shop.reference = shop.bench.registry.add(bundle).id
     yield shop
     # Whatever happened: nothing of an attempt is left.
@@ -132,7 +140,7 @@ def ordered(shop: Shop, fresh: Path) -> str:
 
 def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], None]) -> None:
     """Calls act(stage, done) before each progress report of the engine."""
-    real = run_engine
+    real = Engine.realign
 
     def realign(*args: Any, progress: Any, **options: Any) -> Report:
         def report(stage: str, done: int, total: int) -> None:
@@ -141,7 +149,7 @@ def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], None]) -> 
 
         return real(*args, progress=report, **options)
 
-    monkeypatch.setattr(tasks, "realign", realign)
+    monkeypatch.setattr(Engine, "realign", realign)
 
 
 def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> None:
@@ -368,7 +376,7 @@ def test_a_heartbeat_keeps_a_job_that_takes_longer_than_its_lease(
     tmp_path: Path, shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even one that reports nothing new for so long, while a reaper looks all the time."""
-    short = Shop(shop.data, lease_seconds=2.0, max_attempts=2)
+    short = Shop(shop.data, shop.bench.engine, lease_seconds=2.0, max_attempts=2)
     begun: list[str] = []
 
     def once_slowly(stage: str, done: int) -> None:
@@ -427,14 +435,15 @@ def test_references_stay_in_memory_up_to_the_limit(shop: Shop, bundle: Path, tmp
     second = shop.bench.registry.add(other).id
     assert second != shop.reference
     shop.bench.settings.loaded_references = 1
-    first = shop.bench.reference(shop.reference)
-    assert shop.bench.reference(shop.reference) is first
-    assert shop.bench.reference(second).id == second
-    assert shop.bench.reference(shop.reference) is not first
+    first, manifest = shop.bench.reference(shop.reference)
+    assert shop.bench.reference(shop.reference)[1] is manifest
+    assert shop.bench.reference(second)[1].name == "other"
+    assert list(shop.bench.engine.loaded) == [str(shop.bench.registry.folder(second))]
+    assert shop.bench.reference(shop.reference)[1] is not manifest
+    assert list(shop.bench.engine.loaded) == [str(first)]
     shop.bench.settings.loaded_references = 2
     shop.bench.warm()
-    warmed = shop.bench.reference(second)
-    assert shop.bench.reference(second) is warmed
+    assert set(shop.bench.engine.loaded) == {str(first), str(shop.bench.registry.folder(second))}
 
 
 def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch) -> None:
