@@ -199,6 +199,7 @@ def serve(
             redis_url=broker,
             device=device,
             signing_key=signing_key,
+            drain_seconds=settings_for(data).drain_seconds,
         )
     )
 

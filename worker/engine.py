@@ -74,8 +74,9 @@ def limits_of(settings: WorkerSettings) -> Limits:
 class Engine:
     """One process, started when it is first needed. Not for several threads."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, program: str = "worker.engine_process") -> None:
         self._settings = settings
+        self._program = program
         self._limits = limits_of(settings)
         self._process: subprocess.Popen[bytes] | None = None
         self._to: Connection[Any, Any] | None = None
@@ -185,12 +186,14 @@ class Engine:
             "answers": theirs_out.fileno(),
         }
         environment = {
-            name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+            name: value
+            for name, value in os.environ.items()
+            if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
         }
         self._killed_by_us = False
         self._ended_for_memory = confine.killed_for_memory()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.engine_process", json.dumps(given)],
+            [sys.executable, "-m", self._program, json.dumps(given)],
             env=environment | OFFLINE,
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs_in.fileno(), theirs_out.fileno()),

@@ -5,6 +5,7 @@ Its limits and the end of its network come before the first byte of a customer's
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -84,7 +85,7 @@ class Bench:
         self._loaded.move_to_end(reference)
         used = resource.getrusage(resource.RUSAGE_SELF)
         # Soft, so that the next job has as much; what comes of it is SIGXCPU, which ends the process.
-        until = max(1, round(used.ru_utime + used.ru_stime + seconds))
+        until = math.ceil(used.ru_utime + used.ru_stime + seconds)
         confine.limit({resource.RLIMIT_CPU: (until, resource.getrlimit(resource.RLIMIT_CPU)[1])})
         report = realign(
             Path(folder),

@@ -6,7 +6,6 @@ from worker.offline import OFFLINE
 
 os.environ.update(OFFLINE)
 
-# ruff: noqa: E402 - clients of hubs read these variables when they are imported
 
 from safegraft import logs
 from safegraft.dsse import load_signing_key

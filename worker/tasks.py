@@ -3,11 +3,12 @@
 import contextvars
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,17 +26,18 @@ from celery.signals import (
     worker_process_shutdown,
     worker_ready,
     worker_shutdown,
+    worker_shutting_down,
 )
 
 from safegraft import logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.methods import strength_name
-from safegraft.contracts.queue import REALIGN_TASK
+from safegraft.contracts.queue import NOT_STARTED, REALIGN_TASK
 from safegraft.contracts.realignment import Progress
+from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report
 from safegraft.dsse import load_signing_key
-from safegraft.contracts.reference import ReferenceManifest
 from safegraft.errors import CorruptReference, LostLease, NotFound, OverLimit, SafegraftError, SystemFault, UserError
 from safegraft.files import sha256_file, side_car_folder
 from safegraft.ids import new_id
@@ -89,7 +91,7 @@ class Cancelled(Exception):
 
 
 class Bench:
-    """What one pool process keeps between jobs: stores, and the engine's process, which has the references in memory."""
+    """What one pool process keeps between jobs: stores, and the engine's process, which holds the references."""
 
     def __init__(self, settings: WorkerSettings, engine: Engine | None = None) -> None:
         self.settings = settings
@@ -232,6 +234,7 @@ def leave(**_: Any) -> None:
 
 
 _presence: list[Presence] = []
+_pools: list[Any] = []
 
 
 @worker_ready.connect
@@ -239,6 +242,7 @@ def arrive(sender: Any = None, **_: Any) -> None:
     """In the parent, once it takes messages: the worker is on the list."""
     _presence.append(Presence(WorkerSettings(), worker_name(), sender))
     _presence[-1].start()
+    _pools.append(sender.pool)
 
 
 @worker_shutdown.connect
@@ -246,6 +250,29 @@ def depart(**_: Any) -> None:
     """In the parent, when it has stopped."""
     while _presence:
         _presence.pop().stop()
+
+
+@worker_shutting_down.connect
+def stop(sig: str = "", how: str = "", **_: Any) -> None:
+    """In the parent, within the handler of the signal: the job may end, for so long."""
+    if how == "Warm":
+        timer = threading.Timer(WorkerSettings().drain_seconds, hand_back)
+        timer.daemon = True
+        timer.start()
+
+
+def hand_back() -> None:
+    """Gives back what runs here, and ends the pool process, which else would go on with it."""
+    try:
+        with _job_store() as jobs:
+            for job_id in jobs.hand_back(worker_name(), "Its worker was stopped."):
+                log.warning("%s: handed back, because this worker is stopping", job_id)
+    except Exception:
+        log.exception("jobs could not be handed back; their leases will run out")
+    for pid in [pid for pool in _pools for pid in pool.info["processes"]]:
+        # It removes its scratch folder, and its engine ends with it.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
 
 
 @task_failure.connect
@@ -261,8 +288,15 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
-    """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
-    open_objects(WorkerSettings()).sweep(SCRATCH_SECONDS)
+    """In the parent, before it takes work: references are whole, and what its predecessor of the same name held when
+    it was killed is given back. Ends the worker with NOT_STARTED where a reference is not whole."""
+    settings = WorkerSettings()
+    try:
+        open_references(settings).check()
+    except CorruptReference as error:
+        log.critical("not started: %s: %s", error.code, error)
+        raise SystemExit(NOT_STARTED) from None
+    open_objects(settings).sweep(SCRATCH_SECONDS)
     if WorkerSettings().log_format == "json":
         sender.quiet = True  # no banner: it is text
     if os.environ.get("SAFEGRAFT_WORKER_NAME"):

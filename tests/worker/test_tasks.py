@@ -64,12 +64,12 @@ class Shop:
         else:
             shutil.rmtree(registry.folder(self.reference))
 
-    def upload(self, folder: Path) -> Adapter:
+    def upload(self, folder: Path, dropped: str = "run.py") -> Adapter:
         adapter_id = new_id("adp")
         made = self.data / "upload"
         shutil.rmtree(made, ignore_errors=True)
         shutil.copytree(folder, made)
-        record = adapter_record(adapter_id, "mine", made, describe(made), dropped=["run.py"], origin=Origin())
+        record = adapter_record(adapter_id, "mine", made, describe(made), dropped=[dropped], origin=Origin())
         self.bench.objects.publish(made, f"adapters/{adapter_id}")
         self.bench.adapters.add(record, TENANT, f"adapters/{adapter_id}")
         return record
@@ -435,11 +435,11 @@ def test_references_stay_in_memory_up_to_the_limit(shop: Shop, bundle: Path, tmp
     second = shop.bench.registry.add(other).id
     assert second != shop.reference
     shop.bench.settings.loaded_references = 1
-    first, manifest = shop.bench.reference(shop.reference)
-    assert shop.bench.reference(shop.reference)[1] is manifest
+    first, loaded = shop.bench.reference(shop.reference)
+    assert shop.bench.reference(shop.reference)[1] is loaded
     assert shop.bench.reference(second)[1].name == "other"
     assert list(shop.bench.engine.loaded) == [str(shop.bench.registry.folder(second))]
-    assert shop.bench.reference(shop.reference)[1] is not manifest
+    assert shop.bench.reference(shop.reference)[1] is not loaded
     assert list(shop.bench.engine.loaded) == [str(first)]
     shop.bench.settings.loaded_references = 2
     shop.bench.warm()
