@@ -90,7 +90,7 @@ def places(here: Installation) -> Iterator[tuple[str, bytes]]:
         kind = here.broker.type(key)
         # What `dump` writes may be compressed.
         if kind == b"list":
-            yield f"broker {key!r}", b"".join(here.broker.lrange(key, 0, -1))
+            yield f"broker {key!r}", repr(here.broker.lrange(key, 0, -1)).encode()
         elif kind == b"hash":
             yield f"broker {key!r}", repr(here.broker.hgetall(key)).encode()
     endpoint, _, name = here.bucket.rpartition("/")
@@ -149,7 +149,7 @@ def here(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) ->
         broker = stack.enter_context(contextlib.ExitStack())
         broker.enter_context(broker_with_password(root / "broker", port))
         traces = stack.enter_context(receiver())
-        key_file = root / "signing.pem"
+        key_file = root / "signing" / "signing_key.pem"
         settings = {
             **aws,
             "SAFEGRAFT_KEY_PEPPER": PEPPER,
@@ -177,7 +177,10 @@ def here(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
         outputs: list[str] = []
         subprocess.run(
-            [SAFEGRAFT, "provenance", "keygen", str(key_file)], check=True, capture_output=True, env=environment
+            [SAFEGRAFT, "provenance", "keygen", "--out", str(key_file.parent)],
+            check=True,
+            capture_output=True,
+            env=environment,
         )
         key = command("keys", "create", "--tenant", "acme", "--name", "platform", "--scopes", "admin").strip()
         outputs.append(command("keys", "list"))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.service.conftest import SAFEGRAFT, Running, finished, start, upload
 from tests.test_launch import pid, processes, ready, until
@@ -22,7 +21,7 @@ JOBS = 40
 @contextlib.contextmanager
 def served(data: Path, bundle: Path, workers: int, **settings: str) -> Iterator[Running]:
     subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], check=True, capture_output=True)
-    running = start(data, workers=workers, log=data / "serve.log", **settings)
+    running = start(data, workers=workers, log=data / "serve.log", dev=True, **settings)
     try:
         yield running
     finally:

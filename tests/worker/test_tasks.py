@@ -3,6 +3,7 @@
 import hashlib
 import io
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -461,6 +462,39 @@ def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkey
     assert shop.job(ordered).status == "running"
     tasks.lost(sender=tasks.realign_job, args=[ordered], exception=WorkerLostError("signal 9"))
     assert shop.job(ordered).status == "failed"  # it was the last attempt
+
+
+@pytest.mark.parametrize(
+    ("act", "code"), [("eat_a_tensor", "out_of_memory"), ("spin", "time_limit"), ("write", "file_limit")]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fresh: Path, act: str, code: str) -> None:
+    limits = {"job_memory_bytes": 2**30, "job_cpu_seconds": 2, "job_file_bytes": 2**23, "max_attempts": 2}
+    engine = Engine(WorkerSettings(**limits), "tests.worker.hostile")
+    hostile = Shop(shop.data, engine, **limits)
+    hostile.reference = shop.reference
+    job_id = hostile.order(hostile.upload(fresh, dropped=act).id)
+    run_job(hostile.bench, job_id)
+    assert hostile.job(job_id).status == "queued"
+    due(hostile, job_id)
+    run_job(hostile.bench, job_id)
+    job = hostile.job(job_id)
+    assert (job.status, job.attempt) == ("failed", 2)
+    assert job.error is not None
+    assert (job.error.code, job.error.fault) == (code, "system")
+    # The next job is served.
+    served = hostile.order(hostile.upload(fresh).id)
+    run_job(hostile.bench, served)
+    assert hostile.job(served).status == "succeeded"
+    engine.close()
+
+
+def due(shop: Shop, job_id: str) -> None:
+    """As if the pause after a fault of ours were over."""
+    engine = create_engine(shop.bench.settings.database)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE realignments SET next_at = 0 WHERE id = :id"), {"id": job_id})
+    engine.dispose()
 
 
 def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fresh: Path) -> None:
