@@ -16,7 +16,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's filter 
 PROGRAM = """
 import ctypes, json, os, socket, threading
 from safegraft import confine
-libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None)
+errno = libc.__errno_location; errno.restype = ctypes.POINTER(ctypes.c_int)
 socket_, fork, open_, execv, ptrace, syscall = libc.socket, libc.fork, libc.open, libc.execv, libc.ptrace, libc.syscall
 words, empty = ctypes.c_char_p(b"/bin/true"), (ctypes.c_char_p * 2)(b"true", None)
 kept, other = socket.socketpair()
@@ -24,7 +25,7 @@ begun, confined, tried = threading.Event(), threading.Event(), []
 def wait():
     begun.set(); confined.wait(); tried.append(raw(socket_, 2, 1, 0))
 def raw(call, *given):
-    return call(*given), ctypes.get_errno()
+    return call(*given), errno()[0]
 def hooked(act):
     try:
         return str(act())

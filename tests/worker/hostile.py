@@ -20,7 +20,9 @@ from safegraft.errors import UserError
 from worker import engine_process
 
 # Taken before the end of the network, as machine code would have it: no hook of the interpreter sees these calls.
-SOCKET = ctypes.CDLL(None, use_errno=True).socket
+LIBC = ctypes.CDLL(None)
+SOCKET, ERRNO = LIBC.socket, LIBC.__errno_location
+ERRNO.restype = ctypes.POINTER(ctypes.c_int)
 
 
 def eat_a_tensor(folder: Path) -> str:
@@ -60,11 +62,11 @@ def connect(folder: Path) -> str:
 
 def connect_by_machine_code(folder: Path) -> str:
     found = SOCKET(socket.AF_INET, socket.SOCK_STREAM, 0)
-    return f"{found} {os.strerror(ctypes.get_errno())}"
+    return f"{found} {os.strerror(ERRNO()[0])}"
 
 
 def connect_to_the_broker(folder: Path) -> str:
-    return f"{SOCKET(socket.AF_UNIX, socket.SOCK_STREAM, 0)} {os.strerror(ctypes.get_errno())}"
+    return f"{SOCKET(socket.AF_UNIX, socket.SOCK_STREAM, 0)} {os.strerror(ERRNO()[0])}"
 
 
 def run(folder: Path) -> str:

@@ -469,7 +469,12 @@ def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkey
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
 def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fresh: Path, act: str, code: str) -> None:
-    limits = {"job_memory_bytes": 2**30, "job_cpu_seconds": 2, "job_file_bytes": 2**23, "max_attempts": 2}
+    limits: dict[str, Any] = {
+        "job_memory_bytes": 2**30,
+        "job_cpu_seconds": 2,
+        "job_file_bytes": 2**23,
+        "max_attempts": 2,
+    }
     engine = Engine(WorkerSettings(**limits), "tests.worker.hostile")
     hostile = Shop(shop.data, engine, **limits)
     hostile.reference = shop.reference
