@@ -264,7 +264,10 @@ def _until_one(data: Path, word: str) -> list[int]:
     return found
 
 
-pytestmark = pytest.mark.skipif(scaled.SCALED, reason="it brings a broker and a store of its own")
+pytestmark = [
+    pytest.mark.skipif(scaled.SCALED, reason="it brings a broker and a store of its own"),
+    pytest.mark.timeout(900),
+]
 
 
 def test_no_secret_is_in_anything_that_a_run_leaves(here: Installation) -> None:
