@@ -481,8 +481,7 @@ def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fres
     job_id = hostile.order(hostile.upload(fresh, dropped=act).id)
     run_job(hostile.bench, job_id)
     assert hostile.job(job_id).status == "queued"
-    due(hostile, job_id)
-    run_job(hostile.bench, job_id)
+    hostile.resume(job_id)
     job = hostile.job(job_id)
     assert (job.status, job.attempt) == ("failed", 2)
     assert job.error is not None
@@ -492,14 +491,6 @@ def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fres
     run_job(hostile.bench, served)
     assert hostile.job(served).status == "succeeded"
     engine.close()
-
-
-def due(shop: Shop, job_id: str) -> None:
-    """As if the pause after a fault of ours were over."""
-    engine = create_engine(shop.bench.settings.database)
-    with engine.begin() as connection:
-        connection.execute(text("UPDATE realignments SET next_at = 0 WHERE id = :id"), {"id": job_id})
-    engine.dispose()
 
 
 def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fresh: Path) -> None:
