@@ -235,6 +235,7 @@ def leave(**_: Any) -> None:
 
 _presence: list[Presence] = []
 _pools: list[Any] = []
+_stopping = threading.Event()
 
 
 @worker_ready.connect
@@ -263,6 +264,7 @@ def stop(sig: str = "", how: str = "", **_: Any) -> None:
 
 def hand_back() -> None:
     """Gives back what runs here, and ends the pool process, which else would go on with it."""
+    _stopping.set()
     try:
         with _job_store() as jobs:
             for job_id in jobs.hand_back(worker_name(), "Its worker was stopped."):
@@ -280,7 +282,8 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
     """In the parent, when its child was killed: gives the job back at once instead of after the lease."""
     killed = isinstance(exception, WorkerLostError | TimeLimitExceeded)
     if getattr(sender, "name", "") == REALIGN_TASK and args and killed:
-        log.error("a process of this worker died (%s)", exception)
+        # One that this worker ended, because it is stopping, is no news: its job was handed back.
+        log.log(logging.INFO if _stopping.is_set() else logging.ERROR, "a process of this worker died (%s)", exception)
         with _job_store() as jobs:
             for job_id in jobs.release_from(args[0], worker_name(), "Its worker process died."):
                 log.warning("%s: taken back from a process that died", job_id)

@@ -55,6 +55,13 @@ def worker_pids(data: Path) -> dict[str, int]:
     return {command.partition("-n ")[2].split("@")[0]: number for number, command in found.items()}
 
 
+def engine_of(data: Path) -> int:
+    """The engine's process of the only worker, once it has loaded its reference."""
+    until(lambda: " loaded" in (data / "logs" / "worker1.log").read_text(), 90)
+    [found] = [number for number, command in processes(data).items() if "worker.engine_process" in command]
+    return found
+
+
 def test_a_job_that_takes_longer_than_the_grace_is_handed_back_and_not_counted(
     bundle: Path, fresh: Path, tmp_path: Path
 ) -> None:
@@ -65,7 +72,7 @@ def test_a_job_that_takes_longer_than_the_grace_is_handed_back_and_not_counted(
         adapter_id = upload(client, fresh)["id"]
         worker = worker_pids(running.data)["worker1"]
         # The engine's process stands still, so the job lasts for as long as we like.
-        [engine] = [n for n, command in processes(running.data).items() if "worker.engine_process" in command]
+        engine = engine_of(running.data)
         os.kill(engine, signal.SIGSTOP)
         job_id = client.post("/v1/realignments", json={"adapter_id": adapter_id}).json()["id"]
         until(lambda: client.get(f"/v1/realignments/{job_id}").json()["status"] == "running")
@@ -83,7 +90,7 @@ def test_a_job_that_ends_within_the_grace_ends(bundle: Path, fresh: Path, tmp_pa
     with served(tmp_path / "data", bundle, 1) as running, running.client() as client:
         adapter_id = upload(client, fresh)["id"]
         worker = worker_pids(running.data)["worker1"]
-        [engine] = [n for n, command in processes(running.data).items() if "worker.engine_process" in command]
+        engine = engine_of(running.data)
         os.kill(engine, signal.SIGSTOP)
         job_id = client.post("/v1/realignments", json={"adapter_id": adapter_id}).json()["id"]
         until(lambda: client.get(f"/v1/realignments/{job_id}").json()["status"] == "running")
