@@ -37,13 +37,10 @@ RUN python -c 'import matplotlib.font_manager'
 # Celery puts its working directory in front of Python's search path; this one is empty and only root can write to it.
 WORKDIR /opt/safegraft
 
-# Offline for every hub client: nothing may be fetched because a customer's file names it.
+# That no client of a model hub goes online is set by the worker itself: worker/offline.py.
 ENV PYTHONUNBUFFERED=1 \
     SAFEGRAFT_DATA=/data \
-    SAFEGRAFT_DEVICE=cpu \
-    HF_HUB_OFFLINE=1 \
-    TRANSFORMERS_OFFLINE=1 \
-    HF_HUB_DISABLE_TELEMETRY=1
+    SAFEGRAFT_DEVICE=cpu
 VOLUME /data
 
 # Asks this container's own worker, through the broker. Its main process answers, also while the child works on a job;

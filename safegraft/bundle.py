@@ -15,6 +15,7 @@ from safegraft.files import read_bounded, sha256_file
 MANIFEST = "manifest.json"
 # One of a model with hundreds of layers has some hundred kilobytes.
 MAX_MANIFEST_BYTES = 2**24
+RESTORE = "Restore it from a copy, or build the reference again and install it in its place."
 NLSR, GRAM, SAFETYLOCK = "nlsr.safetensors", "gram.safetensors", "safetylock.safetensors"
 
 
@@ -58,21 +59,35 @@ def _version(raw: bytes) -> object:
     return found.get("schema_version") if isinstance(found, dict) else SCHEMA_VERSION
 
 
-def verify_bundle(folder: Path) -> ReferenceManifest:
-    """Re-hashes every file of the bundle. Raises CorruptReference with the first file that differs."""
+def verify_bundle(folder: Path, *, alone: bool = False) -> ReferenceManifest:
+    """Re-hashes every file of the bundle. alone: nothing else may lie in the folder.
+
+    Raises CorruptReference with the first file that differs.
+    """
     manifest, _ = read_manifest(folder)
     for name, recorded in manifest.files.items():
         path = folder / name
         if path.name != name:
             raise CorruptReference(f"{folder / MANIFEST} names a file outside the bundle.", param=name)
         if not path.is_file():
-            raise CorruptReference(f"{path} is missing.", param=str(path))
-        if path.stat().st_size != recorded.bytes or sha256_file(path) != recorded.sha256:
             raise CorruptReference(
-                f"{path} is not the file that was built (its SHA-256 differs).",
+                f"{path} is missing: a file with the SHA-256 {recorded.sha256} was built.",
                 param=str(path),
-                hint="Restore it from a copy, or build the reference again.",
+                hint=RESTORE,
             )
+        found = sha256_file(path)
+        if found != recorded.sha256 or path.stat().st_size != recorded.bytes:
+            raise CorruptReference(
+                f"{path} is not the file that was built: its SHA-256 is {found}, that of what was built is "
+                f"{recorded.sha256}.",
+                param=str(path),
+                hint=RESTORE,
+            )
+    known = {MANIFEST, *manifest.files}
+    if alone and (others := sorted(path.name for path in folder.iterdir() if path.name not in known)):
+        raise CorruptReference(
+            f"{folder / others[0]} is no file of this bundle.", param=str(folder / others[0]), hint="Remove it."
+        )
     return manifest
 
 

@@ -199,6 +199,7 @@ def serve(
             redis_url=broker,
             device=device,
             signing_key=signing_key,
+            drain_seconds=settings_for(data).drain_seconds,
         )
     )
 
@@ -351,7 +352,7 @@ def realign(
     # Soft: paths that are broken at column 80 cannot be copied, and programs that read them find half.
     written = f"Adapter: {to}" if not analyze else "Only measured; nothing was patched."
     out.print(written, markup=False, highlight=False, soft_wrap=True)
-    from safegraft.engine.pipeline import side_car_folder
+    from safegraft.files import side_car_folder
 
     for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
         out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -16,6 +16,7 @@ statuses, and the *class* decides an error's fate:
     │   └── QuotaExceeded      the tenant's share is used up
     └── SystemFault            we are at fault; the job is tried again, then shown as failed
         ├── CorruptReference   a bundle's bytes are not those that were recorded
+        ├── OverLimit          it took more memory, processor time or disk than the operator allows
         ├── NoBroker           no Redis or Valkey could be found or started
         ├── StorageFault       disk full, file gone
         └── LostLease          another attempt owns the job now; stop silently
@@ -23,7 +24,7 @@ statuses, and the *class* decides an error's fate:
 `code` is stable and machine-readable, `param` names the offender, `hint` says what to do.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 
 class SafegraftError(Exception):
@@ -100,6 +101,10 @@ class CorruptReference(SystemFault):
     default_code = "corrupt_reference"
 
 
+class OverLimit(SystemFault):
+    default_code = "over_limit"
+
+
 class NoBroker(SystemFault):
     default_code = "no_broker"
 
@@ -110,3 +115,15 @@ class StorageFault(SystemFault):
 
 class LostLease(SystemFault):
     default_code = "lost_lease"
+
+
+def told(error: SafegraftError) -> dict[str, Any]:
+    """An error as JSON, for the process that asked: with the nearest class that is defined here."""
+    kind = next(kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind)
+    return {"kind": kind, "message": error.message, "code": error.code, "param": error.param, "hint": error.hint}
+
+
+def heard(given: dict[str, Any]) -> SafegraftError:
+    """What another process `told`."""
+    kind: type[SafegraftError] = globals()[given["kind"]]
+    return kind(given["message"], code=given["code"], param=given["param"], hint=given["hint"])

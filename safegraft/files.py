@@ -42,6 +42,11 @@ def read_bounded(path: Path, most: int) -> bytes:
     return data
 
 
+def side_car_folder(out: Path) -> Path:
+    """Where a method's side-car lies: beside the adapter, because servers want one .safetensors in an adapter's."""
+    return out.with_name(f"{out.name}.side_car")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """An open file that becomes `path` when the block ends without an error, and vanishes otherwise."""

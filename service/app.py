@@ -4,6 +4,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
@@ -117,7 +118,17 @@ def _trace(app: FastAPI) -> None:
             tracer_provider=provider,
             excluded_urls="/livez$,/readyz$,/metrics$",
             exclude_spans=["receive", "send"],
+            server_request_hook=_without_query,
         )
+
+
+def _without_query(span: Any, scope: Any) -> None:
+    """What clients put into query strings is in no log, and so in no trace: now and then it is a key."""
+    for name, value in dict(span.attributes or {}).items():
+        if name == "url.query":
+            span.set_attribute(name, "")
+        elif name in ("http.url", "http.target", "url.full"):
+            span.set_attribute(name, value.partition("?")[0])
 
 
 def open_services(settings: GatewaySettings) -> Services:

@@ -35,7 +35,7 @@ PARAMS = {
 HINTS = {
     "reference_ambiguous": "Name one as model.",
 }
-LEVELS = {"failed": "error", "requeued": "warn", "cancelling": "warn", "cancelled": "warn"}
+LEVELS = {"failed": "error", "requeued": "warn", "handed_back": "warn", "cancelling": "warn", "cancelled": "warn"}
 
 
 def start(

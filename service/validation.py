@@ -3,7 +3,7 @@
 What strangers send is unpacked and parsed there, so that a file that costs too much, or crashes its reader, costs one
 process and not the gateway. Each is forked from a server that has everything imported already (some milliseconds), ends
 with its answer, and does not outlive the gateway, however that ends. It is no sandbox against code of a stranger's:
-none is ever run. Nothing that it runs opens a connection, and a hook refuses if something tried.
+none is ever run. Nothing that it runs opens a connection; the kernel refuses if something tried.
 """
 
 import asyncio
@@ -13,18 +13,16 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from safegraft import errors
+from safegraft import confine, errors
 from safegraft.contracts.adapter import Adapter
 from safegraft.ingest import Delivery, ingest
 from service.turns import Turns
@@ -34,8 +32,6 @@ log = logging.getLogger("safegraft.validation")
 PRELOAD = ["service.single_threaded", "service.validation"]
 MAX_ANSWER_BYTES = 2**25
 ENDING_SECONDS = 5.0
-# What a judging process has no business to do.
-REFUSED_EVENTS = ("socket.", "subprocess.", "os.exec", "os.system", "os.posix_spawn", "os.fork", "ctypes.", "pickle.")
 
 Judge = Callable[[str, Delivery, int], Adapter]
 
@@ -131,11 +127,7 @@ def _record(answer: dict[str, Any]) -> Adapter:
     if "bug" in answer:
         log.error("judging an upload failed: %s", answer["bug"])
         raise errors.SystemFault("Judging the upload failed.", code="validation_failed")
-    raised = answer["error"]
-    kind = getattr(errors, raised.pop("kind"))
-    message = raised.pop("message")
-    error: errors.SafegraftError = kind(message, **raised)
-    raise error
+    raise errors.heard(answer["error"])
 
 
 def _too_slow() -> errors.InvalidAdapter:
@@ -166,9 +158,9 @@ def _enter(pipe: "Connection[Any, Any]", limits: Limits, judge: Judge, adapter_i
         adapter = judge(adapter_id, delivery, limits.file_bytes)
         answer = {"adapter": adapter.model_dump(mode="json")}
     except errors.SafegraftError as error:
-        answer = {"error": _told(error)}
+        answer = {"error": errors.told(error)}
     except MemoryError:
-        answer = {"error": _told(_too_large())}
+        answer = {"error": errors.told(_too_large())}
     except Exception:
         answer = {"bug": traceback.format_exc()[-10_000:]}
     pipe.send_bytes(json.dumps(answer).encode())
@@ -193,19 +185,5 @@ def _limit(limits: Limits) -> None:
     }
     # Whoever polls or asks after health goes first: reading an upload can wait, and takes a while anyway.
     os.nice(15)
-    for which, (soft, hard) in wanted.items():
-        # Some systems know not all of them, or have set less already.
-        with suppress(ValueError, OSError):
-            resource.setrlimit(which, (soft, hard))
-    sys.addaudithook(_refuse)
-
-
-def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    if event.startswith(REFUSED_EVENTS):
-        raise RuntimeError(f"{event} while judging an upload")
-
-
-def _told(error: errors.SafegraftError) -> dict[str, Any]:
-    # The nearest class that the parent knows too.
-    kind = next(kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
-    return {"kind": kind, "message": error.message, "code": error.code, "param": error.param, "hint": error.hint}
+    confine.limit(wanted)
+    confine.confine()

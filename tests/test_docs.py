@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,3 +48,19 @@ def test_the_load_of_operations_is_that_which_was_measured() -> None:
     assert result["objects_without_a_record"] == len(result["left_in_scratch"]) == 0
     assert result["health_p99_ms"] < 250
     assert result["gateway_resident_mb_peak"] < 300
+
+
+def test_the_tests_that_the_page_on_security_names_are_there() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    files = set(re.findall(r"`(tests/[\w/]+\.py)`", page))
+    names = set(re.findall(r"`(test_\w+)`", page))
+    assert len(files) > 15
+    assert len(names) > 8
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    there = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in names if f"def {name}(" not in there] == []
+
+
+def test_the_page_on_security_is_linked_from_where_people_look() -> None:
+    for name in ("README.md", "CONTRIBUTING.md"):
+        assert "docs/security.md" in (ROOT / name).read_text(encoding="utf-8")

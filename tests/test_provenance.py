@@ -41,7 +41,8 @@ class Made:
 
 
 def make(sent: Path, reference: "LoadedReference", bundle: Path, folder: Path, method: str, *strengths: float) -> Made:
-    from safegraft.engine.pipeline import realign, side_car_folder
+    from safegraft.engine.pipeline import realign
+    from safegraft.files import side_car_folder
 
     folder.mkdir(parents=True)
     given = folder / "sent"

@@ -1,5 +1,12 @@
 """What Celery loads: `celery -A worker.main worker`. Reads the environment once."""
 
+import os
+
+from worker.offline import OFFLINE
+
+os.environ.update(OFFLINE)
+
+
 from safegraft import logs
 from safegraft.dsse import load_signing_key
 from safegraft.errors import SafegraftError

@@ -3,12 +3,12 @@
 import contextvars
 import logging
 import os
+import signal
 import socket
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,20 +26,20 @@ from celery.signals import (
     worker_process_shutdown,
     worker_ready,
     worker_shutdown,
+    worker_shutting_down,
 )
 
 from safegraft import logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.methods import strength_name
-from safegraft.contracts.queue import REALIGN_TASK
+from safegraft.contracts.queue import NOT_STARTED, REALIGN_TASK
 from safegraft.contracts.realignment import Progress
+from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report
 from safegraft.dsse import load_signing_key
-from safegraft.engine.pipeline import realign, side_car_folder
-from safegraft.engine.reference import LoadedReference
-from safegraft.errors import CorruptReference, LostLease, NotFound, SafegraftError, SystemFault, UserError
-from safegraft.files import folder_bytes, sha256_file
+from safegraft.errors import CorruptReference, LostLease, NotFound, OverLimit, SafegraftError, SystemFault, UserError
+from safegraft.files import folder_bytes, sha256_file, side_car_folder
 from safegraft.ids import new_id
 from safegraft.provenance import (
     PROVENANCE,
@@ -57,6 +57,7 @@ from safegraft.stores.database import open_database
 from safegraft.stores.jobs import Claim, JobStore
 from safegraft.stores.objects import open_objects, remove_or_leave, result_prefix
 from safegraft.stores.references import open_references
+from worker.engine import Engine
 from worker.presence import Presence
 from worker.settings import WorkerSettings
 from worker.workspace import Workspace, workspace
@@ -86,9 +87,9 @@ class Cancelled(Exception):
 
 
 class Bench:
-    """What one pool process keeps between jobs: stores, and the references in memory."""
+    """What one pool process keeps between jobs: stores, and the engine's process, which holds the references."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, engine: Engine | None = None) -> None:
         self.settings = settings
         database = open_database(settings.database, upgrade=settings.database_upgrade)
         self.jobs = JobStore(
@@ -101,7 +102,8 @@ class Bench:
         self.objects = open_objects(settings)
         self.registry = open_references(settings, self.objects)
         self.signer = load_signing_key(settings.signing_key) if settings.signing_key is not None else None
-        self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
+        self.engine = engine or Engine(settings)
+        self._folders: dict[str, Path] = {}
 
     def warm(self) -> None:
         """Loads the newest references before the first job asks for them."""
@@ -110,24 +112,23 @@ class Bench:
         for installed in reversed(self.registry.installed()[: self.settings.loaded_references]):
             self.reference(installed.id)
 
-    def reference(self, reference_id: str) -> LoadedReference:
-        """From memory, or verified and loaded; the one that was not used for longest makes room."""
-        if reference_id not in self._loaded:
+    def reference(self, reference_id: str) -> tuple[Path, ReferenceManifest]:
+        """From the engine's memory, or verified and loaded; the one that was not used for longest makes room."""
+        folder = self._folders.get(reference_id)
+        if folder is None or str(folder) not in self.engine.loaded:
             try:
                 folder = self.registry.folder(reference_id)
             except NotFound as error:
                 # It was there when the job was accepted: the operator's move, not the customer's.
                 raise SystemFault(f"{reference_id} is no longer installed.", code="reference_missing") from error
-            while len(self._loaded) >= self.settings.loaded_references:
-                self._loaded.popitem(last=False)
             try:
-                self._loaded[reference_id] = LoadedReference(folder, self.settings.device)
+                self.engine.load(folder, keep=self.settings.loaded_references)
             except CorruptReference:
                 self.registry.discard_copy(reference_id)
                 raise
+            self._folders[reference_id] = folder
             log.info("%s loaded", reference_id)
-        self._loaded.move_to_end(reference_id)
-        return self._loaded[reference_id]
+        return folder, self.engine.loaded[str(folder)]
 
 
 class Heartbeat:
@@ -214,16 +215,23 @@ def quiet_spawning(**_: Any) -> None:
 def warm(**_: Any) -> None:
     """Loads the references before the first job, in the pool process."""
     tracing.start("safegraft-worker")
-    realign_job.bench.warm()
+    try:
+        realign_job.bench.warm()
+    except SafegraftError as error:
+        # Its jobs will say so too, one by one, and be tried elsewhere.
+        log.error("%s: %s", error.code, error)
 
 
 @worker_process_shutdown.connect
-def send_traces(**_: Any) -> None:
-    """In a pool process that ends by itself: what was not sent yet."""
+def leave(**_: Any) -> None:
+    """In a pool process that ends by itself: the engine ends too, and what was not sent yet is sent."""
+    realign_job.bench.engine.close()
     tracing.stop()
 
 
 _presence: list[Presence] = []
+_pools: list[Any] = []
+_stopping = threading.Event()
 
 
 @worker_ready.connect
@@ -231,6 +239,7 @@ def arrive(sender: Any = None, **_: Any) -> None:
     """In the parent, once it takes messages: the worker is on the list."""
     _presence.append(Presence(WorkerSettings(), worker_name(), sender))
     _presence[-1].start()
+    _pools.append(sender.pool)
 
 
 @worker_shutdown.connect
@@ -240,12 +249,37 @@ def depart(**_: Any) -> None:
         _presence.pop().stop()
 
 
+@worker_shutting_down.connect
+def stop(sig: str = "", how: str = "", **_: Any) -> None:
+    """In the parent, within the handler of the signal: the job may end, for so long."""
+    if how == "Warm":
+        timer = threading.Timer(WorkerSettings().drain_seconds, hand_back)
+        timer.daemon = True
+        timer.start()
+
+
+def hand_back() -> None:
+    """Gives back what runs here, and ends the pool process, which else would go on with it."""
+    _stopping.set()
+    try:
+        with _job_store() as jobs:
+            for job_id in jobs.hand_back(worker_name(), "Its worker was stopped."):
+                log.warning("%s: handed back, because this worker is stopping", job_id)
+    except Exception:
+        log.exception("jobs could not be handed back; their leases will run out")
+    for pid in [pid for pool in _pools for pid in pool.info["processes"]]:
+        # It removes its scratch folder, and its engine ends with it.
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
 @task_failure.connect
 def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) -> None:
     """In the parent, when its child was killed: gives the job back at once instead of after the lease."""
     killed = isinstance(exception, WorkerLostError | TimeLimitExceeded)
     if getattr(sender, "name", "") == REALIGN_TASK and args and killed:
-        log.error("a process of this worker died (%s)", exception)
+        # One that this worker ended, because it is stopping, is no news: its job was handed back.
+        log.log(logging.INFO if _stopping.is_set() else logging.ERROR, "a process of this worker died (%s)", exception)
         with _job_store() as jobs:
             for job_id in jobs.release_from(args[0], worker_name(), "Its worker process died."):
                 log.warning("%s: taken back from a process that died", job_id)
@@ -253,8 +287,14 @@ def lost(sender: Any = None, args: Any = None, exception: Any = None, **_: Any) 
 
 @worker_init.connect
 def recover(sender: Any = None, **_: Any) -> None:
-    """In the parent, before it takes work: what its predecessor of the same name held when it was killed."""
+    """In the parent, before it takes work: references are whole, and what its predecessor of the same name held when
+    it was killed is given back. Ends the worker with NOT_STARTED where a reference is not whole."""
     settings = WorkerSettings()
+    try:
+        open_references(settings).check()
+    except CorruptReference as error:
+        log.critical("not started: %s: %s", error.code, error)
+        raise SystemExit(NOT_STARTED) from None
     open_objects(settings).sweep()
     if settings.log_format == "json":
         sender.quiet = True  # no banner: it is text
@@ -316,6 +356,10 @@ def _run_claimed(bench: Bench, claim: Claim) -> None:
         log.warning("%s: attempt %d was taken over", job_id, claim.attempt)
     except SoftTimeLimitExceeded:
         bench.jobs.release(job_id, claim.attempt, "It took too long.", code="time_limit")
+    except OverLimit as error:
+        # Ours and not the customer's: what the gateway accepted is within the limits that are told to customers.
+        log.error("%s: attempt %d: %s %s", job_id, claim.attempt, error.code, error)
+        bench.jobs.release(job_id, claim.attempt, error.message, code=error.code)
     except Exception as error:
         log.exception("%s: attempt %d failed", job_id, claim.attempt)
         # Only codes of ours: SQLAlchemy's errors have a `code` as well.
@@ -327,14 +371,14 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
     started = time.time()
     beat.report("fetch")
     began = time.monotonic()
-    reference = bench.reference(claim.reference_id)
+    reference, _ = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
     with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
         patching = claim.request.mode == "patch"
         fetched = time.monotonic()
-        report = realign(
-            desk.adapter,
+        report = bench.engine.realign(
             reference,
+            desk.adapter,
             claim.request.method,
             desk.result if patching else None,
             strengths=claim.request.strengths,
@@ -403,9 +447,10 @@ def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], re
     outputs: dict[str, str] = {}
     for adapter, name in zip(made, names, strict=False):  # none was made where the job only measured
         outputs |= record_digests(adapter.files, name)
+    _, manifest = bench.reference(claim.reference_id)
     statement = make_statement(
         report,
-        bench.reference(claim.reference_id).manifest,
+        manifest,
         invocation=Invocation(id=f"{claim.id}/{claim.attempt}", builder=bench.settings.builder_id, started=started),
         outputs=outputs,
         inputs=input_digests(desk.adapter, report),

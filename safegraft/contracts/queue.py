@@ -4,3 +4,5 @@ A message says that there is work; whose turn it is, the worker asks the job rec
 
 REALIGN_TASK = "safegraft.realign"
 REALIGN_QUEUE = "safegraft.realign"
+# The exit status of a worker that cannot start until somebody has done something: sysexits' EX_CONFIG.
+NOT_STARTED = 78

@@ -51,7 +51,7 @@ from safegraft.engine.parallel import each, one_thread_each
 from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
 from safegraft.errors import Incompatible, SystemFault
-from safegraft.files import atomic_folder, sha256_file
+from safegraft.files import atomic_folder, sha256_file, side_car_folder
 
 Progress = Callable[[str, int, int], None]
 OutputRank = Literal["customer", "exact"]
@@ -157,11 +157,6 @@ def versions() -> dict[str, str]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
     }
-
-
-def side_car_folder(out: Path) -> Path:
-    """Where a method's side-car lies: beside the adapter, because servers want one .safetensors in an adapter's."""
-    return out.with_name(f"{out.name}.side_car")
 
 
 def detect_kinship(

@@ -55,6 +55,8 @@ STAGES = {"fetch": 0.05, "compare": 0.3, "score": 0.15, "patch": 0.4, "publish":
 Api = Literal["realignments", "fine_tuning"]
 # The event of an operator's requeue.
 REVIVED = "revived"
+# The event of an attempt that a planned stop ended: it does not count.
+HANDED_BACK = "handed_back"
 
 
 @dataclass(frozen=True)
@@ -521,6 +523,18 @@ class JobStore:
             ).all()
             return [row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason)]
 
+    def hand_back(self, worker: str, reason: str) -> list[str]:
+        """Like `release_all`, by a worker that is told to stop: the attempts are not held against the jobs."""
+        with self._engine.begin() as connection:
+            rows = connection.execute(
+                select(realignments.c.id, realignments.c.attempt).where(
+                    realignments.c.state == "running", realignments.c.worker == worker
+                )
+            ).all()
+            return [
+                row.id for row in rows if self._give_back(connection, row.id, row.attempt, reason, kind=HANDED_BACK)
+            ]
+
     # What operators and owners ask about ended jobs
 
     def requeue(self, job_id: str) -> int:
@@ -581,6 +595,7 @@ class JobStore:
         reason: str,
         code: str = "worker_lost",
         pause: float = 0.0,
+        kind: str = "requeued",
     ) -> bool:
         row = connection.execute(select(realignments).where(_mine(job_id, attempt)).with_for_update()).one_or_none()
         if row is None:
@@ -588,7 +603,11 @@ class JobStore:
         if row.cancel_requested:
             _end(connection, _mine(job_id, attempt), job_id, "cancelled", expires_at=self._expiry())
             _note(connection, job_id, "cancelled", f"{reason} It had been cancelled.")
-        elif attempt >= self._max_attempts and attempt - _forgiven(connection, job_id) >= self._max_attempts:
+        elif (
+            kind != HANDED_BACK
+            and attempt >= self._max_attempts
+            and attempt - _forgiven(connection, job_id) >= self._max_attempts
+        ):
             failure = Failure(code=code, message=f"{reason} {attempt} attempts were made.", fault="system")
             found = failure.model_dump(mode="json")
             _end(connection, _mine(job_id, attempt), job_id, "dead", error=found, expires_at=self._expiry())
@@ -599,7 +618,7 @@ class JobStore:
                 .where(_mine(job_id, attempt))
                 .values(state="queued", lease_until=None, next_at=now() + pause, announced=0, progress=WAITING)
             )
-            _note(connection, job_id, "requeued", f"{reason} It is tried again.", {"attempt": attempt})
+            _note(connection, job_id, kind, f"{reason} It is tried again.", {"attempt": attempt})
         return True
 
 
@@ -632,14 +651,17 @@ def _draining(worker: str) -> ColumnElement[bool]:
 
 
 def _forgiven(connection: Connection, job_id: str) -> int:
-    """How many attempts had been made when an operator queued the job again."""
-    data = connection.execute(
-        select(events.c.data)
-        .where(events.c.realignment_id == job_id, events.c.type == REVIVED)
-        .order_by(events.c.sequence.desc())
-        .limit(1)
-    ).scalar_one_or_none()
-    return int(data["attempt"]) if data else 0
+    """How many attempts do not count: those before an operator queued the job again, and since then those that a
+    worker's planned stop ended."""
+    rows = connection.execute(
+        select(events.c.type, events.c.data)
+        .where(events.c.realignment_id == job_id, events.c.type.in_((REVIVED, HANDED_BACK)))
+        .order_by(events.c.sequence)
+    ).all()
+    forgiven = 0
+    for row in rows:
+        forgiven = int(row.data["attempt"]) if row.type == REVIVED else forgiven + 1
+    return forgiven
 
 
 def made_adapters(result: Mapping[str, Any] | None) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safegraft.adapter import AdapterDescription
-from safegraft.bundle import MANIFEST, parse_manifest, read_manifest, reference_id, verify_bundle
+from safegraft.bundle import MANIFEST, RESTORE, parse_manifest, read_manifest, reference_id, verify_bundle
 from safegraft.compatibility import check_base
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.errors import CorruptReference, Incompatible, InvalidParameter, NotFound, StorageFault, UserError
@@ -82,6 +82,31 @@ class ReferenceRegistry:
 
     def discard_copy(self, wanted: str) -> None:
         """To be told that the files in `folder` are broken: where they are a copy, the next use brings a new one."""
+
+    def check(self) -> None:
+        """Re-hashes every bundle that lies on this machine; one that is removed meanwhile counts for nothing.
+
+        Raises CorruptReference: the first file that is missing, differs, or belongs to no bundle. What another version
+        of safegraft wrote is no fault: it is left out, as by `installed`.
+        """
+        for folder in sorted(self._root.glob("ref_*")):
+            if ID.fullmatch(folder.name) is None:
+                continue
+            try:
+                self._check(folder)
+            except (CorruptReference, FileNotFoundError) as error:
+                if folder.exists() and getattr(error, "code", "") != "reference_version":
+                    raise
+
+    def _check(self, folder: Path) -> None:
+        if not (folder / MANIFEST).is_file():
+            raise CorruptReference(
+                f"{folder / MANIFEST} is missing: a manifest whose SHA-256 begins with {folder.name[4:]} was added.",
+                param=str(folder / MANIFEST),
+                hint=RESTORE,
+            )
+        self._read(folder)
+        verify_bundle(folder, alone=True)
 
     def add(self, folder: Path) -> Installed:
         """Verifies a bundle and copies it in. Adding it again changes nothing."""
@@ -203,6 +228,15 @@ class SharedReferences(ReferenceRegistry):
                 sync_folder(self._root)
         return target
 
+    def check(self) -> None:
+        """Copies that broke are thrown away: the next use brings new ones, and verifies them."""
+        for folder in sorted(self._root.glob("ref_*")):
+            try:
+                self._check(folder)
+            except CorruptReference as error:
+                log.warning("%s: this machine's copy is thrown away: %s", folder.name, error)
+                self.discard_copy(folder.name)
+
     def discard_copy(self, wanted: str) -> None:
         if ID.fullmatch(wanted):
             with self._bringing(wanted):
@@ -277,7 +311,12 @@ def open_references(settings: SharedSettings, objects: Objects | None = None) ->
 def _checked(folder: Path, found: tuple[ReferenceManifest, str], where: str) -> Installed:
     manifest, sha256 = found
     if folder.name != reference_id(sha256):
-        raise CorruptReference(f"{where} is not the manifest that was added.", param=folder.name)
+        raise CorruptReference(
+            f"{where} is not the manifest that was added: its SHA-256 is {sha256}, and should begin with "
+            f"{folder.name[4:]}.",
+            param=where,
+            hint=RESTORE,
+        )
     return Installed(folder.name, sha256, folder, manifest)
 
 

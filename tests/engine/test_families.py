@@ -27,9 +27,10 @@ from safegraft.contracts.report import Report
 from safegraft.engine import models
 from safegraft.engine.build import placeholder
 from safegraft.engine.conversations import Conversation, encode
-from safegraft.engine.pipeline import SIDE_CAR, OutputRank, realign, side_car_folder
+from safegraft.engine.pipeline import SIDE_CAR, OutputRank, realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import InvalidParameter
+from safegraft.files import side_car_folder
 from tests import tiny
 from tests.engine.families import COLUMNS, FAMILIES, HEADS, ROWS, Stand, Workshop, shared
 

@@ -317,6 +317,37 @@ def test_after_the_last_attempt_the_failure_is_ours(store: JobStore, engine: Eng
     assert kinds(store, job_id) == ["created", *["started", "requeued"] * 2, "started", "failed"]
 
 
+def test_what_a_planned_stop_hands_back_does_not_count(store: JobStore, engine: Engine) -> None:
+    """Three attempts are allowed: two are lost, and one is handed back between them."""
+    job_id = queued(store)
+    for lose in (True, False, True):
+        assert store.claim(job_id, "w1") is not None
+        if lose:
+            assert store.release_from(job_id, "w1", "Its worker process died.") == [job_id]
+        else:
+            assert store.hand_back("w2", "Its worker was stopped.") == []
+            assert store.hand_back("w1", "Its worker was stopped.") == [job_id]
+            assert store.due(10) == [job_id]  # at once
+        assert store.get("t", job_id).status == "queued"
+    claim = store.claim(job_id, "w1")
+    assert claim is not None
+    assert claim.attempt == 4  # the number still fences
+    assert store.heartbeat(job_id, 4, Progress(stage="score", done=1, total=2)) is False
+    with pytest.raises(LostLease):
+        store.heartbeat(job_id, 2, Progress(stage="score", done=1, total=2))
+    assert store.release_from(job_id, "w1", "Its worker process died.") == [job_id]
+    assert store.get("t", job_id).status == "failed"
+    ways = ["requeued", "handed_back", "requeued", "failed"]
+    assert kinds(store, job_id) == ["created", *[kind for way in ways for kind in ("started", way)]]
+
+
+def test_a_cancelled_job_that_is_handed_back_is_cancelled(store: JobStore) -> None:
+    claim = claimed(store, "w1")
+    store.cancel("t", claim.id)
+    assert store.hand_back("w1", "Its worker was stopped.") == [claim.id]
+    assert store.get("t", claim.id).status == "cancelled"
+
+
 def test_a_job_is_given_back_only_from_the_worker_that_holds_it(store: JobStore) -> None:
     claim = claimed(store, "w1")
     assert store.release_from(claim.id, "w2", "It died.") == []

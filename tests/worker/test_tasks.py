@@ -3,6 +3,7 @@
 import hashlib
 import io
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from safegraft.bundle import GRAM
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.realignment import Realignment, RealignmentCreate
 from safegraft.contracts.report import Report
-from safegraft.engine.pipeline import realign as run_engine
 from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
@@ -28,6 +28,7 @@ from safegraft.stores import quotas
 from safegraft.stores.garbage import weight
 from safegraft.stores.references import LIST_SECONDS, SHARED, SharedReferences, open_references
 from worker import tasks
+from worker.engine import Engine
 from worker.settings import WorkerSettings
 from worker.tasks import Bench, run_job
 
@@ -37,9 +38,9 @@ TENANT = "t"
 class Shop:
     """A bench with a customer."""
 
-    def __init__(self, data: Path, **settings: Any) -> None:
+    def __init__(self, data: Path, engine: Engine | None = None, **settings: Any) -> None:
         self.data = data
-        self.bench = Bench(WorkerSettings(data=data, **settings))
+        self.bench = Bench(WorkerSettings(data=data, **settings), engine)
         self.jobs = self.bench.jobs
         self.reference = ""
 
@@ -66,12 +67,12 @@ class Shop:
         else:
             shutil.rmtree(registry.folder(self.reference))
 
-    def upload(self, folder: Path) -> Adapter:
+    def upload(self, folder: Path, dropped: str = "run.py") -> Adapter:
         adapter_id = new_id("adp")
         made = self.data / "upload"
         shutil.rmtree(made, ignore_errors=True)
         shutil.copytree(folder, made)
-        record = adapter_record(adapter_id, "mine", made, describe(made), dropped=["run.py"], origin=Origin())
+        record = adapter_record(adapter_id, "mine", made, describe(made), dropped=[dropped], origin=Origin())
         self.bench.objects.publish(made, f"adapters/{adapter_id}")
         self.bench.adapters.add(record, TENANT, f"adapters/{adapter_id}")
         return record
@@ -117,10 +118,18 @@ class Shop:
         run_job(self.bench, job_id)
 
 
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """One process for all tests here: each has a reference in a folder of its own."""
+    engine = Engine(WorkerSettings())
+    yield engine
+    engine.close()
+
+
 @pytest.fixture
-def shop(tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+def shop(tmp_path: Path, bundle: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     monkeypatch.setenv("SAFEGRAFT_WORKER_NAME", "w1")
-    shop = Shop(tmp_path / "data", max_attempts=2)
+    shop = Shop(tmp_path / "data", engine, max_attempts=2)
     shop.reference = shop.bench.registry.add(bundle).id
     yield shop
     # Whatever happened: nothing of an attempt is left.
@@ -134,7 +143,7 @@ def ordered(shop: Shop, fresh: Path) -> str:
 
 def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], None]) -> None:
     """Calls act(stage, done) before each progress report of the engine."""
-    real = run_engine
+    real = Engine.realign
 
     def realign(*args: Any, progress: Any, **options: Any) -> Report:
         def report(stage: str, done: int, total: int) -> None:
@@ -143,7 +152,7 @@ def during(monkeypatch: pytest.MonkeyPatch, act: Callable[[str, int], None]) -> 
 
         return real(*args, progress=report, **options)
 
-    monkeypatch.setattr(tasks, "realign", realign)
+    monkeypatch.setattr(Engine, "realign", realign)
 
 
 def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> None:
@@ -370,7 +379,7 @@ def test_a_heartbeat_keeps_a_job_that_takes_longer_than_its_lease(
     tmp_path: Path, shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even one that reports nothing new for so long, while a reaper looks all the time."""
-    short = Shop(shop.data, lease_seconds=2.0, max_attempts=2)
+    short = Shop(shop.data, shop.bench.engine, lease_seconds=2.0, max_attempts=2)
     begun: list[str] = []
 
     def once_slowly(stage: str, done: int) -> None:
@@ -429,14 +438,15 @@ def test_references_stay_in_memory_up_to_the_limit(shop: Shop, bundle: Path, tmp
     second = shop.bench.registry.add(other).id
     assert second != shop.reference
     shop.bench.settings.loaded_references = 1
-    first = shop.bench.reference(shop.reference)
-    assert shop.bench.reference(shop.reference) is first
-    assert shop.bench.reference(second).id == second
-    assert shop.bench.reference(shop.reference) is not first
+    first, loaded = shop.bench.reference(shop.reference)
+    assert shop.bench.reference(shop.reference)[1] is loaded
+    assert shop.bench.reference(second)[1].name == "other"
+    assert list(shop.bench.engine.loaded) == [str(shop.bench.registry.folder(second))]
+    assert shop.bench.reference(shop.reference)[1] is not loaded
+    assert list(shop.bench.engine.loaded) == [str(first)]
     shop.bench.settings.loaded_references = 2
     shop.bench.warm()
-    warmed = shop.bench.reference(second)
-    assert shop.bench.reference(second) is warmed
+    assert set(shop.bench.engine.loaded) == {str(first), str(shop.bench.registry.folder(second))}
 
 
 def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,6 +464,35 @@ def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkey
     assert shop.job(ordered).status == "running"
     tasks.lost(sender=tasks.realign_job, args=[ordered], exception=WorkerLostError("signal 9"))
     assert shop.job(ordered).status == "failed"  # it was the last attempt
+
+
+@pytest.mark.parametrize(
+    ("act", "code"), [("eat_a_tensor", "out_of_memory"), ("spin", "time_limit"), ("write", "file_limit")]
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fresh: Path, act: str, code: str) -> None:
+    limits: dict[str, Any] = {
+        "job_memory_bytes": 2**30,
+        "job_cpu_seconds": 2,
+        "job_file_bytes": 2**23,
+        "max_attempts": 2,
+    }
+    engine = Engine(WorkerSettings(**limits), "tests.worker.hostile")
+    hostile = Shop(shop.data, engine, **limits)
+    hostile.reference = shop.reference
+    job_id = hostile.order(hostile.upload(fresh, dropped=act).id)
+    run_job(hostile.bench, job_id)
+    assert hostile.job(job_id).status == "queued"
+    hostile.resume(job_id)
+    job = hostile.job(job_id)
+    assert (job.status, job.attempt) == ("failed", 2)
+    assert job.error is not None
+    assert (job.error.code, job.error.fault) == (code, "system")
+    # The next job is served.
+    served = hostile.order(hostile.upload(fresh).id)
+    run_job(hostile.bench, served)
+    assert hostile.job(served).status == "succeeded"
+    engine.close()
 
 
 def test_several_strengths_become_several_adapters_and_one_report(shop: Shop, fresh: Path) -> None:
