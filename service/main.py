@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from safegraft import logs
+from safegraft import failpoints, logs
 from service.app import create_app
 from service.settings import GatewaySettings
 
@@ -16,4 +16,5 @@ def app() -> FastAPI:
         where = ".".join(str(part) for part in first["loc"])
         raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
     logs.setup(settings.log_format)
+    failpoints.arm()
     return create_app(settings)
