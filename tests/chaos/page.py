@@ -18,14 +18,9 @@ HEADS = ("lost", "doubled", "wrong", "another tenant's", "5xx without a code", "
 
 
 def result_of(score: Score, seconds: float) -> dict[str, Any]:
-    found = {
-        "faults": score.faults,
-        "tried": score.tried,
-        **{kind: score.counts[kind] for kind in KINDS},
-        "seconds": round(seconds),
-        "note": score.note,
-        "left_out": score.left_out,
-    }
+    found: dict[str, Any] = {"faults": score.faults, "tried": score.tried}
+    found |= {str(kind): score.counts[kind] for kind in KINDS}
+    found |= {"seconds": round(seconds), "note": score.note, "left_out": score.left_out}
     return found | ({"found": score.found[:20]} if score.found else {})
 
 
