@@ -2,14 +2,15 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from tests.chaos.ground import TENANTS, Ground
+from tests.chaos.ground import TENANTS, Ground, Stuck
 
 METHODS: tuple[dict[str, Any], ...] = (
     {"type": "gram"},
@@ -83,19 +84,23 @@ def run(plan: Plan, ground: Ground, say: Callable[[str], None]) -> None:
         for fault in plan.faults:
             if fault.before == number:
                 _strike(ground, fault, waking)
-        ground.until(lambda: ground.open_jobs() < OPEN or _woken(waking), "room for a job", 180)
+        _await_room(ground, waking)
         ground.order(job.tenant, job.adapter, job.method)
         if number % 50 == 49:
             say(f"  {number + 1} jobs ordered, {ground.injected} faults")
 
 
-def _woken(waking: dict[int, list[int]]) -> bool:
-    """Nothing moves any more when both workers are stopped: the next one to go on does so now."""
-    if not waking:
-        return False
-    for process in waking.pop(min(waking)):
-        _signal(process, signal.SIGCONT)
-    return False
+def _await_room(ground: Ground, waking: dict[int, list[int]]) -> None:
+    """Until another job may be ordered. Where both workers are stopped nothing moves: the next one then goes on."""
+    while True:
+        try:
+            ground.until(lambda: ground.open_jobs() < OPEN, "room for a job", 20 if waking else 300)
+            return
+        except Stuck:
+            if not waking:
+                raise
+        for process in waking.pop(min(waking)):
+            _signal(process, signal.SIGCONT)
 
 
 def _strike(ground: Ground, fault: Fault, waking: dict[int, list[int]]) -> None:
@@ -130,12 +135,5 @@ def _strike(ground: Ground, fault: Fault, waking: dict[int, list[int]]) -> None:
 
 
 def _signal(process: int, number: signal.Signals) -> None:
-    import os
-    from contextlib import suppress
-
     with suppress(ProcessLookupError):
         os.kill(process, number)
-
-
-def attack(ground: Ground, corpus: Any, wrong: Callable[[str, str], None], folder: Path) -> None:
-    """Row 12: uploads every hostile case, which must be refused with a code."""
