@@ -1,6 +1,7 @@
 """`python -m tests.chaos [--rows 1,5] [--seed N] [--quick]`: runs rows, prints what was counted, writes it down."""
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -19,6 +20,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round of each fault; writes nothing down")
     parser.add_argument("--keep", type=Path, help="a folder for logs and data; else they are thrown away")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything below is ended, too
     numbers = [int(part) for part in given.rows.split(",") if part] or list(rows.ROWS)
     red = 0
     with tempfile.TemporaryDirectory(prefix="safegraft-chaos-") as name:
