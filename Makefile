@@ -7,12 +7,13 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-scaled check bench bench-load openapi format clean
+.PHONY: help setup demo test test-scaled chaos check bench bench-load openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the whole test suite"
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
+	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
 	@echo "make methods  writes the tables of docs/methods.md"
@@ -50,6 +51,10 @@ test: .venv/.ready
 SCALED_TESTS ?= tests/stores tests/service tests/worker
 test-scaled: .venv/.ready
 	@$(BIN)/python -m tests.scaled -- -n $(PROCESSES) --dist loadfile $(SCALED_TESTS)
+
+# For example CHAOS="--rows 1,5 --quick"; see docs/reliability.md.
+chaos: .venv/.ready
+	@$(BIN)/python -m tests.chaos $(CHAOS)
 
 check: .venv/.check
 	$(BIN)/ruff format --check .

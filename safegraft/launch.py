@@ -142,12 +142,13 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
         broker, url = broker_child(data, sockets, environment)
         children.append(broker)
     environment |= {"SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": url, "SAFEGRAFT_DEVICE": plan.device}
+    environment |= {"SAFEGRAFT_DEV": "1" if plan.dev else "0"}
     environment |= {"SAFEGRAFT_SIGNING_KEY": str(plan.signing_key.resolve())} if plan.signing_key is not None else {}
     folder = hashlib.sha256(f"{socket.gethostname()}:{data}".encode()).hexdigest()[:12]
     threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))
     gateway = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--host", plan.host]
     gateway += ["--port", str(plan.port), "--timeout-graceful-shutdown", "10"]
-    children.append(Child("gateway", gateway, environment | {"SAFEGRAFT_DEV": "1" if plan.dev else "0"}))
+    children.append(Child("gateway", gateway, environment))
     for number in range(1, plan.workers + 1):
         name = f"worker{number}"
         command = [

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 from pydantic import ValidationError
 
-from safegraft import logs
+from safegraft import failpoints, logs
 from safegraft.errors import SafegraftError
 from safegraft.stores.database import open_database
 from service.app import create_app
@@ -18,6 +18,7 @@ def app() -> FastAPI:
         where = ".".join(str(part) for part in first["loc"])
         raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
     logs.setup(settings.log_format)
+    failpoints.arm()
     try:
         # Also opened when the app starts; but what is raised there comes as a page of traceback.
         open_database(settings.database, upgrade=settings.database_upgrade).dispose()

@@ -8,6 +8,7 @@ import logging
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from safegraft import failpoints
 from safegraft.contracts.queue import REALIGN_QUEUE, REALIGN_TASK
 from safegraft.stores.jobs import JobStore
 from service.settings import GatewaySettings
@@ -66,6 +67,8 @@ class Dispatcher:
             log.warning("%s: its worker fell silent", job_id)
         room = self._limit - self._jobs.waiting()
         due = self._jobs.due(room) if room > 0 else []
+        if due:
+            failpoints.hit("dispatcher.due")
         for sent, job_id in enumerate(due):
             try:
                 self._queue.submit(job_id)

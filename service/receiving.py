@@ -20,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from safegraft import failpoints
 from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
@@ -129,6 +130,7 @@ class Sink:
         self._check(self.size)
         if self._sha256 is not None:
             self._sha256.update(data)
+        failpoints.hit("gateway.receiving")
         self._file.write(data)
 
     def digest(self) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 
+from safegraft import failpoints
 from safegraft.adapter import WEIGHTS
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.files import AdapterFromFiles
@@ -108,6 +109,7 @@ def _keep(here: Services, asking: Principal, adapter: Adapter, folder: Path) -> 
     """Bytes first, then the record that names them."""
     prefix = adapter_prefix(asking.tenant, adapter.id)
     here.objects.publish(folder, prefix)
+    failpoints.hit("gateway.stored")
     try:
         return here.adapters.add(adapter, asking.tenant, prefix, max_bytes=quota_of(here, asking))
     except BaseException:

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from benchmarks import load
+from tests.chaos import page as scoreboard
+from tests.chaos.invariants import KINDS
+from tests.chaos.rows import ROWS
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,3 +67,17 @@ def test_the_tests_that_the_page_on_security_names_are_there() -> None:
 def test_the_page_on_security_is_linked_from_where_people_look() -> None:
     for name in ("README.md", "CONTRIBUTING.md"):
         assert "docs/security.md" in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_scoreboard_of_reliability_is_that_which_was_counted() -> None:
+    results = json.loads(scoreboard.RESULTS.read_text(encoding="utf-8"))
+    page = scoreboard.PAGE.read_text(encoding="utf-8")
+    assert scoreboard.shown(results, page) == page
+    assert list(results["rows"]) == [str(number) for number in ROWS]
+    assert results["machine"] in page
+    # What the page promises.
+    for number, row in results["rows"].items():
+        assert row["title"] == ROWS[int(number)][0]
+        for seed, run in row["seeds"].items():
+            assert [run[kind] for kind in KINDS] == [0] * len(KINDS), (number, seed)
+            assert run["tried"] > 0 or run["left_out"], number

@@ -29,7 +29,7 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from safegraft import logs, tracing
+from safegraft import failpoints, logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.methods import strength_name
@@ -159,6 +159,8 @@ class Heartbeat:
     def report(self, stage: str, done: int = 0, total: int = 0) -> None:
         """Notes where the work is. Raises Cancelled or LostLease."""
         self._attempt.stage(stage)
+        if stage == "patch" and done:
+            failpoints.hit("worker.patching")
         self._progress = Progress(stage=stage, done=done, total=total)
         if self._lost:
             raise LostLease(f"{self._claim.id}: attempt {self._claim.attempt} was taken over.")
@@ -203,6 +205,7 @@ def realign_job(task: BenchTask, ticket: str) -> None:
 def configure_logging(**_: Any) -> None:
     """In every process of the worker, instead of Celery's own handlers."""
     logs.setup(WorkerSettings().log_format)
+    failpoints.arm()
 
 
 @celeryd_after_setup.connect
@@ -328,6 +331,7 @@ def _job_store() -> Iterator[JobStore]:
 def run_job(bench: Bench, ticket: str) -> None:
     """One attempt at the job whose turn it is. Whatever happens, the record says it afterwards; nothing is raised but
     for a kill."""
+    failpoints.hit("worker.received")
     claim = bench.jobs.claim_next(worker_name(), ticket)
     if claim is None:
         log.info("%s: nothing to do", ticket)
@@ -338,6 +342,7 @@ def run_job(bench: Bench, ticket: str) -> None:
 
 def _run_claimed(bench: Bench, claim: Claim) -> None:
     job_id = claim.id
+    failpoints.hit("worker.claimed")
     log.info("%s: attempt %d", job_id, claim.attempt)
     began = time.monotonic()
     try:
@@ -374,6 +379,7 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
     reference, _ = bench.reference(claim.reference_id)
     customer = bench.adapters.get(claim.tenant, claim.adapter_id)
     with workspace(bench.objects, claim, bench.adapters.prefix(claim.tenant, claim.adapter_id)) as desk:
+        failpoints.hit("worker.fetched")
         patching = claim.request.mode == "patch"
         fetched = time.monotonic()
         report = bench.engine.realign(
@@ -389,6 +395,7 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
         beat.report("publish")
         publishing = time.monotonic()
         render(report, desk.report / "report")
+        failpoints.hit("worker.written")
         timings = {**report.timings, "fetch": fetched - began, "render": time.monotonic() - publishing}
         _publish(bench, claim, desk, customer, report, timings, started)
 
@@ -424,6 +431,7 @@ def _publish(
         remove_or_leave(bench.objects, prefix)
         raise
     timings = {**timings, "publish": time.monotonic() - began}
+    failpoints.hit("worker.published")
     # The commit point: files without this row are never shown, and this row is only written once.
     if not bench.jobs.succeed(
         claim.id,
@@ -439,6 +447,7 @@ def _publish(
     ):
         remove_or_leave(bench.objects, prefix)
         raise LostLease(f"{claim.id}: attempt {claim.attempt} was taken over before it could publish.")
+    failpoints.hit("worker.committed")
 
 
 def _attest(bench: Bench, claim: Claim, desk: Workspace, made: list[Adapter], report: Report, started: float) -> None:

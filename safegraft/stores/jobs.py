@@ -22,6 +22,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, ins
 from sqlalchemy.engine import Connection, Engine, Row
 from sqlalchemy.exc import IntegrityError
 
+from safegraft import failpoints
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.realignment import (
     Event,
@@ -184,6 +185,8 @@ class JobStore:
                     )
                 connection.execute(insert(realignments).values(**row))
                 _note(connection, job_id, "created", "Queued.")
+                failpoints.hit("gateway.creating")
+            failpoints.hit("gateway.created")
         except IntegrityError:
             first = self.replay(tenant, sent, idempotency_key) if idempotency_key is not None else None
             if first is None:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from safegraft import failpoints
 from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, AdapterDescription, pair_modules, parse_config
 from safegraft.errors import InvalidParameter, NotFound, SafegraftError, StorageFault
 from safegraft.files import CHUNK, atomic_file, sync_folder, sync_tree
@@ -116,6 +117,7 @@ class LocalObjects:
         """Moves a finished folder to its prefix, in one step. A leftover of an earlier try is replaced."""
         target = self._folder(prefix)
         try:
+            failpoints.hit("store.publish")
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)

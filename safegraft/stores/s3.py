@@ -18,6 +18,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
+from safegraft import failpoints
 from safegraft.errors import InvalidParameter, NotFound, StorageFault
 from safegraft.files import CHUNK
 from safegraft.settings import SharedSettings
@@ -55,6 +56,7 @@ class S3Objects:
         """Uploads all files of a folder, which stays. A leftover of an earlier try is removed first."""
         checked_prefix(prefix)
         try:
+            failpoints.hit("store.publish")
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             if not paths:
                 raise FileNotFoundError(2, "the folder holds no files")
