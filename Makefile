@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-scaled check bench bench-load openapi format clean
+.PHONY: help setup demo test test-scaled check bench bench-load fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
+	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
@@ -67,6 +68,14 @@ bench: .venv/.ready
 
 bench-load: .venv/.ready
 	@$(BIN)/python -m benchmarks.load
+
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.fuzz
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --out var/fuzz.json
+
+.venv/.fuzz: .venv/.ready
+	@$(PIP) --editable '.[engine,embedded,scaled,otel,test,fuzz]'
+	@touch $@
 
 openapi: .venv/.ready
 	@$(BIN)/python -m service.export openapi/openapi.json

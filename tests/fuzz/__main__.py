@@ -33,7 +33,9 @@ INSTRUMENTED = ["safegraft", "zipfile", "tarfile", "json"]
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description="Fuzzes the parsers of uploads.")
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all where none is named")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all where none is named"
+    )
     parser.add_argument("--seconds", type=int, default=600, help="of each target")
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
@@ -45,9 +47,22 @@ def main() -> int:
     result = {"machine": machine(), "seconds": given.seconds, "rss_limit_mb": RSS_LIMIT, "targets": found}
     text = json.dumps(result, indent=2) + "\n"
     if given.out is not None:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(text)
     sys.stdout.write(text)
     return 1 if any(target["findings"] for target in found.values()) else 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as docs/fuzzing.md shows them."""
+    rows = ["| target | seconds | executions | edges | features | lines run | peak memory | found |", "|---" * 8 + "|"]
+    for name, target in result["targets"].items():
+        run = ", ".join(f"{lines['run']} of {lines['of']} of `{of}`" for of, lines in target["lines"].items())
+        rows.append(
+            f"| `{name}` | {target['seconds']} | {target['executions']:,} | {target['coverage_edges']} | "
+            f"{target['coverage_features']} | {run} | {target['peak_rss_mb']} MiB | {len(target['findings'])} |"
+        )
+    return "\n".join(rows)
 
 
 def machine() -> dict[str, Any]:

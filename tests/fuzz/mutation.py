@@ -12,7 +12,8 @@ Blindly = Callable[[bytes, int], bytes]
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 4, 2**31, 2**48, 2**63, 2**64, 10**30, 1e-320, 1e300, float("nan"), float("inf"), "",
     "a", "none", "q_proj", "LORA", "(a+)+", "(", "[a", "a{3}", ".*", r"\d", "|", "\0", "\ud800", "\u202e", "x" * 600,
-    [], {}, [[]], [0], [0, 0], [0, 128], ["q_proj"], {"q_proj": 4}, {".*": 1.5}, "F32", "BF16", "F8_E5M2", "__metadata__",
+    [], {}, [[]],
+    [0], [0, 0], [0, 128], ["q_proj"], {"q_proj": 4}, {".*": 1.5}, "F32", "BF16", "F8_E5M2", "__metadata__",
 ]  # fmt: skip
 
 
@@ -75,10 +76,7 @@ def safetensors_file(raw: bytes, most: int, rng: random.Random, blindly: Blindly
         return blindly(raw, most)
     length = int.from_bytes(raw[:8], "little")
     header, data = raw[8 : 8 + length], raw[8 + length :]
-    if rng.random() < 0.3:
-        header = blindly(header, most // 2)
-    else:
-        header = json_like(header, rng, known)
+    header = blindly(header, most // 2) if rng.random() < 0.3 else json_like(header, rng, known)
     if rng.random() < 0.3:
         data = data[: rng.randrange(len(data) + 1)] + bytes(rng.choice([0, 0, 1, 4, 128]))
     return framed(header, data)[:most]

@@ -13,9 +13,11 @@ def only_user_errors(parse: Callable[[], object]) -> str:
     try:
         parse()
     except UserError as error:
-        assert error.code != error.default_code, f"{type(error).__name__} without a code of its own: {error}"
-        for text in (error.message, error.param or ""):
-            assert len(text) < MAX_SHOWN, f"{error.code} shows {len(text)} characters"
-            assert text.isprintable(), f"{error.code} shows what is not printable: {text!a}"
-        return error.code
-    return ""
+        found = error
+    else:
+        return ""
+    assert found.code != found.default_code, f"{type(found).__name__} without a code of its own: {found}"
+    for text in (found.message, found.param or ""):
+        assert len(text) < MAX_SHOWN, f"{found.code} shows {len(text)} characters"
+        assert text.isprintable(), f"{found.code} shows what is not printable: {text!a}"
+    return found.code

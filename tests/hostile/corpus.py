@@ -83,8 +83,23 @@ DUPLICATED = f'{{"{A}":1,"{A}":1}}'.encode()
 
 def cases() -> list[Case]:
     """All of them, in a fixed order."""
-    return [*_headers(), *_names(), *_pickles(), *_values(), *_shapes(), *_configs(), *_hooks(), *_patterns(),
-            *_labels(), *_tars(), *_tar_headers(), *_zips(), *_bombs(), *_archives(), *_folders()]  # fmt: skip
+    return [
+        *_headers(),
+        *_names(),
+        *_pickles(),
+        *_values(),
+        *_shapes(),
+        *_configs(),
+        *_hooks(),
+        *_patterns(),
+        *_labels(),
+        *_tars(),
+        *_tar_headers(),
+        *_zips(),
+        *_bombs(),
+        *_archives(),
+        *_folders(),
+    ]
 
 
 def _weights(name: str, raw: bytes, code: str, why: str) -> Case:
@@ -243,8 +258,12 @@ def _headers() -> list[Case]:
         _weights(
             "header/offset-of-2^63", header(data_offsets=[2**63, 2**63 + 128]), "bad_offsets", "overflows when added"
         ),
-        _weights("header/offset-of-10^4000", header(data_offsets=[0, 10**4000]), "bad_offsets", "overflows, and is long"),
-        _weights("header/negative-offsets", header(data_offsets=[-128, 0]), "bad_offsets", "reads before the beginning"),
+        _weights(
+            "header/offset-of-10^4000", header(data_offsets=[0, 10**4000]), "bad_offsets", "overflows, and is long"
+        ),
+        _weights(
+            "header/negative-offsets", header(data_offsets=[-128, 0]), "bad_offsets", "reads before the beginning"
+        ),
         _weights("header/offsets-in-reverse", header(data_offsets=[128, 0]), "bad_offsets", "a negative length"),
         _weights("header/one-offset", header(data_offsets=[128]), "bad_offsets", "another form"),
         _weights(
@@ -254,7 +273,9 @@ def _headers() -> list[Case]:
             "2⁶⁴ elements are none in 64 bits",
         ),
         _weights("header/shape-of-2^60-times-0", header(shape=[2**60, 0]), "bad_shape", "no bytes, but huge"),
-        _weights("header/nine-dimensions", header(shape=[1] * 8 + [32]), "bad_shape", "more than readers have room for"),
+        _weights(
+            "header/nine-dimensions", header(shape=[1] * 8 + [32]), "bad_shape", "more than readers have room for"
+        ),
         _weights("header/negative-shape", header(shape=[-4, -8]), "bad_shape", "its product is right"),
         _weights("header/true-as-dimension", header(shape=[True, 32]), "bad_shape", "a number to Python alone"),
         _weights("header/fraction-as-dimension", header(shape=[4.0, 8]), "bad_shape", "a number to some"),
@@ -262,7 +283,7 @@ def _headers() -> list[Case]:
         _weights("header/dtype-list", header(dtype=["F32"]), "bad_dtype", "cannot be a key of a table"),
         _weights("header/dtype-of-100-kilobytes", header(dtype="F" * 10**5), "bad_dtype", "fills logs"),
         _weights("header/extra-field", header(codec="zip"), "bad_tensor_entry", "a format of tomorrow"),
-    ]  # fmt: skip
+    ]
 
 
 def _many(count: int) -> bytes:
@@ -333,7 +354,8 @@ def _pickles() -> list[Case]:
     torch_zip = zipped(Member(b"archive/data.pkl", b"\x80\x02cos\nsystem\n."), Member(b"archive/data/0", bytes(64)))
     return [
         *(
-            Case(f"pickle/protocol-{p}", pickled(p), "pickle_file", "an old .bin under a new name") for p in (2, 3, 4, 5)
+            Case(f"pickle/protocol-{p}", pickled(p), "pickle_file", "an old .bin under a new name")
+            for p in (2, 3, 4, 5)
         ),
         Case("pickle/protocol-0", pickled(0), "header_too_large", "text, whose first letters are a huge length"),
         _weights("pickle/torch-zip", torch_zip, "pickle_file", "what torch.save writes"),
@@ -352,7 +374,9 @@ def _pickles() -> list[Case]:
             "a header of 640 bytes begins with \\x80\\x02; it is none",
         ),
         _weights("pickle/gguf", b"GGUF\3\0\0\0" + bytes(64), "header_too_large", "another format of weights"),
-        _weights("pickle/hdf5", b"\x89HDF\r\n\x1a\n" + bytes(64), "header_too_large", "another format, with code in it"),
+        _weights(
+            "pickle/hdf5", b"\x89HDF\r\n\x1a\n" + bytes(64), "header_too_large", "another format, with code in it"
+        ),
         _weights("pickle/elf", b"\x7fELF\2\1\1\0" + bytes(64), "header_too_large", "a program"),
         _weights(
             "pickle/git-lfs-pointer",
@@ -412,10 +436,14 @@ def _shapes() -> list[Case]:
         _weights("shape/a-without-b", only(factor(A)), "missing_factor", "half a pair"),
         _weights("shape/b-without-a", only(factor(B)), "missing_factor", "half a pair"),
         _weights("shape/transposed", weights(a=(A, "F32", [8, 4], ones(32))), "rank_disagrees", "as other tools save"),
-        _weights("shape/int8", weights(a=(A, "I8", [4, 8], bytes(32))), "dtype_unsupported", "quantised, without scale"),
+        _weights(
+            "shape/int8", weights(a=(A, "I8", [4, 8], bytes(32))), "dtype_unsupported", "quantised, without scale"
+        ),
         _weights("shape/double", weights(a=(A, "F64", [4, 8], bytes(256))), "dtype_unsupported", "another dtype"),
         _weights("shape/float8", weights(a=(A, "F8_E4M3", [4, 8], bytes(32))), "dtype_unsupported", "another dtype"),
-        _weights("shape/bool", weights(a=(A, "BOOL", [4, 8], b"\2" * 32)), "dtype_unsupported", "neither true nor false"),
+        _weights(
+            "shape/bool", weights(a=(A, "BOOL", [4, 8], b"\2" * 32)), "dtype_unsupported", "neither true nor false"
+        ),
         _weights("shape/mixed-dtypes", weights(a=(A, "BF16", [4, 8], bytes(64))), "dtype_disagrees", "readers convert"),
         _weights("shape/untargeted", weights((other, "F32", [4, 8], ones(32))), "missing_factor", "smuggled along"),
         _weights(
@@ -439,7 +467,9 @@ def _shapes() -> list[Case]:
             "",
             "matches no layer of any base model: refused when it is to be realigned",
         ),
-        _weights("shape/suffix-doubled", only(*_renamed(".weight", ".weight.weight")), "", "an adapter of the name `weight`"),
+        _weights(
+            "shape/suffix-doubled", only(*_renamed(".weight", ".weight.weight")), "", "an adapter of the name `weight`"
+        ),
         _weights("shape/other-case", only(*_renamed("q_proj", "Q_PROJ")), "untargeted_module", "not what is targeted"),
         _weights(
             "shape/same-factor-twice",
@@ -459,7 +489,7 @@ def _shapes() -> list[Case]:
             "",
             "a number only to those who make one of it; matches no base model",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _renamed(old: str, new: str) -> list[tuple[str, str, list[int], bytes]]:
@@ -538,8 +568,10 @@ def _configs() -> list[Case]:
         _config("variant-of-tomorrow", {"use_magic": {"a": 1}}, "variant_unsupported", "means something else"),
         _config("saved-modules", {"modules_to_save": ["lm_head"]}, "modules_to_save_unsupported", "whole layers"),
         _config("layers-of-nan", {"layers_to_transform": [float("nan")]}, "config_invalid", "no count"),
-        _config("text-for-screens", {"bias": "\x1b]0;x\a\u202e" + "x" * 9999}, "bias_unsupported", "writes to terminals"),
-    ]  # fmt: skip
+        _config(
+            "text-for-screens", {"bias": "\x1b]0;x\a\u202e" + "x" * 9999}, "bias_unsupported", "writes to terminals"
+        ),
+    ]
 
 
 def _hooks() -> list[Case]:
@@ -566,7 +598,9 @@ def _hooks() -> list[Case]:
         hook("loftq", {"loftq_config": {"loftq_bits": 10**9}, "init_lora_weights": "loftq"}, "init_unsupported", "-"),
         Case(
             "hook/code-beside",
-            adapter(modeling_x__py=b"raise SystemExit", setup__py=b"raise SystemExit", conftest__py=b"raise SystemExit"),
+            adapter(
+                modeling_x__py=b"raise SystemExit", setup__py=b"raise SystemExit", conftest__py=b"raise SystemExit"
+            ),
             "",
             "dropped",
         ),
@@ -613,7 +647,9 @@ def _patterns() -> list[Case]:
         pattern(
             "slow-for-every-engine", {"target_modules": "(.*.*a){900}y"}, "untargeted_module", "much work", large=True
         ),
-        pattern("layers-pattern", {"layers_to_transform": [0], "layers_pattern": "("}, "pattern_unsupported", "is none"),
+        pattern(
+            "layers-pattern", {"layers_to_transform": [0], "layers_pattern": "("}, "pattern_unsupported", "is none"
+        ),
         pattern("full-width", {"target_modules": ["ｑ_proj"]}, "untargeted_module", "the same after normalisation"),
     ]
 
@@ -709,7 +745,8 @@ def _tars() -> list[Case]:
             "tar/weights-are-a-folder-with-bytes",
             archive(
                 tar(
-                    tar_header(f"{WEIGHTS}/", 512, tarfile.AREGTYPE) + b"x" * 512, files=[*sound_files()[:1], ("y", b"")]
+                    tar_header(f"{WEIGHTS}/", 512, tarfile.AREGTYPE) + b"x" * 512,
+                    files=[*sound_files()[:1], ("y", b"")],
                 )
             ),
             "missing_weights",
@@ -723,7 +760,9 @@ def _tars() -> list[Case]:
             "the same place by two names",
         ),
         Case("tar/two-folders", archive(tar(tar_file(f"a/{CONFIG}", b"{}"))), "archive_ambiguous", "two adapters"),
-        Case("tar/other-case", archive(tar(tar_file(CONFIG.upper(), b"{"))), "", "the same file on some disks; dropped"),
+        Case(
+            "tar/other-case", archive(tar(tar_file(CONFIG.upper(), b"{"))), "", "the same file on some disks; dropped"
+        ),
         Case(
             "tar/homoglyph",
             archive(tar(tar_file("аdapter_config.json", b"{"))),
@@ -744,7 +783,9 @@ def _tar_headers() -> list[Case]:
     broken = "a reader that believes it reads elsewhere, or for ever"
     ext = tarfile.XHDTYPE
 
-    def lies(name: str, *parts: bytes, code: str = "archive_unreadable", why: str = broken, large: bool = False) -> Case:
+    def lies(
+        name: str, *parts: bytes, code: str = "archive_unreadable", why: str = broken, large: bool = False
+    ) -> Case:
         return Case(f"tar-header/{name}", archive(tar(*parts)), code, why, large=large)
 
     negative = retouched(tar_header("x"), 124, b"\xff" * 12)
@@ -761,7 +802,12 @@ def _tar_headers() -> list[Case]:
         lies("pax-size-of-5000-digits", pax(size="9" * 5000) + tar_file("x", b"")),
         lies("pax-record-longer-than-block", tar_file("h", b"99999 path=x\n", ext)),
         lies("pax-record-of-no-length", tar_file("h", b"0 path=x\n", ext)),
-        lies("pax-record-of-its-own-digits", tar_file("h", b"3 a", ext), code="", why="a record without a key; says nothing"),
+        lies(
+            "pax-record-of-its-own-digits",
+            tar_file("h", b"3 a", ext),
+            code="",
+            why="a record without a key; says nothing",
+        ),
         lies("pax-digits-only", tar_file("h", b"1" * 60_000, ext), why="makes tarfile backtrack (CVE-2024-6232)"),
         lies("pax-of-a-megabyte", tar_file("h", pax_record("comment", "x" * 10**6), ext), why="fills memory"),
         lies("pax-climbing", pax(path=f"../{CONFIG}") + tar_file("x", b"x"), code="archive_unsafe_path"),
@@ -798,10 +844,18 @@ def _tar_headers() -> list[Case]:
             code="",
             why="a file does not link",
         ),
-        lies("long-name-climbing", long_name(b"../" * 60 + b"outside") + tar_file("x", b""), code="archive_unsafe_path"),
+        lies(
+            "long-name-climbing", long_name(b"../" * 60 + b"outside") + tar_file("x", b""), code="archive_unsafe_path"
+        ),
         lies("long-name-of-a-megabyte", long_name(b"a" * 10**6) + tar_file("x", b""), why="fills memory"),
-        lies("long-name-of-900", long_name(b"a/" * 450 + CONFIG.encode()) + tar_file("x", b""), code="archive_unsafe_path"),
-        lies("long-name-of-the-config", long_name(b"x"), code="missing_config", why="names the member after it otherwise"),
+        lies(
+            "long-name-of-900",
+            long_name(b"a/" * 450 + CONFIG.encode()) + tar_file("x", b""),
+            code="archive_unsafe_path",
+        ),
+        lies(
+            "long-name-of-the-config", long_name(b"x"), code="missing_config", why="names the member after it otherwise"
+        ),
         lies(
             "extensions-without-end",
             tar_file("h", b"", ext) * (MAX_MEMBERS + 1),
@@ -833,9 +887,12 @@ def _zips() -> list[Case]:
         "long": b"a" * 60_000,
     }
     modes = {
-        "symlink": stat.S_IFLNK, "fifo": stat.S_IFIFO, "character-device": stat.S_IFCHR, "block-device": stat.S_IFBLK,
+        "symlink": stat.S_IFLNK,
+        "fifo": stat.S_IFIFO,
+        "character-device": stat.S_IFCHR,
+        "block-device": stat.S_IFBLK,
         "socket": stat.S_IFSOCK,
-    }  # fmt: skip
+    }
 
     def lies(name: str, raw: bytes, code: str = "archive_unreadable", why: str = differ, large: bool = False) -> Case:
         return Case(f"zip/{name}", archive(raw, "adapter.zip"), code, why, large=large)
@@ -857,28 +914,54 @@ def _zips() -> list[Case]:
         *(
             lies(f"compression-{number}", zipped(Member(c, config(), method=number), second), why=why)
             for number, why in {
-                9: "unknown", 12: "bzip2: slow", 14: "LZMA: memory as the archive likes", 93: "zstd", 98: "PPMd",
+                9: "unknown",
+                12: "bzip2: slow",
+                14: "LZMA: memory as the archive likes",
+                93: "zstd",
+                98: "PPMd",
                 0xFFFF: "unknown",
             }.items()
         ),
         lies("version-99", zipped(Member(c, config(), version=999), second), why="needs a reader of tomorrow"),
         lies("names-differ", zipped(Member(c, config(), local_name=b"x" * len(c)), second)),
+        lies(
+            "names-differ-and-are-long",
+            zipped(first, Member(b"tokenizer.json", b"", local_name=b"\x1b" * 60_000), second),
+            why="zipfile quotes both in its message",
+        ),
         lies("sizes-differ", zipped(Member(c, config(), local_size=5), second), "", "only the directory's count"),
         lies("crc-wrong", zipped(Member(c, config(), crc=1), second), why="half-written, or exchanged"),
-        lies("size-too-large", zipped(Member(c, config(), size=2**31), second), "", "a reader that reserves it dies; its checksum is right"),
-        lies("size-too-small", zipped(Member(w, bytes(10**5), 8, size=10), first), why="unpacks to more than it claims"),
-        lies("packed-size-beyond-file", zipped(Member(c, config(), packed_size=2**31), second), why="reads past the end"),
+        lies(
+            "size-too-large",
+            zipped(Member(c, config(), size=2**31), second),
+            "",
+            "a reader that reserves it dies; its checksum is right",
+        ),
+        lies(
+            "size-too-small", zipped(Member(w, bytes(10**5), 8, size=10), first), why="unpacks to more than it claims"
+        ),
+        lies(
+            "packed-size-beyond-file", zipped(Member(c, config(), packed_size=2**31), second), why="reads past the end"
+        ),
         lies(
             "zip64-sizes",
             zipped(Member(c, config(), size=2**32 - 1, packed_size=2**32 - 1, extra=zip64), second),
             why="negative for readers of signed numbers",
         ),
-        lies("zip64-cut", zipped(Member(c, config(), size=2**32 - 1, extra=b"\1\0\x08\0\1"), second), why="half a field"),
-        lies("extra-beyond-the-end", zipped(Member(c, config(), extra=b"\1\0\xff\xff"), second), why="reads past the end"),
+        lies(
+            "zip64-cut", zipped(Member(c, config(), size=2**32 - 1, extra=b"\1\0\x08\0\1"), second), why="half a field"
+        ),
+        lies(
+            "extra-beyond-the-end", zipped(Member(c, config(), extra=b"\1\0\xff\xff"), second), why="reads past the end"
+        ),
         lies("unicode-path", zipped(Member(c, config(), extra=info_zip), second), "", "a second name; ignored"),
         lies("not-utf-8", zipped(Member(b"\xff" + c, b"", flags=0x800), first, second), why="bytes that are no text"),
         lies("data-descriptor", zipped(Member(c, config(), 8, descriptor=True), second), "", "as streams are written"),
-        lies("overlapping", zipped(first, Member(w, packed=b"", data=b"", at=0, size=9, packed_size=9)), why="shared bytes"),
+        lies(
+            "overlapping",
+            zipped(first, Member(w, packed=b"", data=b"", at=0, size=9, packed_size=9)),
+            why="shared bytes",
+        ),
         lies("member-at-2^32", zipped(first, Member(w, at=2**32 - 2)), why="reads past the end"),
         lies("twice", zip_files(Member(c, b"{}")), "archive_duplicate"),
         lies("two-folders", zip_files(Member(b"a/" + c, b"{}")), "archive_ambiguous", "two adapters"),
@@ -894,12 +977,21 @@ def _zips() -> list[Case]:
         lies("cut", zip_files()[:-30], why="half-written"),
         lies("cut-in-a-member", zip_files()[:100], why="half-written"),
         lies("broken-deflate", zipped(Member(c, config(), 8, packed=b"\xff" * 50), second), why="no stream"),
-        lies("members-without-end", zip_files(*(Member(b"%d" % i) for i in range(MAX_MEMBERS))),
-             "archive_too_many_members", "names fill memory and inodes"),
-        Case("zip/60000-members", archive(lambda: zipped(*(Member(b"%d" % i) for i in range(60_000))), "adapter.zip"),
-             "archive_unreadable", "a directory of 3 MB", large=True),
+        lies(
+            "members-without-end",
+            zip_files(*(Member(b"%d" % i) for i in range(MAX_MEMBERS))),
+            "archive_too_many_members",
+            "names fill memory and inodes",
+        ),
+        Case(
+            "zip/60000-members",
+            archive(lambda: zipped(*(Member(b"%d" % i) for i in range(60_000))), "adapter.zip"),
+            "archive_unreadable",
+            "a directory of 3 MB",
+            large=True,
+        ),
         lies("config-is-a-folder", zipped(Member(c + b"/"), second), "missing_config", "of the wrong kind"),
-    ]  # fmt: skip
+    ]
 
 
 def _bombs() -> list[Case]:
@@ -947,7 +1039,9 @@ def _bombs() -> list[Case]:
             "what nobody wants is not unpacked",
             large=True,
         ),
-        Case("bomb/nested-zips", archive(lambda: layers(4), "a.zip"), "missing_config", "42.zip; no zip in it is opened"),
+        Case(
+            "bomb/nested-zips", archive(lambda: layers(4), "a.zip"), "missing_config", "42.zip; no zip in it is opened"
+        ),
         Case(
             "bomb/quine",
             archive(lambda: zip_files(Member(b"adapter.zip", zip_files()), Member(b"a.tar", tar()))),
@@ -1005,11 +1099,19 @@ def _archives() -> list[Case]:
         whole("tar-in-a-tar", tar(files=[("adapter.tar", tar())]), "missing_config", "is not opened"),
         whole("pickles-and-code", tar(files=[*sound_files(), *dropped]), "", "dropped and listed"),
         whole("pickles-only", tar(files=dropped), "missing_config", "nothing of it is opened"),
-        whole("pickled-weights", tar(files=[*sound_files()[:1], ("adapter_model.bin", b"\x80\x02.")]), "missing_weights",
-              "never opened"),
-        whole("spoiled-adapter", tar(files=[(CONFIG, config(r=RANK + 1)), (WEIGHTS, weights())]), "rank_disagrees",
-              "an archive is judged like its files"),
-    ]  # fmt: skip
+        whole(
+            "pickled-weights",
+            tar(files=[*sound_files()[:1], ("adapter_model.bin", b"\x80\x02.")]),
+            "missing_weights",
+            "never opened",
+        ),
+        whole(
+            "spoiled-adapter",
+            tar(files=[(CONFIG, config(r=RANK + 1)), (WEIGHTS, weights())]),
+            "rank_disagrees",
+            "an archive is judged like its files",
+        ),
+    ]
 
 
 def _folders() -> list[Case]:

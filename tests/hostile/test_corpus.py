@@ -10,17 +10,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from safegraft import cli
 from safegraft.adapter import CONFIG, WEIGHTS
-from safegraft.errors import SafegraftError, TooLarge
+from safegraft.errors import SafegraftError
 from safegraft.ingest import ARCHIVES, Delivery, is_wanted
-from service.errors import status_of
 from service.validation import Limits, Validator
+from tests.fuzz.oracle import MAX_SHOWN
 from tests.hostile.corpus import Case, cases
 from tests.hostile.judges import MEASURED, measured
 from tests.service.answers import refused
@@ -152,7 +151,8 @@ def status_for(code: str) -> int:
 def check(client: httpx.Client, answer: httpx.Response, case: Case) -> None:
     """Refused by its code; or accepted, and then nothing is kept but an adapter's files."""
     if case.code:
-        refused(answer, status_for(case.code), case.code)
+        error = refused(answer, status_for(case.code), case.code)
+        assert all(len(text) < MAX_SHOWN and text.isprintable() for text in (error["message"], error["param"] or ""))
         return
     assert answer.status_code == 201, answer.text
     adapter = answer.json()
@@ -211,7 +211,6 @@ def test_judging_takes_little_memory(place: Place, tmp_path: Path, case: Case) -
         asyncio.run(place.validator.judge("adp_1", delivery))
     except SafegraftError as error:
         code = error.code
-        assert isinstance(error, TooLarge) == (status_of(error) == 413) == (status_for(code) == 413)
     assert code == case.code
     assert int((tmp_path / MEASURED).read_text()) * 1024 < JUDGE_MEMORY
 
@@ -219,13 +218,15 @@ def test_judging_takes_little_memory(place: Place, tmp_path: Path, case: Case) -
 # The command line.
 
 
-def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> Any:
+def command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[int, str, str]:
     """Runs it in this process, which spares a second a time. Exit status, standard output and error."""
     monkeypatch.setattr(sys, "argv", ["safegraft", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     shown = capsys.readouterr()
-    return ended.value.code or 0, shown.out, shown.err
+    return int(ended.value.code or 0), shown.out, shown.err
 
 
 def check_told(status: int, out: str, err: str, code: str) -> None:
@@ -267,11 +268,15 @@ def test_realign_refuses_before_it_writes_anything(
     (tmp_path / "adapter").mkdir()
     case.write(tmp_path / "adapter")
     out = tmp_path / "out"
-    check_told(*command(capsys, monkeypatch, "realign", tmp_path / "adapter", "--reference", bundle, "--out", out), case.code)
+    check_told(
+        *command(capsys, monkeypatch, "realign", tmp_path / "adapter", "--reference", bundle, "--out", out), case.code
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-@pytest.mark.parametrize("id_", ["header/deep-lists", "pickle/protocol-4", "folder/fifo-as-weights", "name/escape-sequence"])
+@pytest.mark.parametrize(
+    "id_", ["header/deep-lists", "pickle/protocol-4", "folder/fifo-as-weights", "name/escape-sequence"]
+)
 def test_as_a_process_of_its_own_it_ends_with_status_2(tmp_path: Path, id_: str) -> None:
     (tmp_path / "adapter").mkdir()
     case = next(case for case in FOLDERS if case.id == id_)
