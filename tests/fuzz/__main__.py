@@ -71,8 +71,8 @@ def machine() -> dict[str, Any]:
     return {"cpu": name, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
 
 
-def campaign(name: str, seconds: int) -> dict[str, Any]:
-    """One target, in a process of its own; libFuzzer's figures."""
+def campaign(name: str, seconds: int, *more: str) -> dict[str, Any]:
+    """One target, in a process of its own, with more of libFuzzer's options; its figures."""
     folder = VAR / name
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def campaign(name: str, seconds: int) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "tests.fuzz.driver", name, str(corpus), f"-max_total_time={seconds}",
         f"-rss_limit_mb={RSS_LIMIT}", f"-timeout={INPUT_SECONDS}", f"-max_len={module.SMALL}",
-        f"-artifact_prefix={folder}/", "-print_final_stats=1",
+        f"-artifact_prefix={folder}/", "-print_final_stats=1", *more,
     ]  # fmt: skip
     began = time.monotonic()
     with (folder / "log").open("w") as log:

@@ -49,7 +49,7 @@ def test_every_seed_passes(name: str) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 @given(data=st.data())
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=200)
 def test_mutated_cases_raise_nothing_but_user_errors(name: str, data: st.DataObject) -> None:
     target = TARGETS[name]
     raw = data.draw(st.sampled_from(SEEDS[name]))
@@ -77,7 +77,7 @@ names = st.sampled_from([A, B, A.replace("q_proj", "k_proj"), A.replace(".weight
 
 
 @given(st.dictionaries(names | st.text(max_size=8), entries | odd, max_size=4), st.sampled_from([0, 128, 224, 225]))
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=200)
 def test_headers_of_odd_parts(found: dict[str, Any], size: int) -> None:
     header.check(framed(json.dumps(found).encode(), bytes(size)))
 
@@ -88,7 +88,7 @@ values = odd | patterns | st.lists(patterns, max_size=3) | st.dictionaries(patte
 
 
 @given(st.dictionaries(keys, values, max_size=4))
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=200)
 def test_configurations_of_odd_parts(changes: dict[str, Any]) -> None:
     config.check(json.dumps({**SOUND, **changes}).encode())
 
@@ -120,7 +120,7 @@ def members(draw: Any) -> Member:
 
 
 @given(st.lists(members(), max_size=4), sizes, sizes, st.none() | st.integers(0, 2**16 - 1), few_bytes)
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=200)
 def test_zips_of_odd_parts(
     found: list[Member], size: int | None, at: int | None, count: int | None, end: bytes
 ) -> None:
@@ -144,7 +144,7 @@ blocks = st.builds(
 
 
 @given(st.lists(blocks, max_size=4), st.booleans())
-@settings(quick, max_examples=250)
+@settings(quick, max_examples=200)
 def test_tars_of_odd_parts(found: list[bytes], sound: bool) -> None:
     archive.check(tar(*found, files=None if sound else []))
 
@@ -198,13 +198,13 @@ def test_the_page_shows_what_was_measured() -> None:
     assert f"may take {fuzz.INPUT_SECONDS} s, the whole process {fuzz.RSS_LIMIT} MiB" in page
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_atheris_runs_every_target(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["header"])
+def test_atheris_runs_a_target(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("atheris", reason="`make fuzz` installs it")
     monkeypatch.setattr(fuzz, "VAR", tmp_path)
-    found = fuzz.campaign(name, 1)
+    found = fuzz.campaign(name, 120, "-runs=1000")
     assert found["findings"] == [], (tmp_path / name / "log").read_text()[-3000:]
-    assert found["executions"] > found["seeds"] > 50
+    assert found["executions"] >= 1000 > found["seeds"] > 50
     assert re.search(r"#\d+\s+INITED", (tmp_path / name / "log").read_text())
     for module, lines in found["lines"].items():
         assert 0 < lines["run"] <= lines["of"], module
