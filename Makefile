@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-scaled chaos check bench bench-load openapi format clean
+.PHONY: help setup demo test test-scaled chaos check bench bench-load fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -16,6 +16,7 @@ help:
 	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
+	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
@@ -72,6 +73,14 @@ bench: .venv/.ready
 
 bench-load: .venv/.ready
 	@$(BIN)/python -m benchmarks.load
+
+FUZZ_SECONDS ?= 600
+fuzz: .venv/.fuzz
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --out var/fuzz.json
+
+.venv/.fuzz: .venv/.ready
+	@$(PIP) --editable '.[engine,embedded,scaled,otel,test,fuzz]'
+	@touch $@
 
 openapi: .venv/.ready
 	@$(BIN)/python -m service.export openapi/openapi.json

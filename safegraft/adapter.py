@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -157,7 +158,7 @@ def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
     if len(raw) > MAX_CONFIG_BYTES:
         raise InvalidAdapter(f"{CONFIG} has more than {MAX_CONFIG_BYTES} bytes.", code="config_too_large", param=CONFIG)
     try:
-        data = json.loads(raw.decode("utf-8-sig"))
+        data = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
         # Half a surrogate pair is a string to Python, but no database, log or answer can hold it.
         if "\\u0000" in json.dumps(data, ensure_ascii=False):
             raise ValueError("it holds a NUL character")
@@ -177,6 +178,16 @@ def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
     _refuse_unsound(config.model_copy(update={"lora_bias": False}) if own else config, data)
     _refuse_numbers(config)
     return config
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object. Readers differ on which of two equal keys counts, so that the scaling that is measured here
+    need not be the one that is served."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InvalidAdapter(f"{CONFIG}: '{shown(twice)}' stands twice.", code="config_invalid", param=shown(twice))
+    return found
 
 
 def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ MAX_EXTENSION = 2**16
 TAR_EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 # Methods whose memory does not depend on what the archive claims.
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# Bytes before a member's name and data, at the least.
+ZIP_HEADER = 30
 # What zipfile raises on broken or hostile bytes.
 ZIP_FAULTS = (
     zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, OSError, ValueError, OverflowError,
@@ -88,10 +90,14 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
         try:
             file = zipfile.ZipFile(raw)
         except ZIP_FAULTS as error:
-            raise InvalidArchive(f"The zip cannot be read ({error}).", code="archive_unreadable") from error
+            raise InvalidArchive(f"The zip cannot be read ({_why(error)}).", code="archive_unreadable") from error
         infos = file.infolist()
         _count(len(infos))
+        _refuse_shared_bytes(infos, file.start_dir)
         for info in infos:
+            # zipfile ends a name at its first NUL and shows the rest to nobody.
+            if "\0" in info.orig_filename:
+                _safe_name(info.orig_filename)
             mode = info.external_attr >> 16
             if info.filename.endswith("/"):
                 _safe_name(info.filename)
@@ -105,6 +111,23 @@ def _zip_members(archive: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
             yield info.filename, _zip_pieces(file, info)
 
 
+def _why(error: Exception) -> str:
+    # zipfile quotes names, which may have 65,535 letters.
+    return ascii(str(error)[:120])[1:-1]
+
+
+def _refuse_shared_bytes(infos: list[zipfile.ZipInfo], end: int) -> None:
+    """Members over the same bytes make small archives large (CVE-2024-0450). Not every Python 3.11 looks for that."""
+    for info in sorted(infos, key=lambda info: info.header_offset, reverse=True):
+        if info.header_offset + ZIP_HEADER + info.compress_size > end:
+            raise InvalidArchive(
+                "The zip cannot be read (its members share bytes, or lie beyond its end).",
+                code="archive_unreadable",
+                param=ascii(info.filename)[:120],
+            )
+        end = info.header_offset
+
+
 def _zip_pieces(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
     try:
         if info.compress_type not in ZIP_METHODS:
@@ -113,7 +136,7 @@ def _zip_pieces(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]
             while piece := source.read(CHUNK):
                 yield piece
     except ZIP_FAULTS as error:
-        raise InvalidArchive(f"A member cannot be read ({error}).", code="archive_unreadable") from error
+        raise InvalidArchive(f"A member cannot be read ({_why(error)}).", code="archive_unreadable") from error
 
 
 def _tar_members(archive: Path) -> Iterator[tuple[str, Iterator[bytes]]]:
@@ -151,7 +174,7 @@ def _tar_header(block: bytes) -> tarfile.TarInfo:
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.TarError, ValueError) as error:
-        raise _unreadable_tar(str(error)) from error
+        raise _unreadable_tar(_why(error)) from error
 
 
 def _tar_extension(kind: bytes, raw: bytes) -> dict[str, str]:

@@ -230,7 +230,9 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
                 word = "yes" if answer["ok"] else "no"
                 table.add_row(f"loads in {server}", word + (f" ({answer['reason']})" if answer["reason"] else ""))
         else:
-            table.add_row(key.replace("_", " "), ", ".join(value) if isinstance(value, list) else str(value))
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            # The label is a stranger's text, which may hold what a terminal acts on.
+            table.add_row(key.replace("_", " "), text if text.isprintable() else ascii(text)[1:-1])
     out.print(table, markup=False)
 
 

@@ -94,13 +94,27 @@ def _unpacked(archive: Path, folder: Path, max_bytes: int) -> list[str]:
         raise InvalidParameter("Send either an archive or files, not both.", code="archive_and_files", param="files")
     room = min(max_bytes, ROOM + GROWTH * archive.stat().st_size)
     try:
-        return unpack(archive, folder, is_wanted, room)
+        dropped = unpack(archive, folder, is_wanted, room)
+        _refuse_large_companions(folder)
+        return dropped
     except OSError as error:
         if error.errno in NO_SPACE:
             raise StorageFault("The disk is full; nothing was kept.", code="disk_full") from error
         if error.errno == errno.EFBIG:  # this process may not write larger files
             raise TooLarge("The archive unpacks to more than is accepted.", code="archive_too_large") from error
         raise StorageFault(f"The archive could not be unpacked ({error.strerror}).") from error
+
+
+def _refuse_large_companions(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name != WEIGHTS:
+            check_companion(path.stat().st_size)
+
+
+def check_companion(size: int) -> None:
+    """Raises TooLarge (`companion_too_large`) for a file beside the weights that no tokenizer is as large as."""
+    if size > MAX_COMPANION_BYTES:
+        raise TooLarge("A companion file is too large.", code="companion_too_large", param="files")
 
 
 def _listed(names: list[str]) -> list[str]:

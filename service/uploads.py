@@ -11,9 +11,8 @@ from safegraft import failpoints
 from safegraft.adapter import WEIGHTS
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.files import AdapterFromFiles
-from safegraft.errors import TooLarge
 from safegraft.ids import new_id
-from safegraft.ingest import MAX_COMPANION_BYTES, Delivery
+from safegraft.ingest import Delivery, check_companion
 from safegraft.stores.files import CONTENT
 from safegraft.stores.objects import adapter_prefix, remove_or_leave
 from service.auth import Principal
@@ -136,16 +135,11 @@ class _AdapterForm:
         path = self._delivery.place(filename)
         if path is None:
             return None
-        return Sink(path, self._allowed.check if _may_be_large(path, self._delivery) else _check_companion)
+        return Sink(path, self._allowed.check if _may_be_large(path, self._delivery) else check_companion)
 
 
 def _may_be_large(path: Path, delivery: Delivery) -> bool:
     return path == delivery.archive or path.name == WEIGHTS
-
-
-def _check_companion(size: int) -> None:
-    if size > MAX_COMPANION_BYTES:
-        raise TooLarge("A companion file is too large.", code="companion_too_large", param="files")
 
 
 def _opened(path: Path, allowed: Allowance) -> Sink:
@@ -164,7 +158,7 @@ def _collect(here: Services, tenant: str, file_ids: list[str], delivery: Deliver
         if path is None:
             continue
         if not _may_be_large(path, delivery):
-            _check_companion(file.shown.bytes)
+            check_companion(file.shown.bytes)
         beside = delivery.folder.parent / f"file-{number}"
         here.objects.fetch(file.prefix, beside)
         try:
