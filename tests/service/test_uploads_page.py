@@ -32,14 +32,14 @@ def running(
     bundle: Path, storage_url: Callable[[], str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     data = tmp_path_factory.mktemp("page") / "data"
-    place = {"SAFEGRAFT_STORAGE_URL": storage_url()}
+    place = storage_url()
     subprocess.run(
         [SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)],
         check=True,
         capture_output=True,
-        env=environment_of(data) | place,
+        env=environment_of(data) | {"SAFEGRAFT_STORAGE_URL": place},
     )
-    running = start(data, workers=1, log=data / "serve.log", **place)
+    running = start(data, workers=1, log=data / "serve.log", SAFEGRAFT_STORAGE_URL=place)
     yield running
     running.process.terminate()
     assert running.process.wait(60) == 0
