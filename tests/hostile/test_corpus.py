@@ -208,7 +208,7 @@ def test_judging_takes_little_memory(place: Place, tmp_path: Path, case: Case) -
             os.link(path, target)
     code = ""
     try:
-        asyncio.run(place.validator.judge("adp_1", delivery))
+        asyncio.run(place.validator.judge("t", "adp_1", delivery))
     except SafegraftError as error:
         code = error.code
     assert code == case.code
