@@ -8,7 +8,6 @@ import base64
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import boto3
 import httpx
 import pytest
 import redis
@@ -33,6 +33,7 @@ PEPPER = "pepper-Rk3vQx8ZtLm2"
 BROKER_PASSWORD = "broker-Wn5cJd1YhUq7"
 STORE_SECRET = "store-Gb9fEo4XiVs6"
 DATABASE_PASSWORD = "database-Ma2pTz7HkCw0"
+BUCKET = "secrets"
 FORGED_KEY = "sgk_" + "ForgedKeyThatNobodyMade0123456789abcdefgh"
 
 
@@ -43,12 +44,18 @@ class Installation:
     running: Running
     broker: redis.Redis
     broker_data: Path
-    bucket: str
+    endpoint: str
     traces: Receiver
     outputs: list[str] = field(default_factory=list)  # of commands, without what is shown on purpose
     answers: list[bytes] = field(default_factory=list)
     secrets: dict[str, str] = field(default_factory=dict)
     shown: set[str] = field(default_factory=set)  # secrets that an answer is there to show
+
+    def store(self) -> Any:
+        return boto3.client(
+            "s3", endpoint_url=self.endpoint, region_name="us-east-1",
+            aws_access_key_id="testing", aws_secret_access_key=STORE_SECRET,
+        )  # fmt: skip
 
     def client(self, key: str | None = None) -> httpx.Client:
         client = self.running.client()
@@ -93,10 +100,10 @@ def places(here: Installation) -> Iterator[tuple[str, bytes]]:
             yield f"broker {key!r}", repr(here.broker.lrange(key, 0, -1)).encode()
         elif kind == b"hash":
             yield f"broker {key!r}", repr(here.broker.hgetall(key)).encode()
-    endpoint, _, name = here.bucket.rpartition("/")
-    listed = httpx.get(f"{endpoint}/{name}?list-type=2", trust_env=False).text
-    for key in re.findall("<Key>([^<]+)</Key>", listed):
-        yield f"object {key}", httpx.get(f"{endpoint}/{name}/{key}", trust_env=False).content
+    for page in here.store().get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for item in page["Contents"]:
+            body = here.store().get_object(Bucket=BUCKET, Key=item["Key"])["Body"]
+            yield f"object {item['Key']}", item["Key"].encode() + body.read()
     for number, answer in enumerate(here.answers):
         yield f"answer {number}", answer
     for number, output in enumerate(here.outputs):
@@ -145,7 +152,7 @@ def here(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) ->
     data, port = root / "data", free_port()
     with contextlib.ExitStack() as stack:
         aws = stack.enter_context(scaled.s3_server()) | {"AWS_SECRET_ACCESS_KEY": STORE_SECRET}
-        make_bucket(aws["AWS_ENDPOINT_URL"], "secrets")
+        make_bucket(aws["AWS_ENDPOINT_URL"], BUCKET)
         broker = stack.enter_context(contextlib.ExitStack())
         broker.enter_context(broker_with_password(root / "broker", port))
         traces = stack.enter_context(receiver())
@@ -154,7 +161,7 @@ def here(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) ->
             **aws,
             "SAFEGRAFT_KEY_PEPPER": PEPPER,
             "SAFEGRAFT_REDIS_URL": f"redis://:{BROKER_PASSWORD}@127.0.0.1:{port}/0",
-            "SAFEGRAFT_STORAGE_URL": "s3://secrets/production",
+            "SAFEGRAFT_STORAGE_URL": f"s3://{BUCKET}/production",
             # SQLite has none; a name that could be one, where settings are shown.
             "SAFEGRAFT_DATABASE_URL": f"sqlite:///{data}/{'safegraft.sqlite'}",
             "PGPASSWORD": DATABASE_PASSWORD,
@@ -189,7 +196,7 @@ def here(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) ->
         try:
             made = Installation(
                 running, redis.Redis(port=port, password=BROKER_PASSWORD), root / "broker",
-                f"{aws['AWS_ENDPOINT_URL']}/secrets", traces, outputs,
+                aws["AWS_ENDPOINT_URL"], traces, outputs,
             )  # fmt: skip
             body = "".join(line for line in key_file.read_text().splitlines() if "-----" not in line)
             made.secrets = {
@@ -292,7 +299,7 @@ def _into_a_message(here: Installation, text: str) -> None:
 
 
 def _into_an_object(here: Installation, text: str) -> None:
-    httpx.put(f"{here.bucket}/production/planted", content=text.encode(), trust_env=False).raise_for_status()
+    here.store().put_object(Bucket=BUCKET, Key="production/planted", Body=text.encode())
 
 
 def _into_an_answer(here: Installation, text: str) -> None:
