@@ -426,8 +426,9 @@ def database_status(url: str) -> migrations.Status:
 def _engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": 30, "check_same_thread": False})
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
+    # Errors are logged, and what rows hold is not for logs: customers' names, sealed secrets, hashes of keys.
+    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30, "check_same_thread": False})
     event.listen(engine, "connect", _prepare_sqlite)
     # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
     event.listen(engine, "begin", _begin_sqlite)
