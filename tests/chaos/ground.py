@@ -202,15 +202,12 @@ class Ground:
 
     def pool(self, name: str) -> list[int]:
         """The pool processes of a worker."""
-        child = self.children[name]
-        assert child.process is not None
-        try:
-            found = Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text().split()
-            return [
-                number for number in map(int, found) if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()
-            ]
-        except OSError:
-            return []
+        process = self.children[name].process
+        return _below(process.pid, b"spawn_main") if process is not None else []
+
+    def engines(self, name: str) -> list[int]:
+        """The engine processes of a worker's pool."""
+        return [engine for child in self.pool(name) for engine in _below(child, b"worker.engine_process")]
 
     def stopped(self) -> list[int]:
         """Processes of the workers that a SIGSTOP has reached."""
@@ -393,3 +390,12 @@ def request_of(method: Method) -> dict[str, Any]:
     """A method, with `strengths` beside it where it has them."""
     rest = {key: value for key, value in method.items() if key != "strengths"}
     return {"method": rest, **({"strengths": method["strengths"]} if "strengths" in method else {})}
+
+
+def _below(process: int, word: bytes) -> list[int]:
+    """The children of a process whose command line has the word."""
+    try:
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [number for number in map(int, found) if word in Path(f"/proc/{number}/cmdline").read_bytes()]
+    except OSError:
+        return []
