@@ -24,7 +24,7 @@ from safegraft import failpoints
 from safegraft.contracts.queue import REALIGN_QUEUE
 from safegraft.launch import Plan, plan_children
 from safegraft.settings import SharedSettings
-from safegraft.stores.database import open_database
+from safegraft.stores.database import open_database, reading
 from tests.chaos.invariants import Accepted, Digests, Ledger, Verdict, check, digests
 from tests.scaled import free_port
 from tests.service.conftest import SAFEGRAFT, files_of
@@ -66,6 +66,8 @@ class Ground:
         self.url = f"http://127.0.0.1:{self.port}"
         self.ledger = Ledger()
         self.injected = 0
+        # Called where nothing is answered for a while: somebody who was stopped may hold a lock.
+        self.stalled: Callable[[], object] = lambda: None
         self._sockets = tempfile.TemporaryDirectory(prefix="chaos-")
         self._marks = data / "marks"
         self._marks.mkdir(parents=True)
@@ -200,15 +202,12 @@ class Ground:
 
     def pool(self, name: str) -> list[int]:
         """The pool processes of a worker."""
-        child = self.children[name]
-        assert child.process is not None
-        try:
-            found = Path(f"/proc/{child.process.pid}/task/{child.process.pid}/children").read_text().split()
-            return [
-                number for number in map(int, found) if b"spawn_main" in Path(f"/proc/{number}/cmdline").read_bytes()
-            ]
-        except OSError:
-            return []
+        process = self.children[name].process
+        return _below(process.pid, b"spawn_main") if process is not None else []
+
+    def engines(self, name: str) -> list[int]:
+        """The engine processes of a worker's pool."""
+        return [engine for child in self.pool(name) for engine in _below(child, b"worker.engine_process")]
 
     def stopped(self) -> list[int]:
         """Processes of the workers that a SIGSTOP has reached."""
@@ -255,7 +254,7 @@ class Ground:
 
     def ask(self, tenant: str, method: str, path: str, **request: Any) -> httpx.Response:
         """Asks again and again until there is an answer; a 503 is none. The ledger hears all of them."""
-        deadline = time.monotonic() + 60
+        deadline, patience = time.monotonic() + 240, time.monotonic() + 20
         while True:
             with suppress(httpx.TransportError):
                 answer = self._clients[tenant].request(method, path, **request)
@@ -264,6 +263,9 @@ class Ground:
                     return answer
             if time.monotonic() > deadline:
                 raise Stuck(f"no answer to {method} {path}")
+            if time.monotonic() > patience:
+                self.stalled()
+                patience = time.monotonic() + 20
             self.tend()
             time.sleep(0.05)
 
@@ -310,12 +312,12 @@ class Ground:
         return sum(state not in ("succeeded", "failed", "cancelled", "dead") for state in self.states().values())
 
     def announced(self, job_ids: list[str]) -> bool:
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.exec_driver_sql("SELECT id, announced FROM realignments").all()
         return {row[0] for row in rows if row[1] > 0} >= set(job_ids)
 
     def states(self) -> dict[str, str]:
-        with self.engine.connect() as connection:
+        with reading(self.engine) as connection:
             rows = connection.exec_driver_sql("SELECT id, state FROM realignments").all()
         return {row[0]: row[1] for row in rows if row[0] in self.ledger.jobs}
 
@@ -388,3 +390,12 @@ def request_of(method: Method) -> dict[str, Any]:
     """A method, with `strengths` beside it where it has them."""
     rest = {key: value for key, value in method.items() if key != "strengths"}
     return {"method": rest, **({"strengths": method["strengths"]} if "strengths" in method else {})}
+
+
+def _below(process: int, word: bytes) -> list[int]:
+    """The children of a process whose command line has the word."""
+    try:
+        found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        return [number for number in map(int, found) if word in Path(f"/proc/{number}/cmdline").read_bytes()]
+    except OSError:
+        return []

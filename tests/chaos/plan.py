@@ -78,6 +78,7 @@ def make(seed: int, jobs: int, faults: int, adapters: int) -> Plan:
 def run(plan: Plan, ground: Ground, say: Callable[[str], None]) -> None:
     """Orders the jobs one after the other, never more than OPEN at a time, and hurts the service in between."""
     waking: dict[int, list[int]] = {}
+    ground.stalled = lambda: _wake_next(waking)
     for number, job in enumerate(plan.jobs):
         for process in waking.pop(number, []):
             _signal(process, signal.SIGCONT)
@@ -99,8 +100,12 @@ def _await_room(ground: Ground, waking: dict[int, list[int]]) -> None:
         except Stuck:
             if not waking:
                 raise
-        for process in waking.pop(min(waking)):
-            _signal(process, signal.SIGCONT)
+        _wake_next(waking)
+
+
+def _wake_next(waking: dict[int, list[int]]) -> None:
+    for process in waking.pop(min(waking)) if waking else ():
+        _signal(process, signal.SIGCONT)
 
 
 def _strike(ground: Ground, fault: Fault, waking: dict[int, list[int]]) -> None:

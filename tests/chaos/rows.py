@@ -131,7 +131,7 @@ def killed_worker(stage: Stage) -> Score:
     return score
 
 
-@row(2, "SIGKILL the pool process at six points")
+@row(2, "SIGKILL the pool process at six points, and its engine in the middle of a job")
 def killed_child(stage: Stage) -> Score:
     score, ground = Score(), stage.shared
     ground.twin(0, GRAM)
@@ -141,6 +141,18 @@ def killed_child(stage: Stage) -> Score:
             orders: list[str] = []
             name = f"worker.{WORKER_POINTS[number % 6]}"
             ground.strike(name, "kill", lambda orders=orders: orders.append(ground.order()))  # type: ignore[misc]
+            attempts[ground.finish(orders[0])["attempt"]] += 1
+        for _ in stage.rounds(6):
+            orders = []
+            ground.strike("worker.patching", "stop", lambda orders=orders: orders.append(ground.order()))  # type: ignore[misc]
+            ground.until(lambda: bool(ground.stopped()), "a process that is stopped")
+            stopped = ground.stopped()
+            for name in ground.workers:
+                if set(ground.pool(name)) & set(stopped):  # it waits at this point, and its engine for it
+                    for engine in ground.engines(name):
+                        os.kill(engine, signal.SIGKILL)
+                        ground.injected += 1
+            ground.resume()
             attempts[ground.finish(orders[0])["attempt"]] += 1
     score.note = f"attempts per job: {told(attempts)}"
     return score
@@ -507,6 +519,9 @@ def foreign_ids(stage: Stage) -> Score:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "tests/service/test_tenants.py", f"--junitxml={junit}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        if not junit.exists():
+            score.wrong("foreign", f"the tests did not run: {done.stdout[-500:]} {done.stderr[-500:]}")
+            return score
         suite = next(xml.etree.ElementTree.parse(junit).getroot().iter("testsuite"))
     score.tried = int(suite.get("tests", "0"))
     for case in suite.iter("testcase"):
