@@ -19,6 +19,8 @@ from service.settings import GatewaySettings
 from tests.service.answers import refused
 from tests.service.conftest import files_of, free_port
 
+JSON = {"content-type": "application/json"}
+
 
 @dataclass
 class Gateway:
@@ -72,13 +74,14 @@ def test_what_was_refused_is_noted_too(gateway: Gateway) -> None:
     tries: list[tuple[str, str, dict[str, Any], int, str, str | None]] = [
         ("DELETE", "/v1/adapters/adp_nothing", {}, 404, "deleteAdapter", "adp_nothing"),
         ("POST", "/v1/realignments", {"json": {"adapter_id": "adp_nothing"}}, 404, "createRealignment", None),
-        ("POST", "/v1/realignments", {"content": b"{"}, 422, "createRealignment", None),
+        ("POST", "/v1/realignments", {"content": b"{"}, 415, "createRealignment", None),
+        ("POST", "/v1/realignments", {"content": b"{", "headers": JSON}, 422, "createRealignment", None),
         ("POST", "/v1/adapters", {"content": b"{"}, 415, "createAdapter", None),
         ("POST", "/v1/realignments/rlg_x/cancel", {}, 404, "cancelRealignment", "rlg_x"),
         ("POST", "/v1/realignments/%00/cancel", {}, 422, "cancelRealignment", "?"),
     ]
     for number, (method, path, options, status, action, target) in enumerate(tries, start=1):
-        answer = gateway.client.request(method, path, headers=headers, **options)
+        answer = gateway.client.request(method, path, **{**options, "headers": headers | options.get("headers", {})})
         assert answer.status_code == status, answer.text
         row = gateway.last()
         assert (row["actor"], row["action"], row["target"], row["status"]) == (key_id, action, target, status)
