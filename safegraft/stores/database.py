@@ -36,6 +36,7 @@ log = logging.getLogger("safegraft.database")
 Upgrade = Literal["auto", "always", "never"]
 metadata = MetaData()
 CREATING = 0x5AFE62AF7  # any number that no other program locks
+SQLITE_CONNECTIONS = 40
 
 adapters = Table(
     "adapters",
@@ -428,7 +429,14 @@ def _engine(url: str) -> Engine:
     if parsed.get_backend_name() != "sqlite":
         return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     # Errors are logged, and what rows hold is not for logs: customers' names, sealed secrets, hashes of keys.
-    engine = create_engine(url, hide_parameters=True, connect_args={"timeout": 30, "check_same_thread": False})
+    engine = create_engine(
+        url,
+        hide_parameters=True,
+        connect_args={"timeout": 30, "check_same_thread": False},
+        # As many as a gateway has threads: beyond the pool's size a connection, which is a file, is opened and prepared
+        # anew for every request. That was a fifth of what a poll costs.
+        pool_size=SQLITE_CONNECTIONS,
+    )
     event.listen(engine, "connect", _prepare_sqlite)
     # Python's own transaction handling starts transactions late, as readers; two of them then deadlock on writing.
     event.listen(engine, "begin", _begin_sqlite)
