@@ -11,7 +11,7 @@ from tests.chaos.rows import ROWS, Stage
 
 # A few seconds each, once the service is up. The others wait for processes that load torch, or for messages that are
 # sent again after ten seconds.
-SHORT = (9, 5, 3, 10, 11)
+SHORT = (9, 5, 6, 3, 10, 11)
 
 pytestmark = pytest.mark.skipif(scaled.SCALED, reason="the scoreboard's services are its own, on files and SQLite")
 
