@@ -509,8 +509,8 @@ def test_hundreds_of_megabytes_cost_disk_and_no_memory(own: Callable[..., Gatewa
         assert file.bytes == size
         with client.files.with_streaming_response.content(file.id) as answer:
             assert sum(len(piece) for piece in answer.iter_bytes(MIB)) == size
-    # With object storage some pieces are on their way at the same time, each in more than one copy: on a busy machine 159 MB
-    # were seen, whatever the file's size. Held whole, it would be more than twice that.
+    # With object storage some pieces are on their way at the same time, each in more than one copy: on a busy machine
+    # 159 MB were seen. Held whole, it would be more than twice that.
     assert gateway.memory("VmHWM") - before < (size // 2 if SCALED else 64 * 10**6)
 
 
