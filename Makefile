@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-scaled chaos check bench bench-load fuzz openapi format clean
+.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-load fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -52,6 +52,16 @@ test: .venv/.ready
 SCALED_TESTS ?= tests/stores tests/service tests/worker
 test-scaled: .venv/.ready
 	@$(BIN)/python -m tests.scaled -- -n $(PROCESSES) --dist loadfile $(SCALED_TESTS)
+
+# The tests that failed in the run before, one after the other, with nothing beside them.
+AGAIN := --last-failed --last-failed-no-failures none -n 0
+test-again: .venv/.ready
+	@echo "Once more, alone: what failed above."
+	@$(BIN)/python -m pytest $(AGAIN)
+
+test-scaled-again: .venv/.ready
+	@echo "Once more, alone: what failed above."
+	@$(BIN)/python -m tests.scaled -- $(AGAIN) $(SCALED_TESTS)
 
 # For example CHAOS="--rows 1,5 --quick"; see docs/reliability.md.
 chaos: .venv/.ready

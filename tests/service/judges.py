@@ -78,12 +78,21 @@ def compute(adapter_id: str, delivery: Delivery, max_bytes: int) -> Adapter:
 
 
 def take_turns(adapter_id: str, delivery: Delivery, max_bytes: int) -> Adapter:
-    """Counts how many run at the same time."""
-    mine = delivery.folder / f"{os.getpid()}"
+    """Counts how many run at the same time. Until two have met once, each waits for another one: how long a
+    child takes to start says nothing about how many may run."""
+    running, met = delivery.folder / "running", delivery.folder / "met"
+    running.mkdir(exist_ok=True)
+    mine = running / f"{os.getpid()}"
     mine.touch()
-    time.sleep(0.2)
-    together = len(list(delivery.folder.iterdir()))
-    time.sleep(0.1)
+    deadline = time.monotonic() + 15
+    while not met.exists() and time.monotonic() < deadline:
+        if len(list(running.iterdir())) > 1:
+            met.touch()
+        time.sleep(0.01)
+    time.sleep(0.2)  # a third that should have waited comes into view
+    together = len(list(running.iterdir()))
+    if met.exists():
+        together = max(together, 2)
     mine.unlink()
     return adapter(str(together))
 
