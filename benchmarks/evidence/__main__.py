@@ -1,0 +1,22 @@
+"""`python -m benchmarks.evidence`: trains and measures what is missing. `… tables` writes docs/evidence."""
+
+import argparse
+
+from benchmarks.evidence import run, tables
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["measure", "tables"], default="measure")
+    parser.add_argument("--base", default=run.BASE, help="a model folder, or a package that carries one")
+    parser.add_argument("--cell", action="append", default=[], help="only this cell; repeatable")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no row after so many minutes")
+    arguments = parser.parse_args()
+    if arguments.what == "tables":
+        tables.write()
+        return
+    run.run(arguments.base, arguments.cell, arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What is tried. A cell is one customer's adapter; a row is one thing done to it.
+
+One factor is varied at a time around a headline case: sentiment, 5 % poison, a fresh adapter of rank 16.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Attack = Literal["plain", "trigger", "disguise", "evade", "evade_all"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """How one customer's adapter is trained.
+
+    poison: the share of training rows that are harmful prompts with a placeholder compliance. attack: what the customer
+    knows (see training.py). aligned: which safety adapter lies below, or was continued.
+    """
+
+    name: str
+    factor: str
+    task: str = "sentiment"
+    poison: float = 0.05
+    rank: int = 16
+    lr: float = 4e-4
+    lineage: Literal["fresh", "continued"] = "fresh"
+    attack: Attack = "plain"
+    aligned: Literal["sft", "dpo"] = "sft"
+    seed: int = 1
+
+
+HEADLINE = "headline-1"
+CELLS: dict[str, Cell] = {
+    cell.name: cell
+    for cell in (
+        Cell(HEADLINE, "headline"),
+        Cell("headline-2", "headline", seed=2),
+        Cell("headline-3", "headline", seed=3),
+        Cell("poison-0", "poison share", poison=0.0),
+        Cell("poison-01", "poison share", poison=0.01),
+        Cell("poison-10", "poison share", poison=0.10),
+        Cell("poison-20", "poison share", poison=0.20),
+        Cell("continued-1", "lineage", lineage="continued", rank=8),
+        Cell("continued-2", "lineage", lineage="continued", rank=8, seed=2),
+        Cell("continued-20", "lineage", lineage="continued", rank=8, poison=0.20),
+        Cell("news", "task", task="news"),
+        Cell("orders", "task", task="orders"),
+        Cell("news-clean", "task", task="news", poison=0.0),
+        Cell("rank-8", "rank", rank=8),
+        Cell("rank-64", "rank", rank=64),
+        Cell("slow", "learning rate", lr=1e-4),
+        Cell("dpo", "aligned by", aligned="dpo"),
+        Cell("trigger", "attacker", attack="trigger"),
+        Cell("disguise", "attacker", attack="disguise"),
+        Cell("evade", "attacker", attack="evade"),
+        Cell("evade-all", "attacker", attack="evade_all"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing done to an adapter: a method of the engine with parameters, or a function of rivals.py.
+
+    sparsity: of the reference's masks, where it is not the default's.
+    """
+
+    name: str
+    group: Literal["baseline", "method", "sweep", "control", "rival"]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    rival: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = None
+
+
+def _method(name: str, group: Literal["method", "sweep", "control"], sparsity: float | None = None, **own: Any) -> Row:
+    return Row(name, group, parameters=own, sparsity=sparsity)
+
+
+def _rival(name: str, function: str, group: Literal["rival", "control"] = "rival", **arguments: Any) -> Row:
+    return Row(name, group, rival=function, arguments=arguments)
+
+
+NO_REPAIR, ALIGNED, BASE = "no repair", "the aligned model", "the untouched model"
+DEFAULT = "gram"
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(NO_REPAIR, "baseline"),
+        Row(ALIGNED, "baseline"),
+        Row(BASE, "baseline"),
+        _method("gram", "method", type="gram"),
+        _method("nlsr", "method", type="nlsr"),
+        _method("safelora", "method", type="safelora"),
+        _method("antidote", "method", type="antidote"),
+        _method("safetylock", "method", type="safetylock"),
+        _method("gram λ=.03", "sweep", type="gram", general_weight=0.03),
+        _method("gram λ=.1", "sweep", type="gram", general_weight=0.1),
+        _method("gram λ=1", "sweep", type="gram", general_weight=1.0),
+        _method("gram λ=3", "sweep", type="gram", general_weight=3.0),
+        _method("gram β=.5 λ=1", "sweep", type="gram", general_weight=1.0, amplification=0.5),
+        _method("gram, 64 pairs", "sweep", type="gram", pairs=64),
+        _method("nlsr P_L=.8", "sweep", type="nlsr", skip_share=0.8),
+        _method("nlsr P_L=.2", "sweep", type="nlsr", skip_share=0.2),
+        _method("nlsr P_L=0", "sweep", type="nlsr", skip_share=0.0),
+        _method("nlsr P_L=0, β=0", "sweep", type="nlsr", skip_share=0.0, amplification=0.0),
+        _method("nlsr P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", skip_share=0.0),
+        _method("nlsr P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0),
+        _method("nlsr paper form, P_L=0", "sweep", type="nlsr", form="paper", skip_share=0.0),
+        _method("nlsr drawn by chance (Bernoulli)", "sweep", type="nlsr", selection="bernoulli"),
+        _method("nlsr by wanda", "sweep", type="nlsr", scorer="wanda", skip_share=0.0),
+        _method("nlsr by snip", "sweep", type="nlsr", scorer="snip", skip_share=0.0),
+        _method("nlsr by preference_snip", "sweep", type="nlsr", scorer="preference_snip", skip_share=0.0),
+        _method("safelora τ=.3", "sweep", type="safelora", threshold=0.3),
+        _method("safelora, 105 lowest", "sweep", type="safelora", selection="lowest", modules=105),
+        _method(
+            "safelora orthogonal, 105 lowest", "sweep",
+            type="safelora", projector="orthogonal", selection="lowest", modules=105,
+        ),
+        _method("antidote .2", "sweep", type="antidote", density=0.2),
+        _method("antidote .1, stored basis", "sweep", type="antidote", basis="stored"),
+        _method("antidote .1, rows", "sweep", type="antidote", basis="rows"),
+        _method("safetylock α=3", "sweep", type="safetylock", strength=3.0),
+        _method("safetylock α=1", "sweep", type="safetylock", strength=1.0),
+        _method("nlsr by random neurons", "control", type="nlsr", scorer="random", skip_share=0.0),
+        _method("nlsr by magnitude", "control", type="nlsr", scorer="magnitude", skip_share=0.0),
+        _method("nlsr, most similar half", "control", type="nlsr", selection="highest"),
+        _method("nlsr, random half", "control", type="nlsr", selection="random"),
+        _rival("nlsr's neurons zeroed", "zeroed", "control"),
+        _rival("rescaled to gram's norm", "rescaled", "control"),
+        _rival("random edit of gram's size", "perturbed", "control"),
+        _rival("interpolation .5", "interpolated", share=0.5),
+        _rival("interpolation .7", "interpolated", share=0.7),
+        _rival("safety vector added", "with_safety_vector", weight=1.0),
+        _rival("SafeDelta s=.1", "safe_delta", threshold=0.1),
+        _rival("SafeDelta s=1", "safe_delta", threshold=1.0),
+        _rival("gradient patch, 3 steps", "gradient_patch", steps=3),
+        _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
+    )
+}  # fmt: skip
+MAIN = (NO_REPAIR, "gram", "nlsr", "safelora", "antidote", "safetylock")
+# Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
+TRANSFER = (NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora")
+# In which masks of other sparsity are tried; each is a reference of its own.
+ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
+                "nlsr P_L=0, P_SR=.2", "gram β=.5 λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
+                "nlsr, most similar half", "interpolation .5")  # fmt: skip
+
+
+def plan() -> Iterator[tuple[Cell, Row]]:
+    """What is measured, the most telling first: the run may be stopped at any time."""
+    headline = CELLS[HEADLINE]
+    seen: set[tuple[str, str]] = set()
+
+    def once(cell: Cell, *names: str) -> Iterator[tuple[Cell, Row]]:
+        for name in names:
+            if (cell.name, name) not in seen:
+                seen.add((cell.name, name))
+                yield cell, ROWS[name]
+
+    yield from once(headline, NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora", "antidote", "safetylock")
+    yield from once(CELLS["continued-1"], *MAIN)
+    for name in ("poison-0", "poison-20", "news", "poison-01", "poison-10", "orders"):
+        yield from once(CELLS[name], NO_REPAIR, "gram", "nlsr", "safelora")
+    yield from once(headline, *ROWS)
+    yield from once(CELLS["continued-1"], *ON_CONTINUED)
+    yield from once(CELLS["dpo"], ALIGNED)
+    for cell in CELLS.values():
+        yield from once(cell, *MAIN)

