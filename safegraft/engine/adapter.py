@@ -42,7 +42,7 @@ class AdapterReader:
         factors = []
         for entry in (module.a, module.b):
             tensor = self._tensors.tensor(entry.name).to(self._device).float()
-            if not bool(torch.isfinite(tensor).all()):
+            if not _finite(tensor):
                 raise InvalidTensors(f"{entry.name} holds NaN or infinity.", code="non_finite", param=entry.name)
             factors.append(tensor)
         return Module(module.name, factors[0], factors[1], module.scaling)
@@ -54,6 +54,11 @@ class AdapterReader:
     def bytes(self, name: str) -> bytearray:
         """One tensor's bytes as the customer sent them."""
         return self._tensors.bytes(name)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. The sum, which is one pass, tells; where it overflows, entry by entry."""
+    return math.isfinite(float(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class AdapterWriter:
 
     def _fitting(self, name: str, tensor: Tensor, dtype: str) -> Tensor:
         stored = tensor.to(TORCH_DTYPES[dtype])
-        if not bool(torch.isfinite(stored).all()):
+        if not _finite(stored):
             raise InvalidTensors(
                 f"{name}: the repaired values do not fit into {dtype}.",
                 code="out_of_range",

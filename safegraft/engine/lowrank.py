@@ -12,12 +12,20 @@ from torch import Tensor
 
 from safegraft.errors import InvalidTensors
 
+# Products whose largest entry lies between these were computed without leaving float32's range.
+_SMALL, _LARGE = 2.0**-60, 2.0**100
+# Powers of two by which a column of B and a row of A may differ from their mean.
+_BALANCED = 8
+
 
 def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     """⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), in r₁·r₂·(d+k) multiplications instead of r·d·k.
 
     Raises InvalidTensors (`out_of_range`) where the result is not finite, so that no comparison ever meets a NaN.
     """
+    of_b, of_a = b1.T @ b2, a1 @ a2.T
+    if _usual(of_b) and _usual(of_a):
+        return float((of_b.double() * of_a.double()).sum())
     # By powers of two, which are exact: the products of float32 factors leave float32's range long before ΔW does.
     factors, scale = [], 0
     for factor in (b1, b2, a1, a2):
@@ -35,10 +43,19 @@ def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
     return result
 
 
+def _usual(product: Tensor) -> bool:
+    """Whether a product of factors is so far from the ends of float32 that nothing in it was lost."""
+    if not product.numel():
+        return False
+    largest = float(product.abs().max())
+    return _SMALL < largest < _LARGE
+
+
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """The same BA with column i of B and row i of A of about the same size; exact, by powers of two.
 
     A·2ᵏ and B·2⁻ᵏ are the same update. Without this, stacking one such pair beside an ordinary one would lose either.
+    Factors that differ by less than 2¹⁶, as all that were trained do, are returned as they are.
     """
     if not b.numel() or not a.numel():
         return b, a
@@ -46,6 +63,8 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     used = (of_b > 0) & (of_a > 0)
     # Half of the difference of the logarithms; in two steps, because one alone may leave float32's range.
     shift = torch.where(used, ((of_a.log2() - of_b.log2()) / 2).round(), 0.0).nan_to_num(0.0).int()
+    if int(shift.abs().max()) <= _BALANCED:
+        return b, a
     half = torch.div(shift, 2, rounding_mode="trunc")
     rest = shift - half
     b = torch.ldexp(torch.ldexp(b, half), rest)
@@ -67,14 +86,23 @@ def _exponent(factor: Tensor) -> int:
     return math.frexp(largest)[1] if 0.0 < largest < math.inf else 0
 
 
+def energies(b: Tensor, p: Tensor, weight: Tensor) -> tuple[float, float]:
+    """(‖B·P‖², ‖B·P·√w‖²) for P (r, m) and weights w (m,) ≥ 0, with one BᵀB for both. Raises InvalidTensors."""
+    of_b = b.T @ b
+    of_p, of_weighted = p @ p.T, (p * weight) @ p.T
+    if _usual(of_b) and _usual(of_p) and _usual(of_weighted):
+        return float((of_b.double() * of_p.double()).sum()), float((of_b.double() * of_weighted.double()).sum())
+    return inner(b, p, b, p), inner(b, p * weight, b, p)
+
+
 def norm(b: Tensor, a: Tensor) -> float:
     """‖BA‖_F."""
     return math.sqrt(max(inner(b, a, b, a), 0.0))
 
 
-def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
-    """cos(vec B₁A₁, vec B₂A₂), clamped to [-1, 1]; 0 where one of them is zero."""
-    scale = norm(b1, a1) * norm(b2, a2)
+def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, *, norm2: float | None = None) -> float:
+    """cos(vec B₁A₁, vec B₂A₂), clamped to [-1, 1]; 0 where one of them is zero. norm2: ‖B₂A₂‖, where it is known."""
+    scale = norm(b1, a1) * (norm(b2, a2) if norm2 is None else norm2)
     return max(-1.0, min(1.0, inner(b1, a1, b2, a2) / scale)) if scale > 0 else 0.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from safegraft.adapter import AdapterDescription, LoraModule, kind_of, layer_of, natural_order
 from safegraft.contracts.reference import ReferenceManifest
@@ -15,6 +16,8 @@ from safegraft.engine.methods.base import Method, Module, Selection
 
 # Part of the update's norm: below it a change is rounding of the float32 factors.
 NO_EDIT = 1e-6
+# Likewise, squared: below it float32's differences are mostly rounding.
+CANCELLED = 1e-2
 # Likewise: what brings a module into the warning about truncation.
 ROUGH = 0.1
 
@@ -45,15 +48,9 @@ def of_repaired(
     """What was done to one module; `after` as it was rounded to the customer's dtype."""
     b, a = method.relative(before)
     energy = max(lowrank.inner(b, a, b, a), 0.0)
-    # The difference of the two updates as one pair of factors: relative(after) − relative(before) without Δ_a.
-    own_b, own_a = before.update
-    new_b, new_a = after.update
-    # Where only a bias came, the cancellation would leave float32's noise.
-    moved = differs and not (torch.equal(new_b, own_b) and torch.equal(new_a, own_a))
-    # In float64: the difference of two updates that are nearly the same is what is left of cancellation.
-    stacked = lowrank.stack((new_b.double(), new_a.double()), (-own_b.double(), own_a.double()))
-    difference = lowrank.norm(*stacked) ** 2 if moved else 0.0
-    overlap = lowrank.inner(*method.relative(after), b, a) if moved else energy
+    # relative(after) − relative(before), without Δ_a. Where only a bias came, it is zero.
+    difference = _difference(before.update, after.update, energy) if differs else 0.0
+    overlap = lowrank.inner(*method.relative(after), b, a) if difference > 0 else energy
     line = ModuleLine(
         **_common(item, similarity, selection),
         similarity_after=method.similarity_after(before, after) if differs else similarity,
@@ -63,6 +60,27 @@ def of_repaired(
         truncation_error=truncation_error,
     )
     return Measured(line, energy, overlap, difference, biased)
+
+
+def _difference(own: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], energy: float) -> float:
+    """‖B''A'' − BA‖², from the factors' own differences where they have one rank: B''A'' − BA = (B''−B)A'' + B(A''−A).
+
+    In float64 where the two updates are nearly the same: their difference is then what is left of cancellation.
+    """
+    (own_b, own_a), (new_b, new_a) = own, new
+    if own_b.shape == new_b.shape:
+        same_b, same_a = torch.equal(own_b, new_b), torch.equal(own_a, new_a)
+        if same_b and same_a:
+            return 0.0
+        if same_a:
+            return lowrank.norm(new_b - own_b, new_a) ** 2
+        if same_b:
+            return lowrank.norm(own_b, new_a - own_a) ** 2
+        found = lowrank.norm(*lowrank.stack((new_b - own_b, new_a), (own_b, new_a - own_a))) ** 2
+        if found > CANCELLED * energy:
+            return found
+    doubled = lowrank.stack((new_b.double(), new_a.double()), (-own_b.double(), own_a.double()))
+    return lowrank.norm(*doubled) ** 2
 
 
 def of_untouched(item: LoraModule, method: Method, before: Module, similarity: float, selection: Selection) -> Measured:

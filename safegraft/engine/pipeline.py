@@ -174,7 +174,7 @@ def detect_kinship(
             return None
         module = adapter.module(item)
         same = _same_entries(module.a, aligned[1]) if module.a.shape == aligned[1].shape else None
-        return lowrank.cosine(*module.update, *aligned), same
+        return lowrank.cosine(*module.update, *aligned, norm2=reference.norm(item.name)), same
 
     found = []
     for done, (_, compared) in enumerate(each(description.modules, compare, workers), start=1):
@@ -192,10 +192,11 @@ def detect_kinship(
 
 def _same_entries(a: Tensor, other: Tensor) -> float:
     """The cosine of two A entry by entry; 0 where their sizes differ so much that entries cannot be exchanged."""
-    own, size = float(a.double().norm()), float(other.double().norm())
+    own, size = (float(torch.linalg.vector_norm(factor, dtype=torch.float64)) for factor in (a, other))
     if not 0.25 * size < own < 4.0 * size:
         return 0.0
-    return float((a.double() * other.double()).sum()) / (own * size)
+    # In units of their norms: the products of extreme entries leave float32's range.
+    return float(((a / own) * (other / size)).sum(dtype=torch.float64))
 
 
 def recommend_method(description: AdapterDescription, reference: LoadedReference, kinship: Kinship) -> Recommendation:

@@ -63,6 +63,7 @@ class LoadedReference:
         weakref.finalize(self, self._files.close)
         self._reader_of: dict[str, TensorReader] = {}
         self._resident: dict[str, Tensor] = {}
+        self._norms: dict[str, float] = {}
         for name in self.manifest.files:
             reader = self._files.enter_context(TensorReader(folder / name))
             for key in reader.header.tensors:
@@ -158,6 +159,15 @@ class LoadedReference:
             v=self._get(f"{site}.V")[:, :count].float(),
             w=self._get(f"{site}.W")[:, :count].float(),
         )
+
+    def norm(self, module: str) -> float:
+        """‖Δ_a‖_F of a module that the aligned update reaches; computed once."""
+        found = self._norms.get(module)
+        if found is None:
+            strong = self.aligned(module)
+            assert strong is not None, "asked for modules that the reference reaches"
+            found = self._norms[module] = lowrank.norm(*strong)
+        return found
 
     def heads(self, module: str) -> SafetyHeads:
         """The heads of an attention output that safetylock knows."""

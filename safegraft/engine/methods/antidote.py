@@ -50,7 +50,7 @@ class Antidote(Method):
         return everything(similarities) if self.parameters.density > 0 else Selection(frozenset())
 
     def propose(self, module: Module) -> Proposal:
-        pairs = self.reference.pairs(module.name)
+        pairs = self.pairs(module.name)
         b, a = module.b, module.a
         if self.parameters.basis == "rows":
             prune = self._top(_row_energy(b, a, pairs, harmful=True), per_row=False) & ~self._spared_rows(module, pairs)

@@ -8,20 +8,25 @@
     relative(module)       the update relative to the aligned model                  → kept and edit in the report
 
 A method is made for one job from its parameters, the loaded reference and the adapter's lineage, and holds no state
-between modules. It sees tensors, never files: `pipeline.py` brings what it proposes to the customer's rank and dtype,
-measures what that did, and writes it.
+between modules but what it has read of the reference. It sees tensors, never files: `pipeline.py` brings what it
+proposes to the customer's rank and dtype, measures what that did, and writes it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from safegraft.contracts.reference import Lineage
 from safegraft.engine import lowrank
-from safegraft.engine.reference import LoadedReference
+from safegraft.engine.reference import EigenPairs, LoadedReference
+
+# Eigenpairs of so many sites stay in memory during a job, unless V has more entries than this (64 MB of float32).
+RECENT_SITES, RECENT_ENTRIES = 3, 2**24
 
 Fidelity = Literal["paper", "authors' code", "variant"]
 
@@ -39,11 +44,11 @@ class Module:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    @property
+    @cached_property
     def update(self) -> tuple[Tensor, Tensor]:
         """(B, A) with the scaling folded into B, balanced: however the customer's factors share ΔW's size."""
         b, a = lowrank.balanced(self.b, self.a)
-        return b * self.scaling, a
+        return b if self.scaling == 1.0 else b * self.scaling, a
 
     def with_factors(self, b: Tensor, a: Tensor) -> "Module":
         return Module(self.name, a, b, self.scaling)
@@ -98,6 +103,25 @@ class Method(ABC):
         self.lineage = kinship.lineage
         # What is unrelated to the aligned adapter is served on the aligned model, as far as anyone can tell.
         self.on_aligned = kinship.lineage != "continued"
+        self._recent: dict[tuple[str, int | None], EigenPairs] = {}
+        self._lock = Lock()
+
+    def pairs(self, name: str, count: int | None = None) -> EigenPairs:
+        """The reference's eigenpairs, kept for the next modules where they read the same input (as q, k and v do)."""
+        base = self.reference.manifest.base_model.modules[name]
+        key = base.site, count
+        with self._lock:
+            found = self._recent.pop(key, None)
+        if found is None:
+            found = self.reference.pairs(name, count)
+            if found.v.numel() > RECENT_ENTRIES:
+                return found
+        with self._lock:
+            # The latest last: what modules are being worked on stays.
+            self._recent[key] = found
+            while len(self._recent) > RECENT_SITES:
+                self._recent.pop(next(iter(self._recent)))
+        return found
 
     @property
     def resolved(self) -> dict[str, str]:
@@ -158,10 +182,9 @@ class Method(ABC):
         With P = A·W: E_s = ‖B·P·√μ‖², E_g = ‖B·P‖², over the eigenpairs that the reference keeps. 1 for no update.
         """
         b, a = self.relative(module)
-        pairs = self.reference.pairs(module.name)
+        pairs = self.pairs(module.name)
         p = a @ pairs.w
-        general = lowrank.inner(b, p, b, p)
-        safety = lowrank.inner(b, p * pairs.mu, b, p)
+        general, safety = lowrank.energies(b, p, pairs.mu)
         total = general + safety
         return (max(general, 0.0) / total) ** 0.5 if total > 0 else 1.0
 

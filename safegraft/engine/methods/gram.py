@@ -57,7 +57,7 @@ class Gram(Method):
         return everything(similarities)
 
     def propose(self, module: Module) -> Proposal:
-        pairs = self.reference.pairs(module.name, self.parameters.pairs)
+        pairs = self.pairs(module.name, self.parameters.pairs)
         left = module.a - self._through_k(module.a, pairs)
         beta = self.parameters.amplification
         wanted = self.reference.surplus if self.on_aligned else self.reference.amplified

@@ -60,7 +60,7 @@ class SafeLora(Method):
         assert aligned is not None, "asked for modules that the method reaches"
         v_b, v_a = aligned
         if self.parameters.projector == "paper":
-            size = lowrank.norm(v_b, v_a)
+            size = self.reference.norm(name)
             return v_b @ ((v_a @ v_a.T) @ (v_b.T @ b)) / size if size > 0 else torch.zeros_like(b)
         u = column_space(v_b, v_a)
         projected: Tensor = u @ (u.T @ b)

@@ -45,6 +45,12 @@ def cosine(x: Tensor, y: Tensor) -> float:
     return float((x * y).sum() / (x.norm() * y.norm()))
 
 
+def cancelled(b: Tensor, a: Tensor) -> float:
+    """How many times the terms of ‖BA‖² = Σ (BᵀB)⊙(AAᵀ) outweigh their sum; 1 where nothing cancels."""
+    terms = (b.double().T @ b.double()) * (a.double() @ a.double().T)
+    return float(terms.abs().sum() / terms.sum().clamp_min(1e-30))
+
+
 def made(toy: Toy, kinship: Kinship = FRESH, **parameters: object) -> SafeLora:
     return SafeLora(SafeLoraParameters.model_validate(parameters), toy.reference, kinship)
 
@@ -68,9 +74,11 @@ def test_the_update_becomes_its_projection_and_the_similarity_is_their_cosine(
     assert torch.equal(patched.module.a, module.a)
     assert patched.module.rank == method.rank(NAME, rank) == rank
     assert patched.truncation_error == 0.0
-    assert method.similarity(module) == pytest.approx(cosine(wanted, dense(module)), abs=1e-5 * loss)
+    # Norms come from r×r products of the factors: float32 loses what cancels in them.
+    lost = loss * max(cancelled(module.b, module.a), cancelled(patched.module.b, patched.module.a))
+    assert method.similarity(module) == pytest.approx(cosine(wanted, dense(module)), abs=2e-6 * lost)
     assert method.similarity_after(module, patched.module) == pytest.approx(
-        cosine(projection(toy, projector) @ wanted, wanted), abs=1e-4 * loss
+        cosine(projection(toy, projector) @ wanted, wanted), abs=2e-5 * lost
     )
 
 
