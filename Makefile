@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-load evidence fuzz openapi format clean
+.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-service bench-load evidence fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -15,7 +15,7 @@ help:
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
 	@echo "make check    lint, types, import contracts, container files"
-	@echo "make bench    timings, side by side; make bench-load: one gateway under load"
+	@echo "make bench    timings, side by side; bench-service: what the service adds; bench-load: under load"
 	@echo "make evidence  the safety scoreboard of docs/evidence (hours; goes on where it stopped)"
 	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
 	@echo "make methods  writes the tables of docs/methods.md"
@@ -81,6 +81,11 @@ check: .venv/.check
 bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.realign
 	@$(BIN)/python -m benchmarks.memory
+	@$(BIN)/python -m benchmarks.rivals
+	@$(BIN)/python -m benchmarks.growth
+
+bench-service: .venv/.ready
+	@$(BIN)/python -m benchmarks.service
 
 bench-load: .venv/.ready
 	@$(BIN)/python -m benchmarks.load

@@ -1,33 +1,44 @@
-"""`make bench`: realigning an adapter against copying its file, in turn, in one process with a warm reference.
+"""Realigning an adapter against copying its file, in turn, in one process with a warm reference: `make bench`.
 
-The adapters have SmolLM2-135M's shapes (30 layers, 7 projections) and random factors; the reference has its shapes too,
-with random statistics. For every method and rank: the median over pairs of (seconds of `realign`) / (seconds of copying
-and syncing the same file). Writes benchmarks/results/realign.json.
+Adapters with the shapes of SmolLM2-135M (30 layers, 7 projections; ranks 8, 32, 128) and of Llama-3-8B (32 layers; rank
+128, 335.5 million parameters, 671 MB) and random factors; references of the same shapes with random statistics. For
+every method: the median over turns of (seconds of `realign`) / (seconds of copying and syncing the same file). With the
+operations that its products of matrices take (counted by torch; decompositions come on top), their rate, and the rate
+of this machine's own large product beside it: what is left to gain. Writes benchmarks/results/realign.json.
 """
 
-import json
+import argparse
 import os
-import platform
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.shapes import SMOLLM2_135M, write_adapter, write_reference
-from safegraft.contracts.methods import GramParameters, NlsrParameters
+from benchmarks import timing
+from benchmarks.shapes import LLAMA_3_8B, SMOLLM2_135M, Shape, write_adapter, write_reference
+from safegraft.adapter import WEIGHTS, describe
+from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.engine import lowrank, measure, pipeline
+from safegraft.engine.adapter import AdapterReader
+from safegraft.engine.methods import METHODS
+from safegraft.engine.methods.base import Kinship
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
 
-RANKS = (8, 32, 128)
-PAIRS = 5
-# Of the eigenpairs of each layer input; a real reference for this model keeps about as many.
+# Of the eigenpairs of each layer input; a real reference of the small model keeps about as many, one of the large model
+# would be built with --max-pairs.
 PAIRS_KEPT = 500
-RESULTS = Path(__file__).parent / "results" / "realign.json"
+METHODS_TIMED: dict[str, dict[str, Any]] = {
+    "gram": {"type": "gram"},
+    "nlsr": {"type": "nlsr"},
+    "nlsr, β = 0": {"type": "nlsr", "amplification": 0.0},
+    "safelora": {"type": "safelora", "threshold": 1.0},
+    "antidote": {"type": "antidote"},
+    "safetylock": {"type": "safetylock"},
+}
 
 
 def copy(source: Path, target: Path) -> None:
@@ -36,50 +47,88 @@ def copy(source: Path, target: Path) -> None:
         os.fsync(file.fileno())
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def gigaflops(adapter: Path, reference: LoadedReference, parameters: Any) -> float:
+    """10⁹ operations of all products of matrices in one realignment of a fresh adapter, counted on its first layer."""
+    description = describe(adapter)
+    first = [item for item in description.modules if ".layers.0." in item.name]
+    layers = len(description.modules) // len(first)
+    kinship = Kinship("fresh", 0.0, False)
+    method = METHODS[parameters.type](parameters, reference, kinship)
+    similarities = {item.name: 0.0 for item in first}
+    selection = method.select({name: value for name, value in similarities.items() if method.reaches(name)})
+    with AdapterReader(adapter, description) as reader, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for item in first:
+            module = reader.module(item)
+            aligned = reference.aligned(item.name)
+            if aligned is not None:
+                lowrank.cosine(*module.update, *aligned, norm2=1.0)
+            if not method.reaches(item.name):
+                continue
+            method.similarity(module)
+            again = reader.module(item)
+            if item.name in selection.names:
+                after, _ = pipeline.fitted(again, method.propose(again), item.rank)
+                measure.of_repaired(
+                    item, method, again, after, similarity=0.0, selection=selection, differs=True,
+                    truncation_error=0.0, biased=False,
+                )  # fmt: skip
+    return float(layers * counter.get_total_flops() / 1e9)
+
+
+def rows(work: Path, shape: Shape, ranks: tuple[int, ...], methods: list[str], turns: int) -> list[dict[str, Any]]:
+    folder = work / shape.name
+    folder.mkdir()
+    print(f"writing a reference of {shape.name}'s shapes …", flush=True)
+    write_reference(folder / "reference", shape, rank=max(32, min(ranks)), pairs=PAIRS_KEPT)
+    reference = LoadedReference(folder / "reference")
+    found = []
+    for rank in ranks:
+        adapter, out = folder / f"rank{rank}", folder / "out"
+        write_adapter(adapter, shape, rank)
+        weights = adapter / WEIGHTS
+        for name in methods:
+            parameters = METHOD_PARAMETERS.validate_python(METHODS_TIMED[name])
+            took: list[float] = []
+
+            def run(a: Path = adapter, p: Any = parameters, o: Path = out, t: list[float] = took) -> None:
+                t.append(timing.seconds(lambda: realign(a, reference, p, o)))
+
+            result = timing.ratio(
+                run, lambda w=weights: copy(w, folder / "copy"),  # type: ignore[misc]
+                turns=turns, inner=5 if shape is SMOLLM2_135M else 1, after=lambda o=out: shutil.rmtree(o),  # type: ignore[misc]
+            )  # fmt: skip
+            products = gigaflops(adapter, reference, parameters)
+            rate = products / sorted(took)[len(took) // 2]
+            found.append(
+                {
+                    "shape": shape.name, "rank": rank, "method": name,
+                    "megabytes": round(weights.stat().st_size / 1e6, 1), **result.shown(),
+                    "gigaflop": round(products, 1), "gigaflop_per_second": round(rate, 1),
+                }
+            )  # fmt: skip
+            print(
+                f"{shape.name} rank {rank:<4} {name:12} {result} x copying; {products:.0f} GFLOP at {rate:.0f}/s",
+                flush=True,
+            )
+        shutil.rmtree(adapter)
+    shutil.rmtree(folder)
+    return found
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the small shape alone, two turns, nothing written")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
+    names = list(METHODS_TIMED)
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        print("building a reference of SmolLM2-135M's shapes …")
-        write_reference(work / "reference", SMOLLM2_135M, rank=32, pairs=PAIRS_KEPT)
-        reference = LoadedReference(work / "reference")
-        for rank in RANKS:
-            write_adapter(work / f"rank{rank}", SMOLLM2_135M, rank)
-            weights = work / f"rank{rank}" / "adapter_model.safetensors"
-            for parameters in (NlsrParameters(form="neuron"), GramParameters()):
-                ratios = []
-                for turn in range(PAIRS + 1):
-                    out = work / "out"
-                    run = seconds(lambda out=out, p=parameters, r=rank: realign(work / f"rank{r}", reference, p, out))  # type: ignore[misc]
-                    # A copy of a few megabytes takes milliseconds; one alone would be noise.
-                    beside = statistics.median(seconds(lambda w=weights: copy(w, work / "copy")) for _ in range(5))  # type: ignore[misc]
-                    shutil.rmtree(out)
-                    if turn:  # the first warms both up
-                        ratios.append(run / beside)
-                rows.append(
-                    {
-                        "method": parameters.type,
-                        "rank": rank,
-                        "megabytes": round(weights.stat().st_size / 1e6, 1),
-                        "ratio_to_copy": round(statistics.median(ratios), 1),
-                        "spread": [round(min(ratios), 1), round(max(ratios), 1)],
-                    }
-                )
-                low, high = rows[-1]["spread"]
-                print(
-                    f"{parameters.type:5} rank {rank:<4} {rows[-1]['megabytes']:6} MB: "
-                    f"{rows[-1]['ratio_to_copy']} x copying and syncing the file (from {low} to {high})"
-                )
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine, "pairs": PAIRS, "rows": rows}, indent=1) + "\n")
+        found = rows(Path(name), SMOLLM2_135M, (8, 32, 128), names, 2 if arguments.quick else 5)
+        if not arguments.quick:
+            found += rows(Path(name), LLAMA_3_8B, (128,), names, 3)
+    if not arguments.quick:
+        timing.store(
+            "realign", eigenpairs=PAIRS_KEPT, machine_gigaflop_per_second=round(timing.peak_gflops()), rows=found
+        )
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Shape:
 
 
 SMOLLM2_135M = Shape("SmolLM2-135M", 30, 576, 1536, 192, 9)
+LLAMA_32_1B = Shape("Llama-3.2-1B", 16, 2048, 8192, 512, 32)
 LLAMA_3_8B = Shape("Llama-3-8B", 32, 4096, 14336, 1024, 32)
 
 
