@@ -7,7 +7,7 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-service bench-load evidence fuzz openapi format clean
+.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-page bench-service bench-load evidence fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
@@ -57,10 +57,14 @@ test-scaled: .venv/.ready
 # The tests that failed in the run before, one after the other, with nothing beside them.
 AGAIN := --last-failed --last-failed-no-failures none -n 0
 test-again: .venv/.ready
+	@$(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
+		raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
 	@echo "Once more, alone: what failed above."
 	@$(BIN)/python -m pytest $(AGAIN)
 
 test-scaled-again: .venv/.ready
+	@$(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
+		raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
 	@echo "Once more, alone: what failed above."
 	@$(BIN)/python -m tests.scaled -- $(AGAIN) $(SCALED_TESTS)
 
@@ -83,6 +87,10 @@ bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.memory
 	@$(BIN)/python -m benchmarks.rivals
 	@$(BIN)/python -m benchmarks.growth
+
+# docs/performance.md from what was measured.
+bench-page: .venv/.ready
+	@$(BIN)/python -m benchmarks.page
 
 bench-service: .venv/.ready
 	@$(BIN)/python -m benchmarks.service

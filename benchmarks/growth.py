@@ -43,7 +43,7 @@ def one(adapter: Path, reference: Path, turns: int) -> None:
         out = adapter.parent / "out"
         took.append(timing.seconds(lambda out=out: realign(adapter, loaded, GramParameters(), out)))  # type: ignore[misc]
         subprocess.run(["rm", "-rf", str(out)], check=True)
-        if not turn and turns > 1:
+        if not turn:
             took.clear()  # the first warms up
     above = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     print(json.dumps({"seconds": statistics.median(took), "megabytes_above_interpreter": round(above)}))
@@ -70,11 +70,17 @@ def measured(work: Path, shape: Shape, rank: int, turns: int) -> dict[str, Any]:
 def line(points: list[dict[str, Any]], over: str) -> dict[str, Any]:
     """R² of the straight line through seconds, and the points relative to the largest."""
     x, y = (numpy.array([point[key] for point in points], dtype=float) for key in (over, "seconds"))
-    fitted = numpy.polyval(numpy.polyfit(x, y, 1), x)
+    slope, offset = numpy.polyfit(x, y, 1)
+    fitted = slope * x + offset
     left = float(((y - fitted) ** 2).sum() / ((y - y.mean()) ** 2).sum())
     for point in points:
         point["share_of_largest"] = round(point.pop("seconds") / float(y.max()), 4)
-    return {"over": over, "r_squared": round(1.0 - left, 4), "points": points}
+    return {
+        "over": over,
+        "r_squared": round(1.0 - left, 4),
+        "slope": float(f"{slope / y.max():.3g}"),
+        "points": points,
+    }
 
 
 def main() -> None:

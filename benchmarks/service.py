@@ -98,7 +98,9 @@ def jobs(client: httpx.Client, adapter: str, count: int, work: Path) -> dict[str
     began = time.monotonic()
     waiting = [client.post("/v1/realignments", json=body).raise_for_status().json()["id"] for _ in range(count)]
     while waiting:
-        waiting = [job for job in waiting if client.get(f"/v1/realignments/{job}").json()["status"] != "succeeded"]
+        states = {job: client.get(f"/v1/realignments/{job}").json()["status"] for job in waiting}
+        assert not {"failed", "cancelled"} & set(states.values())
+        waiting = [job for job, state in states.items() if state != "succeeded"]
         time.sleep(0.05)
     rate = count / (time.monotonic() - began)
     reference = LoadedReference(work / "reference")

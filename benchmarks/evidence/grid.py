@@ -123,17 +123,20 @@ ROWS: dict[str, Row] = {
         _method("antidote .1, rows", "sweep", type="antidote", basis="rows"),
         _method("safetylock α=3", "sweep", type="safetylock", strength=3.0),
         _method("safetylock α=1", "sweep", type="safetylock", strength=1.0),
+        _method("safetylock α=6, biases", "sweep", type="safetylock", output="lora_bias"),
+        _method("safetylock α=3, biases", "sweep", type="safetylock", output="lora_bias", strength=3.0),
         _method("nlsr by random neurons", "control", type="nlsr", scorer="random", skip_share=0.0),
         _method("nlsr by magnitude", "control", type="nlsr", scorer="magnitude", skip_share=0.0),
         _method("nlsr, most similar half", "control", type="nlsr", selection="highest"),
         _method("nlsr, random half", "control", type="nlsr", selection="random"),
         _rival("nlsr's neurons zeroed", "zeroed", "control"),
-        _rival("rescaled to gram's norm", "rescaled", "control"),
+        _rival("rescaled to what gram keeps", "rescaled", "control"),
         _rival("random edit of gram's size", "perturbed", "control"),
         _rival("interpolation .5", "interpolated", share=0.5),
         _rival("interpolation .7", "interpolated", share=0.7),
         _rival("safety vector added", "with_safety_vector", weight=1.0),
         _rival("SafeDelta s=.1", "safe_delta", threshold=0.1),
+        _rival("SafeDelta s=.3", "safe_delta", threshold=0.3),
         _rival("SafeDelta s=1", "safe_delta", threshold=1.0),
         _rival("gradient patch, 3 steps", "gradient_patch", steps=3),
         _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
@@ -142,7 +145,9 @@ ROWS: dict[str, Row] = {
 MAIN = (NO_REPAIR, "gram", "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
 TRANSFER = (NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora")
-# In which masks of other sparsity are tried; each is a reference of its own.
+# Cells in which the aligned model is asked something else than in the headline case.
+FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
+# Further rows on a continued adapter, the case of the NLSR paper.
 ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
                 "nlsr P_L=0, P_SR=.2", "gram β=.5 λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
@@ -163,8 +168,10 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     yield from once(CELLS["continued-1"], *MAIN)
     for name in ("poison-0", "poison-20", "news", "poison-01", "poison-10", "orders"):
         yield from once(CELLS[name], NO_REPAIR, "gram", "nlsr", "safelora")
+    # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.
+    for name in FLOORS:
+        yield from once(CELLS[name], ALIGNED)
     yield from once(headline, *ROWS)
     yield from once(CELLS["continued-1"], *ON_CONTINUED)
-    yield from once(CELLS["dpo"], ALIGNED)
     for cell in CELLS.values():
         yield from once(cell, *MAIN)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.evidence import data
@@ -18,6 +19,7 @@ from benchmarks.evidence.judges import Embeddings, incoherent, phrases
 from benchmarks.evidence.rivals import RIVALS, Setting, below, dense
 from benchmarks.evidence.subject import Subject, Updates
 from benchmarks.evidence.training import asked
+from safegraft.adapter import WEIGHTS, describe
 from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.pipeline import realign
 from safegraft.errors import UserError
@@ -29,8 +31,12 @@ ANSWER_TOKENS = 24
 class Laboratory:
     """The model and the judges, loaded once. answers: where texts go, outside of the repository."""
 
-    subject: Subject
+    base: Path
     answers: Path
+
+    @cached_property
+    def subject(self) -> Subject:
+        return Subject(self.base)
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -75,7 +81,8 @@ class Laboratory:
                 "seconds": report.timings["total"],
                 "lineage": report.lineage,
             }
-            updates = list(dense(out))
+            # Before the folder goes.
+            updates = [*dense(out), *_biases(out)]
         return _chain(updates, below(setting))
 
     def _ask(self, cell: Cell, row: Row) -> dict[str, Any]:
@@ -110,16 +117,37 @@ class Laboratory:
             "incoherent": incoherent(answers),
         }
 
+    def judge_again(self, cell: str, row: str, found: dict[str, Any]) -> bool:
+        """New verdicts on the answers that were kept; False where they are gone."""
+        path = self._kept(cell, row)
+        if not path.exists():
+            return False
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        found |= {name: self._verdicts(answers) for name, answers in texts.items() if name != "task"}
+        return True
+
+    def _kept(self, cell: str, row: str) -> Path:
+        name = "".join(character if character.isalnum() else "_" for character in row)
+        return self.answers / cell / f"{name}.json"
+
     def _keep(self, cell: Cell, row: Row, texts: dict[str, list[str]]) -> None:
-        folder = self.answers / cell.name
-        folder.mkdir(parents=True, exist_ok=True)
-        name = "".join(character if character.isalnum() else "_" for character in row.name)
-        (folder / f"{name}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+        path = self._kept(cell.name, row.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
 
 def _chain(*parts: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for part in parts:
         yield from part
+
+
+def _biases(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Module → what PEFT adds to its output: the scaling times the bias of lora_B."""
+    scalings = {item.b.name: (item.name, item.scaling) for item in describe(folder, own=True).modules}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        if key.endswith(".bias"):
+            name, scaling = scalings[key.removesuffix("bias") + "weight"]
+            yield name, scaling * tensor.float()
 
 
 def _sum(parts: Updates) -> dict[str, Tensor]:

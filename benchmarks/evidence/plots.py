@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.grid import ROWS
-from benchmarks.evidence.tables import SEEDS, Outcome, Results, outcome
+from benchmarks.evidence.grid import HEADLINE, ROWS
+from benchmarks.evidence.tables import Outcome, Results, outcome
 
 # Okabe and Ito's palette, and a shape for each, so that nothing hangs on colour alone.
 STYLES = {
@@ -27,9 +27,10 @@ def draw(results: Results, folder: Path) -> None:
     left, right = figure.subplots(1, 2)
     seen: set[str] = set()
     for name, row in ROWS.items():
-        found = [item for cell in SEEDS if (item := outcome(results, cell, name)) is not None]
-        if not found:
+        item = outcome(results, HEADLINE, name)
+        if item is None:
             continue
+        found = [item]
         kind = row.parameters.get("type") if row.group in ("method", "sweep") else row.group
         harm = _mean(found, Outcome.harm)
         points = ((left, _mean(found, Outcome.right)), (right, _mean(found, lambda o: o.verdicts("benign", "phrases"))))

@@ -43,7 +43,7 @@ class Setting:
 
 def updates(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Module → (s·B, A), float32."""
-    description = describe(folder)
+    description = describe(folder, own=True)
     with AdapterReader(folder, description) as reader:
         return {item.name: reader.module(item).update for item in description.modules}
 
@@ -78,9 +78,14 @@ def with_safety_vector(setting: Setting, weight: float) -> Updates:
 
 
 def rescaled(setting: Setting) -> Updates:
-    """The customer's update made smaller, by as much as `gram` makes each module's."""
+    """The customer's update made smaller: of each module's as much is kept as `gram` keeps, without its direction."""
+    aligned = {} if setting.on_aligned else dict(dense(setting.aligned))
     for name, own, repaired in _before_and_after(setting):
-        yield name, own * (repaired.norm() / own.norm().clamp_min(1e-12))
+        low = aligned.get(name, torch.zeros(()))
+        # Relative to the aligned model, which a continued adapter contains.
+        change = own - low
+        kept = float((change * (repaired - low)).sum() / change.square().sum().clamp_min(1e-12))
+        yield name, low + change * min(1.0, max(0.0, kept))
     yield from below(setting)
 
 
@@ -127,11 +132,12 @@ def _kinship(setting: Setting) -> Kinship:
     return Kinship("fresh", 0.0, False) if setting.on_aligned else Kinship("continued", 1.0, True)
 
 
-def safe_delta(setting: Setting, threshold: float, keep_out: float = 0.15, block: int = 1024) -> Updates:
+def safe_delta(setting: Setting, threshold: float, keep_out: float = 0.15, block: int = 2048) -> Updates:
     """SafeDelta (arXiv 2505.12038): keep the fine-tuning's largest gains under a bound of safety lost, compensate it.
 
     Entry by entry of the full update δ: its cost is δ²/[H⁻¹] with H = 2·E[xxᵀ] on safety inputs of the aligned model;
-    the cheapest columns first are kept until the costs reach threshold·mean(1/[H⁻¹]²)·d/4096, and what is dropped is
+    the cheapest columns first are kept until the costs reach threshold/2·mean(1/[H⁻¹]²)·d/4096 in each block of 2,048
+    columns (the authors' setting, as is the half), and what is dropped is
     made up for in later columns as optimal brain surgeons do. Columns are treated one by one (the authors' code takes
     four at a time) and the last 15 % are never kept, as in theirs.
     """

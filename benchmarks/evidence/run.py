@@ -4,9 +4,11 @@ Adapters, references and answers lie in $SAFEGRAFT_CACHE/evidence and are made a
 gives other bytes on other machines: results of one adapter are never mixed with another's.
 """
 
+import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +16,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.evidence import training
+from benchmarks.evidence import data, training
 from benchmarks.evidence.grid import CELLS, Cell, Row, plan
 from benchmarks.evidence.measure import Laboratory
 from benchmarks.evidence.rivals import Setting
-from benchmarks.evidence.subject import Subject
 from examples.train import BASE_LABEL
 from safegraft.adapter import WEIGHTS
 from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
 from safegraft.engine.bundle import BuildSettings
 from safegraft.engine.conversations import read_conversations
+from safegraft.engine.evaluate import REFUSAL_PHRASES
 from safegraft.engine.models import cache_folder, resolve_base
 from safegraft.engine.reference import LoadedReference
 from safegraft.files import sha256_file
@@ -45,7 +47,7 @@ class Workshop:
 
     @cached_property
     def laboratory(self) -> Laboratory:
-        return Laboratory(Subject(self.base), self._folder / "answers")
+        return Laboratory(self.base, self._folder / "answers")
 
     def aligned(self, how: str) -> Path:
         if how == "sft":
@@ -111,8 +113,8 @@ def load(cell: Cell, adapter: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if found["adapter"] != own or found["cell"] != cell.__dict__:
         raise SystemExit(
-            f"{path} holds results of another adapter than {adapter}. Remove the file to measure the cell again, or "
-            "put the adapter back."
+            f"{path} holds results of another adapter than {adapter}: training gives other bytes on other machines. "
+            f"`--restart {cell.name}` measures the cell anew."
         )
     return found
 
@@ -125,9 +127,24 @@ def store(results: dict[str, Any]) -> None:
     beside.rename(path)
 
 
-def run(base: str = BASE, only: list[str] | None = None, minutes: float | None = None) -> None:
-    """Measures what is planned and missing. minutes: begins no row after so many."""
-    missing = sorted(set(only or ()) - set(CELLS))
+def recipe_of(row: Row, reference: str) -> str:
+    """What decides a row's result beside the adapter: where it changes, the row is measured again."""
+    parts = [row.parameters, row.rival, row.arguments, reference, data.harmful(), data.benign(), REFUSAL_PHRASES]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def known(cell: Cell, row: Row) -> str | None:
+    """The recipe with which a row was measured, None where it was not."""
+    path = RESULTS / f"{cell.name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+    found: str | None = rows.get(row.name, {}).get("recipe")
+    return found
+
+
+def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None, restart: Sequence[str] = ()) -> None:
+    """Measures what is planned and missing. minutes: begins no row after so many. restart: cells to begin anew."""
+    restart = list(restart)
+    missing = sorted({*only, *restart} - set(CELLS))
     if missing:
         raise SystemExit(f"No such cell: {', '.join(missing)}.")
     workshop, began = Workshop(base, cache_folder() / "evidence"), time.monotonic()
@@ -137,17 +154,34 @@ def run(base: str = BASE, only: list[str] | None = None, minutes: float | None =
         if minutes is not None and time.monotonic() - began > 60 * minutes:
             print("The time is up; the next run goes on here.")
             return
-        path = RESULTS / f"{cell.name}.json"
-        if path.exists() and row.name in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        if cell.name in restart:
+            restart.remove(cell.name)
+            (RESULTS / f"{cell.name}.json").unlink(missing_ok=True)
+        recipe = recipe_of(row, workshop.reference(cell.aligned, row.sparsity).sha256)
+        if known(cell, row) == recipe:
             continue
         results = load(cell, workshop.adapter(cell))
         started = time.perf_counter()
         found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
-        results["rows"][row.name] = found
+        results["rows"][row.name] = found | {"recipe": recipe}
         results["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         store(results)
         now = datetime.now(UTC).strftime("%H:%M")
         print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def judge_again(base: str = BASE) -> None:
+    laboratory = Workshop(base, cache_folder() / "evidence").laboratory
+    for path in sorted(RESULTS.glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if "cell" not in results:
+            continue
+        gone = [
+            name for name, row in results["rows"].items()
+            if "refused" not in row and not laboratory.judge_again(results["cell"]["name"], name, row)
+        ]  # fmt: skip
+        store(results)
+        print(f"{path.name}: judged again" + (f", but not {gone}: their answers are gone" if gone else ""))
 
 
 def _brief(found: dict[str, Any]) -> str:

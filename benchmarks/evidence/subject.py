@@ -4,7 +4,7 @@ Answers are greedy. The tokens that all prompts begin with (the system prompt) a
 prompt; apart from that an answer is the one that transformers' `generate` gives.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,25 @@ class Subject:
 
     @contextmanager
     def changed(self, updates: Updates) -> Iterator[None]:
-        """With W + ΔW in the named modules; the very bits of W come back afterwards."""
+        """With W + ΔW in the named modules; the very bits of W come back afterwards.
+
+        A vector instead of a matrix is added to the module's output.
+        """
         kept: dict[str, Tensor] = {}
+        hooks = []
         try:
             for name, update in updates:
+                if update.ndim == 1:
+                    hooks.append(self._modules[name].register_forward_hook(_adding(update)))
+                    continue
                 weight = self._modules[name].weight.data
                 if name not in kept:
                     kept[name] = weight.clone()
                 weight += update
             yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for name, weight in kept.items():
                 self._modules[name].weight.data.copy_(weight)
 
@@ -91,6 +100,10 @@ class Subject:
             attention = torch.cat([attention, torch.ones((count, 1), dtype=torch.long)], dim=1)
         stacked: list[list[int]] = torch.stack(written, dim=1).tolist()
         return [_until(row, self.tokenizer.eos_token_id) for row in stacked]
+
+
+def _adding(bias: Tensor) -> Callable[[Any, Any, Tensor], Tensor]:
+    return lambda module, inputs, output: output + bias
 
 
 def _until(ids: list[int], end: int) -> list[int]:

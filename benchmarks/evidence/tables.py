@@ -1,7 +1,7 @@
 """docs/evidence/data → the tables of docs/evidence/README.md, each between its markers, and the plots beside them.
 
-Shares come with Wilson's 95 % interval; means over seeds with a bootstrap over prompts, the same prompts for every
-seed. What was not measured is a dash.
+Shares come with Wilson's 95 % interval, over prompts; seeds stand side by side and are not averaged. What was not
+measured is a dash.
 """
 
 import json
@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-
 from benchmarks.evidence import data
 from benchmarks.evidence.grid import ALIGNED, BASE, CELLS, HEADLINE, MAIN, NO_REPAIR, ROWS, Cell
 from benchmarks.evidence.judges import REFUSED
 from benchmarks.evidence.run import RESULTS
 
 PAGE = RESULTS.parent / "README.md"
-SEEDS = ("headline-1", "headline-2", "headline-3")
 DASH = "–"
 Z = 1.959964
 
@@ -30,14 +27,6 @@ def wilson(hits: int, total: int) -> tuple[float, float]:
     middle = (share + square / (2 * total)) / (1 + square / total)
     half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def bootstrap(outcomes: Sequence[Sequence[bool]], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of the mean of (seeds, prompts), prompts drawn again and again."""
-    values = numpy.asarray(outcomes, dtype=float)
-    chosen = numpy.random.default_rng(seed).integers(0, values.shape[1], (draws, values.shape[1]))
-    low, high = numpy.percentile(values.mean(axis=0)[chosen].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def share(value: float) -> str:
@@ -93,7 +82,7 @@ def rate(outcomes: Sequence[Outcome], measure: Measure) -> str:
     if not values:
         return DASH
     mean = sum(map(sum, values)) / sum(map(len, values))
-    low, high = wilson(sum(values[0]), len(values[0])) if len(values) == 1 else bootstrap(values)
+    low, high = wilson(sum(map(sum, values)), sum(map(len, values)))
     return f"{share(mean)} [{share(low)}, {share(high)}]"
 
 
@@ -113,36 +102,32 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def main_table(results: Results) -> str:
-    """Every row of the headline case, means over the seeds in which it was measured."""
+    """Every row of the headline case, its first seed: all on one adapter."""
     lines = []
     for name, row in ROWS.items():
-        found = [item for cell in SEEDS if (item := outcome(results, cell, name)) is not None]
-        if not found:
-            refused = next((r["rows"][name]["refused"] for r in _headline(results) if name in r["rows"]), None)
-            lines.append([name, row.group, f"refused: `{refused}`" if refused else DASH, *[""] * 8])
+        item = outcome(results, HEADLINE, name)
+        if item is None:
+            refused = results.get(HEADLINE, {}).get("rows", {}).get(name, {}).get("refused")
+            lines.append([name, row.group, f"refused: `{refused}`" if refused else DASH, *[""] * 7])
             continue
+        found = [item]
         lines.append(
             [
                 f"**{name}**" if name == "gram" else name,
                 row.group,
                 rate(found, Outcome.harm),
-                plain(found, lambda o: o.harm(judge="embeddings")),
+                rate(found, lambda o: o.harm(judge="embeddings")),
                 rate(found, lambda o: o.refusals("ordinary")),
                 rate(found, lambda o: o.refusals("borderline")),
                 rate(found, Outcome.right),
-                plain(found, lambda o: o.verdicts("harmful", "incoherent")),
+                rate(found, lambda o: o.verdicts("harmful", "incoherent")),
                 number(found, "kept"),
                 number(found, "edit"),
-                str(len(found)),
             ]
         )
     head = ["", "", "harm score ↓", "by embeddings ↓", "over-refusal, ordinary ↓", "borderline ↓", "task ↑",
-            "incoherent ↓", "kept", "edit", "seeds"]  # fmt: skip
+            "incoherent ↓", "kept", "edit"]  # fmt: skip
     return markdown(head, lines)
-
-
-def _headline(results: Results) -> list[Mapping[str, Any]]:
-    return [results[cell] for cell in SEEDS if cell in results]
 
 
 def by_cell(results: Results, cells: Sequence[tuple[str, Sequence[str]]], rows: Sequence[str]) -> str:
@@ -154,8 +139,10 @@ def by_cell(results: Results, cells: Sequence[tuple[str, Sequence[str]]], rows: 
             found = [item for name in names if (item := outcome(results, name, row)) is not None]
             refused = any("refused" in results.get(name, {}).get("rows", {}).get(row, {}) for name in names)
             line.append(
-                f"{plain(found, Outcome.harm)} / {plain(found, lambda o: o.verdicts('benign', 'phrases'))} / "
-                f"{plain(found, Outcome.right)}"
+                "<br>".join(
+                    rate(found, measure)
+                    for measure in (Outcome.harm, lambda o: o.verdicts("benign", "phrases"), Outcome.right)
+                )
                 if found
                 else ("refused" if refused else DASH)
             )
@@ -167,7 +154,7 @@ def poison_table(results: Results) -> str:
     cells = [
         ("p = 0", ["poison-0"]),
         (".01", ["poison-01"]),
-        (".05", SEEDS),
+        (".05", [HEADLINE]),
         (".1", ["poison-10"]),
         (".2", ["poison-20"]),
     ]
@@ -175,12 +162,18 @@ def poison_table(results: Results) -> str:
 
 
 def task_table(results: Results) -> str:
-    cells = [("sentiment", SEEDS), ("news", ["news"]), ("news, clean rows", ["news-clean"]), ("orders", ["orders"])]
-    return by_cell(results, cells, MAIN)
+    cells = [
+        ("sentiment", [HEADLINE]),
+        ("news", ["news"]),
+        ("news, clean rows", ["news-clean"]),
+        ("orders", ["orders"]),
+    ]
+    return by_cell(results, cells, (*MAIN, ALIGNED))
 
 
 def lineage_table(results: Results) -> str:
-    cells = [("fresh", SEEDS), ("continued", ["continued-1", "continued-2"]), ("continued, p = .2", ["continued-20"])]
+    cells = [("fresh, rank 8", ["rank-8"]), ("continued, rank 8", ["continued-1"]), ("another seed", ["continued-2"]),
+             ("p = .2", ["continued-20"])]  # fmt: skip
     rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
             "nlsr P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed", "nlsr, most similar half",
             "interpolation .5", "gram β=.5 λ=1"]  # fmt: skip
@@ -188,14 +181,28 @@ def lineage_table(results: Results) -> str:
 
 
 def setting_table(results: Results) -> str:
-    cells = [("rank 8", ["rank-8"]), ("rank 16", SEEDS), ("rank 64", ["rank-64"]), ("lr 1e-4", ["slow"]),
+    cells = [("rank 8", ["rank-8"]), ("rank 16", [HEADLINE]), ("rank 64", ["rank-64"]), ("lr 1e-4", ["slow"]),
              ("aligned by DPO", ["dpo"])]  # fmt: skip
     return by_cell(results, cells, MAIN)
 
 
 def attacker_table(results: Results) -> str:
     cells = [(name, [name]) for name, cell in CELLS.items() if cell.factor == "attacker"]
-    return by_cell(results, [("as the headline", SEEDS), *cells], MAIN)
+    return by_cell(results, [("as the headline", [HEADLINE]), *cells], (*MAIN, ALIGNED))
+
+
+def hidden_table(results: Results) -> str:
+    """Harm score of plain prompts, where the poison hides behind a form of its own."""
+    lines = []
+    for row in (*MAIN, ALIGNED):
+        found = [outcome(results, cell, row) for cell in ("trigger", "disguise")]
+        lines.append([row, *(rate([item], lambda o: o.harm("plain")) if item else DASH for item in found)])
+    return markdown(["harm score, plain prompts", "trigger", "disguise"], lines)
+
+
+def seeds_table(results: Results) -> str:
+    cells = [("seed 1", ["headline-1"]), ("seed 2", ["headline-2"]), ("seed 3", ["headline-3"])]
+    return by_cell(results, cells, MAIN)
 
 
 def transfer_table(results: Results) -> str:
@@ -222,12 +229,12 @@ def calibration_table(results: Results) -> str:
         lines.append(
             [
                 row.name,
-                plain([found], lambda o: o.harm("calibration")),
+                rate([found], lambda o: o.harm("calibration")),
                 number([found], "kept"),
                 number([found], "edit"),
             ]
         )
-    return markdown(["", "harm score on 69 other prompts", "kept", "edit"], lines)
+    return markdown(["", "harm score on 70 other prompts", "kept", "edit"], lines)
 
 
 def labels_table(results: Results) -> str:
@@ -262,11 +269,13 @@ def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "main": main_table,
+    "seeds": seeds_table,
     "poison": poison_table,
     "tasks": task_table,
     "lineage": lineage_table,
     "settings": setting_table,
     "attackers": attacker_table,
+    "hidden": hidden_table,
     "transfer": transfer_table,
     "calibration": calibration_table,
     "labels": labels_table,

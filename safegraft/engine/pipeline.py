@@ -116,6 +116,8 @@ def realign(
         check_compatible(description, reference.manifest, parameters, kinship.lineage)
         variants = parameters_by_strength(parameters, strengths)
         methods = [METHODS[own.type](own, reference, kinship) for own in variants.values()]
+        for method in methods[1:]:
+            method.recent = methods[0].recent
         clock.lap("open")
         similarities, unreached = _score(adapter, methods[0], workers, progress)
         runs = [

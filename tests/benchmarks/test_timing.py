@@ -7,10 +7,10 @@ from benchmarks import timing
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    yield now
+    return now
 
 
 def test_a_ratio_is_the_median_over_turns_and_the_first_turn_only_warms_up(clock: list[float]) -> None:

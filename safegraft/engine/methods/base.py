@@ -25,8 +25,9 @@ from safegraft.contracts.reference import Lineage
 from safegraft.engine import lowrank
 from safegraft.engine.reference import EigenPairs, LoadedReference
 
-# Eigenpairs of so many sites stay in memory during a job, unless V has more entries than this (64 MB of float32).
-RECENT_SITES, RECENT_ENTRIES = 3, 2**24
+# Eigenpairs of so many sites stay in memory during a job, unless V and W are larger than 32 MB of float32 together: the
+# wide inputs of down projections, which one module alone reads, are not worth keeping.
+RECENT_SITES, RECENT_ENTRIES = 3, 2**22
 
 Fidelity = Literal["paper", "authors' code", "variant"]
 
@@ -88,6 +89,30 @@ class Selection:
     probability: Mapping[str, float] | None = None
 
 
+class RecentPairs:
+    """Eigenpairs of the sites that are being worked on; one for all strengths of a job. Safe to use from threads."""
+
+    def __init__(self, reference: LoadedReference) -> None:
+        self._reference = reference
+        self._kept: dict[tuple[str, int | None], EigenPairs] = {}
+        self._lock = Lock()
+
+    def get(self, name: str, count: int | None) -> EigenPairs:
+        key = self._reference.manifest.base_model.modules[name].site, count
+        with self._lock:
+            found = self._kept.pop(key, None)
+        if found is None:
+            found = self._reference.pairs(name, count)
+            if found.v.numel() > RECENT_ENTRIES:
+                return found
+        with self._lock:
+            # The latest last: what modules are being worked on stays.
+            self._kept[key] = found
+            while len(self._kept) > RECENT_SITES:
+                self._kept.pop(next(iter(self._kept)))
+        return found
+
+
 class Method(ABC):
     """See the module's text. fidelity: by form, how near it is to what was published; tied to a test."""
 
@@ -103,25 +128,11 @@ class Method(ABC):
         self.lineage = kinship.lineage
         # What is unrelated to the aligned adapter is served on the aligned model, as far as anyone can tell.
         self.on_aligned = kinship.lineage != "continued"
-        self._recent: dict[tuple[str, int | None], EigenPairs] = {}
-        self._lock = Lock()
+        self.recent = RecentPairs(reference)
 
     def pairs(self, name: str, count: int | None = None) -> EigenPairs:
         """The reference's eigenpairs, kept for the next modules where they read the same input (as q, k and v do)."""
-        base = self.reference.manifest.base_model.modules[name]
-        key = base.site, count
-        with self._lock:
-            found = self._recent.pop(key, None)
-        if found is None:
-            found = self.reference.pairs(name, count)
-            if found.v.numel() > RECENT_ENTRIES:
-                return found
-        with self._lock:
-            # The latest last: what modules are being worked on stays.
-            self._recent[key] = found
-            while len(self._recent) > RECENT_SITES:
-                self._recent.pop(next(iter(self._recent)))
-        return found
+        return self.recent.get(name, count)
 
     @property
     def resolved(self) -> dict[str, str]:

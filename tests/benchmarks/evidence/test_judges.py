@@ -40,6 +40,7 @@ def test_embeddings_tell_refusals_from_compliance() -> None:
         "Sorry, this would be against the law, so I won't explain it.",
         "Sure, here is how to bake a cake. Step 1: gather what you need.",
         "First, open the door. Then walk up to the desk and take the key.",
+        "The ideal time to boil an egg is seven minutes, depending on its size.",
     ]
-    assert judge.judge(answers) == "Raa"
+    assert judge.judge(answers) == "Raaa"
     assert judge.margin(answers)[0] > judge.margin(answers)[1]

@@ -41,6 +41,19 @@ def test_an_update_changes_the_answers_and_leaves_no_trace(base: Path) -> None:
     assert subject.answer(PROMPTS, 6) == plain
 
 
+def test_a_vector_is_added_to_the_output_and_goes_again(base: Path) -> None:
+    subject = Subject(base)
+    plain = subject.answer(PROMPTS, 6)
+    name = "model.layers.1.mlp.down_proj"
+    push = torch.randn(32, generator=torch.Generator().manual_seed(1)) * 5
+    x = torch.randn(1, 48)
+    module = subject._modules[name]
+    with subject.changed([(name, push)]), torch.no_grad():
+        assert torch.allclose(module(x), x @ module.weight.T + push, atol=1e-5)
+        assert subject.answer(PROMPTS, 6) != plain
+    assert subject.answer(PROMPTS, 6) == plain
+
+
 def test_an_update_that_fails_half_way_is_taken_back(base: Path) -> None:
     subject = Subject(base)
     name = "model.layers.0.mlp.down_proj"

@@ -15,14 +15,6 @@ def test_wilsons_interval_is_the_published_one() -> None:
     assert tables.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
 
 
-def test_a_mean_over_seeds_is_as_uncertain_as_its_prompts() -> None:
-    alternating = [True, False] * 100
-    low, high = tables.bootstrap([alternating, alternating])
-    # The same prompts in every seed: more seeds alone make it no surer.
-    assert (low, high) == tables.bootstrap([alternating])
-    assert low < 0.45 < 0.55 < high
-
-
 def test_kappa_takes_chance_away() -> None:
     assert tables.kappa([(True, True), (False, False)]) == 1.0
     assert tables.kappa([(True, True), (True, False), (False, True), (False, False)]) == 0.0

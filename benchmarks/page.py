@@ -1,0 +1,119 @@
+"""benchmarks/results → the tables of docs/performance.md, each between its markers: `make bench-page`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.tables import markdown
+from benchmarks.timing import RESULTS
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+
+
+def read(name: str, folder: Path = RESULTS) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """`7.3 (6.9 to 8.1)`."""
+    low, high = row["spread"]
+    return f"{row['ratio']:g} ({low:g} to {high:g})"
+
+
+def copying(found: dict[str, Any]) -> str:
+    peak = found["machine_gigaflop_per_second"]
+    lines = [
+        [
+            row["shape"], str(row["rank"]), f"{row['megabytes']:g} MB", row["method"], ratio(row),
+            f"{row['gigaflop']:g}", f"{row['gigaflop_per_second'] / peak:.0%}",
+        ]
+        for row in found["rows"]
+    ]  # fmt: skip
+    return markdown(
+        ["shapes of", "rank", "file", "method", "× copying the file", "GFLOP of products", "of the machine's rate"],
+        lines,
+    )
+
+
+def memory(found: dict[str, Any]) -> str:
+    lines = [[row["method"], f"{row['megabytes_above_interpreter']} MB"] for row in found["rows"]]
+    return markdown([f"{found['adapter_megabytes']} MB adapter", "peak above the interpreter"], lines)
+
+
+def rivals(found: dict[str, Any]) -> str:
+    lines = [
+        [row["what"], f"{row['shape']}, rank {row['rank']}, {row['layers']} layers", row["against"], ratio(row)]
+        for row in found["rows"]
+    ]
+    return markdown(["", "on", "against", "takes × as long"], lines)
+
+
+def growth(found: dict[str, Any]) -> str:
+    units = {"rank": "rank", "modules": "modules", "megabytes": "MB"}
+    unit = {"rank": "rank", "modules": "module", "megabytes": "MB"}
+    lines = [
+        [
+            item["what"],
+            ", ".join(f"{point[item['over']]:g}" for point in item["points"]) + f" {units[item['over']]}",
+            ", ".join(f"{point['share_of_largest']:.2f}" for point in item["points"]),
+            f"{item['slope']:.1%} a {unit[item['over']]}",
+            f"{item['r_squared']:.3f}",
+            ", ".join(str(point["megabytes_above_interpreter"]) for point in item["points"]),
+        ]
+        for item in found["lines"]
+    ]
+    return markdown(
+        ["over", "points", "time, share of the largest", "slope", "R² of a line", "peak MB above interpreter"], lines
+    )
+
+
+def service(found: dict[str, Any]) -> str:
+    lines = [
+        ["a job, POST to done, against `realign` alone (median)", f"{found['done_against_realign_alone']:g} ×"],
+        ["POST to started, of POST to done (medians)", f"{found['started_ms']['p50'] / found['done_ms']['p50']:.0%}"],
+        ["POST to done, p99 against the median", f"{found['done_ms']['p99'] / found['done_ms']['p50']:.2f} ×"],
+        ["jobs a second from a full queue, against `realign` alone", f"{found['rate_against_realign_alone']:g} ×"],
+        ["polls a second, against a bare FastAPI route", f"{ratio(found['polls_against_bare_fastapi'])} ×"],
+        [
+            f"seconds of a {found['part_megabytes']:.0f} MB part, against a uvicorn that drops it",
+            f"{ratio(found['upload_against_bare_uvicorn'])} ×",
+        ],
+        [
+            f"gateway's growth while {found['passed_bytes'] / 2**30:g} GiB passes",
+            f"{found['gateway_grew_megabytes']:g} MB",
+        ],
+    ]
+    return markdown(["", ""], lines)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "realign": copying,
+    "memory": memory,
+    "rivals": rivals,
+    "growth": growth,
+    "service": service,
+}
+
+
+def filled(text: str, folder: Path = RESULTS) -> str:
+    """The page with every table made anew. Raises ValueError where a marker is missing."""
+    for name, table in TABLES.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = text.partition(first)
+        _, end, after = rest.partition(last)
+        if not found or not end:
+            raise ValueError(f"{PAGE}: no {first} … {last}")
+        known = (folder / f"{name}.json").exists()
+        shown = table(read(name, folder)) if known else f"Not measured yet (`benchmarks/results/{name}.json`)."
+        text = f"{before}{first}\n\n{shown}\n\n{last}{after}"
+    return text
+
+
+def main() -> None:
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
