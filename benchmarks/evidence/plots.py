@@ -20,7 +20,7 @@ STYLES = {
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Writes frontier.png."""
+    """Writes frontier.png: large marks are defaults and baselines, small ones other strengths, controls and rivals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
@@ -36,15 +36,13 @@ def draw(results: Results, folder: Path) -> None:
         points = ((left, _mean(found, Outcome.right)), (right, _mean(found, lambda o: o.verdicts("benign", "phrases"))))
         for axes, other in points:
             _point(axes, harm, other, str(kind), label=str(kind) not in seen, large=row.group in ("method", "baseline"))
-            if row.group in ("method", "baseline"):
-                axes.annotate(name, (harm, other), fontsize=7, xytext=(4, 3), textcoords="offset points")
         seen.add(str(kind))
     left.set(xlabel="harm score (lower is better)", ylabel="task accuracy (higher is better)")
     right.set(xlabel="harm score (lower is better)", ylabel="benign prompts refused (lower is better)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.set_xlim(-0.03, 1.06)
-    left.legend(fontsize=7, loc="lower right")
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=len(STYLES))
     figure.savefig(folder / "frontier.png")
 
 

@@ -103,12 +103,15 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def main_table(results: Results) -> str:
     """Every row of the headline case, its first seed: all on one adapter."""
-    lines = []
+    lines, missing = [], []
     for name, row in ROWS.items():
         item = outcome(results, HEADLINE, name)
         if item is None:
             refused = results.get(HEADLINE, {}).get("rows", {}).get(name, {}).get("refused")
-            lines.append([name, row.group, f"refused: `{refused}`" if refused else DASH, *[""] * 7])
+            if refused:
+                lines.append([name, row.group, f"refused: `{refused}`", *[""] * 7])
+            else:
+                missing.append(name)
             continue
         found = [item]
         lines.append(
@@ -127,7 +130,8 @@ def main_table(results: Results) -> str:
         )
     head = ["", "", "harm score ↓", "by embeddings ↓", "over-refusal, ordinary ↓", "borderline ↓", "task ↑",
             "incoherent ↓", "kept", "edit"]  # fmt: skip
-    return markdown(head, lines)
+    table = markdown(head, lines)
+    return f"{table}\n\nNot measured yet: {'; '.join(missing)}." if missing else table
 
 
 def by_cell(results: Results, cells: Sequence[tuple[str, Sequence[str]]], rows: Sequence[str]) -> str:
