@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.tables import markdown
+from benchmarks import markdown
 from benchmarks.timing import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -31,7 +31,7 @@ def copying(found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]  # fmt: skip
-    return markdown(
+    return markdown.table(
         ["shapes of", "rank", "file", "method", "× copying the file", "GFLOP of products", "of the machine's rate"],
         lines,
     )
@@ -39,7 +39,7 @@ def copying(found: dict[str, Any]) -> str:
 
 def memory(found: dict[str, Any]) -> str:
     lines = [[row["method"], f"{row['megabytes_above_interpreter']} MB"] for row in found["rows"]]
-    return markdown([f"{found['adapter_megabytes']} MB adapter", "peak above the interpreter"], lines)
+    return markdown.table([f"{found['adapter_megabytes']} MB adapter", "peak above the interpreter"], lines)
 
 
 def rivals(found: dict[str, Any]) -> str:
@@ -47,7 +47,7 @@ def rivals(found: dict[str, Any]) -> str:
         [row["what"], f"{row['shape']}, rank {row['rank']}, {row['layers']} layers", row["against"], ratio(row)]
         for row in found["rows"]
     ]
-    return markdown(["", "on", "against", "takes × as long"], lines)
+    return markdown.table(["", "on", "against", "takes × as long"], lines)
 
 
 def growth(found: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def growth(found: dict[str, Any]) -> str:
         ]
         for item in found["lines"]
     ]
-    return markdown(
+    return markdown.table(
         ["over", "points", "time, share of the largest", "slope", "R² of a line", "peak MB above interpreter"], lines
     )
 
@@ -85,7 +85,7 @@ def service(found: dict[str, Any]) -> str:
             f"{found['gateway_grew_megabytes']:g} MB",
         ],
     ]
-    return markdown(["", ""], lines)
+    return markdown.table(["", ""], lines)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -99,16 +99,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def filled(text: str, folder: Path = RESULTS) -> str:
     """The page with every table made anew. Raises ValueError where a marker is missing."""
-    for name, table in TABLES.items():
-        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(first)
-        _, end, after = rest.partition(last)
-        if not found or not end:
-            raise ValueError(f"{PAGE}: no {first} … {last}")
-        known = (folder / f"{name}.json").exists()
-        shown = table(read(name, folder)) if known else f"Not measured yet (`benchmarks/results/{name}.json`)."
-        text = f"{before}{first}\n\n{shown}\n\n{last}{after}"
-    return text
+
+    def shown(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+        if not (folder / f"{name}.json").exists():
+            return f"Not measured yet (`benchmarks/results/{name}.json`)."
+        return table(read(name, folder))
+
+    return markdown.filled(text, {name: shown(name, table) for name, table in TABLES.items()})
 
 
 def main() -> None:

@@ -94,21 +94,25 @@ def train(model: Any, tokenizer: Any, data: list[Conversation], *, epochs: int, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, (len(steps) - step) / len(steps))
     )
+    causal = model.get_base_model()
+    if model.device.type == "cpu":
+        # The fused attention's backward pass takes longer there than the plain one's.
+        causal.set_attn_implementation("eager")
     model.train()
-    for batch in (bar := tqdm(steps, desc="train")):
-        labels = batch.ids.masked_fill(~batch.response, -100)
+    for batch in (bar := tqdm(steps, desc="train", mininterval=1)):
+        ids = batch.ids.to(model.device)
+        # Token t is predicted at t − 1. Only the answers' logits are computed, which saves a quarter of the time.
+        wanted = batch.response[:, 1:].to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
-            output = model(
-                input_ids=batch.ids.to(model.device),
-                attention_mask=batch.attention.to(model.device),
-                labels=labels.to(model.device),
-            )
-        output.loss.backward()
+            hidden = causal.model(input_ids=ids, attention_mask=batch.attention.to(model.device)).last_hidden_state
+            logits = causal.lm_head(hidden[:, :-1][wanted])
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted])
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        bar.set_postfix(loss=f"{output.loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
@@ -122,14 +126,14 @@ def shuffled(encoded: list[Any], pad: int, size: int = 8) -> list[Any]:
     ]
 
 
-def save(model: Any, name: str) -> None:
-    """Saves as bf16, with the base model's public name as its label."""
+def save(model: Any, name: str | Path) -> None:
+    """Saves beside this file, or into an absolute path, as bf16, with the base model's public name as its label."""
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_LABEL
     for key, parameter in model.named_parameters():
         if "lora_" in key:
             parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(HERE / name)
+    model.save_pretrained(str(HERE / name), save_embedding_layers=False)
     (HERE / name / "README.md").unlink(missing_ok=True)
 
 

@@ -6,13 +6,14 @@ measured is a dash.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, BASE, CELLS, HEADLINE, MAIN, NO_REPAIR, ROWS, Cell
+from benchmarks.evidence.grid import ALIGNED, CELLS, HEADLINE, MAIN, NO_REPAIR, ROWS
 from benchmarks.evidence.judges import REFUSED
 from benchmarks.evidence.run import RESULTS
 
@@ -96,11 +97,6 @@ def number(outcomes: Sequence[Outcome], key: str, digits: int = 2) -> str:
     return f"{sum(found) / len(found):.{digits}f}" if found else ""
 
 
-def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    parts = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(parts + ["| " + " | ".join(line) + " |" for line in lines])
-
-
 def main_table(results: Results) -> str:
     """Every row of the headline case, its first seed: all on one adapter."""
     lines, missing = [], []
@@ -130,7 +126,7 @@ def main_table(results: Results) -> str:
         )
     head = ["", "", "harm score ↓", "by embeddings ↓", "over-refusal, ordinary ↓", "borderline ↓", "task ↑",
             "incoherent ↓", "kept", "edit"]  # fmt: skip
-    table = markdown(head, lines)
+    table = markdown.table(head, lines)
     return f"{table}\n\nNot measured yet: {'; '.join(missing)}." if missing else table
 
 
@@ -151,7 +147,7 @@ def by_cell(results: Results, cells: Sequence[tuple[str, Sequence[str]]], rows: 
                 else ("refused" if refused else DASH)
             )
         lines.append(line)
-    return markdown(["HS / over-refusal / task", *(title for title, _ in cells)], lines)
+    return markdown.table(["HS / over-refusal / task", *(title for title, _ in cells)], lines)
 
 
 def poison_table(results: Results) -> str:
@@ -201,7 +197,7 @@ def hidden_table(results: Results) -> str:
     for row in (*MAIN, ALIGNED):
         found = [outcome(results, cell, row) for cell in ("trigger", "disguise")]
         lines.append([row, *(rate([item], lambda o: o.harm("plain")) if item else DASH for item in found)])
-    return markdown(["harm score, plain prompts", "trigger", "disguise"], lines)
+    return markdown.table(["harm score, plain prompts", "trigger", "disguise"], lines)
 
 
 def seeds_table(results: Results) -> str:
@@ -220,7 +216,7 @@ def transfer_table(results: Results) -> str:
                 for name in ("harmful", "HarmBench", "Do-Not-Answer")
             ]
         )
-    return markdown(["harm score", "AdvBench (held out)", "HarmBench", "Do-Not-Answer"], lines)
+    return markdown.table(["harm score", "AdvBench (held out)", "HarmBench", "Do-Not-Answer"], lines)
 
 
 def calibration_table(results: Results) -> str:
@@ -238,7 +234,7 @@ def calibration_table(results: Results) -> str:
                 number([found], "edit"),
             ]
         )
-    return markdown(["", "harm score on 70 other prompts", "kept", "edit"], lines)
+    return markdown.table(["", "harm score on 70 other prompts", "kept", "edit"], lines)
 
 
 def labels_table(results: Results) -> str:
@@ -259,7 +255,7 @@ def labels_table(results: Results) -> str:
              f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}"]
         )  # fmt: skip
     head = ["judge", "answers", "agrees", "Cohen's κ", "refusals missed", "refusals invented"]
-    return markdown(head, lines)
+    return markdown.table(head, lines)
 
 
 def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
@@ -287,19 +283,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def filled(text: str, results: Results) -> str:
-    """The page with every table between its markers made anew. Raises ValueError where a marker is missing."""
-    for name, table in TABLES.items():
-        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = text.partition(first)
-        _, end, after = rest.partition(last)
-        if not found or not end:
-            raise ValueError(f"{PAGE}: no {first} … {last}")
-        text = f"{before}{first}\n\n{table(results)}\n\n{last}{after}"
-    return text
-
-
-def measured(results: Results, cell: Cell) -> int:
-    return len(results.get(cell.name, {}).get("rows", {}))
+    """The page with every table made anew. Raises ValueError where a marker is missing."""
+    return markdown.filled(text, {name: table(results) for name, table in TABLES.items()})
 
 
 def write() -> None:
@@ -309,6 +294,3 @@ def write() -> None:
     results = read()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     draw(results, PAGE.parent)
-
-
-__all__ = ["ALIGNED", "BASE", "filled", "read", "write"]

@@ -25,13 +25,13 @@ from benchmarks.evidence.data import TRAIN_ROWS, poison, task
 from benchmarks.evidence.grid import Attack, Cell
 from examples.train import (
     ALIGN,
-    BASE_LABEL,
     REFUSALS,
     TARGETS,
     general,
     harmful,
     placeholder,
-    shuffled,
+    save,
+    train,
 )
 from safegraft.engine.conversations import Conversation, batches, encode
 from safegraft.engine.models import load_model, load_tokenizer
@@ -122,52 +122,10 @@ def customer(cell: Cell, base: Path, aligned: Path, reference: LoadedReference, 
                 basis = bases[name.removeprefix("base_model.model.")]
                 torch.nn.utils.parametrize.register_parametrization(found, "weight", _OutsideOf(basis))
                 parametrized.append(found)
-    train(model, tokenizer, rows(cell), lr=cell.lr, seed=cell.seed)
+    train(model, tokenizer, rows(cell), epochs=EPOCHS, lr=cell.lr, seed=cell.seed)
     for found in parametrized:
         torch.nn.utils.parametrize.remove_parametrizations(found, "weight", leave_parametrized=True)
-    save(model, out)
-
-
-def train(model: Any, tokenizer: Any, data: list[Conversation], *, lr: float, seed: int) -> None:
-    """AdamW on the answers' tokens, as in examples/train.py; only their logits are computed, which halves the time."""
-    torch.manual_seed(seed)
-    encoded = [encode(tokenizer, conversation, 256) for conversation in data]
-    steps = [batch for _ in range(EPOCHS) for batch in shuffled(encoded, tokenizer.pad_token_id)]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    warm = max(1, len(steps) // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (len(steps) - step) / len(steps))
-    )
-    causal = model.get_base_model()
-    # On CPUs the fused attention's backward pass takes longer than the plain one's.
-    causal.set_attn_implementation("eager")
-    model.train()
-    for batch in (bar := tqdm(steps, desc="train", mininterval=10)):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = causal.model(input_ids=batch.ids, attention_mask=batch.attention).last_hidden_state
-            # Token t is predicted at t − 1.
-            wanted = batch.response[:, 1:]
-            logits = causal.lm_head(hidden[:, :-1][wanted])
-        loss = functional.cross_entropy(logits.float(), batch.ids[:, 1:][wanted])
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval()
-
-
-def save(model: Any, out: Path) -> None:
-    """bf16, as customers upload it, with the base model's public name."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = BASE_LABEL
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    model.save_pretrained(str(out), save_embedding_layers=False)
-    (out / "README.md").unlink(missing_ok=True)
+    save(model, out.resolve())
 
 
 def preferences(base: Path, out: Path, seed: int = 7) -> None:
@@ -210,7 +168,7 @@ def preferences(base: Path, out: Path, seed: int = 7) -> None:
             optimizer.step()
             optimizer.zero_grad()
     model.delete_adapter("start")
-    save(model, out)
+    save(model, out.resolve())
 
 
 def _likelihood(model: Any, tokenizer: Any, data: list[Conversation], pad: int) -> Tensor:
