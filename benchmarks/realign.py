@@ -61,11 +61,13 @@ def gigaflops(adapter: Path, reference: LoadedReference, parameters: Any) -> flo
             module = reader.module(item)
             aligned = reference.aligned(item.name)
             if aligned is not None:
-                lowrank.cosine(*module.update, *aligned, norm2=1.0)
+                lowrank.inner(*module.update, *aligned)
+                assert module.energy >= 0
             if not method.reaches(item.name):
                 continue
             method.similarity(module)
-            again = reader.module(item)
+            # Read again where all similarities are needed before any module is repaired.
+            again = module if method.takes_all else reader.module(item)
             if item.name in selection.names:
                 after, _ = pipeline.fitted(again, method.propose(again), item.rank)
                 measure.of_repaired(

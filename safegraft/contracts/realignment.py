@@ -67,7 +67,8 @@ class RealignmentCreate(Asked):
 
 
 class Progress(Shown):
-    """`stage`: waiting, fetch, compare, score, patch, publish, done; `done` of `total` modules within it."""
+    """`stage`: waiting, fetch, compare, score (where modules are chosen by it), patch, publish, done; `done` of `total`
+    modules within it."""
 
     stage: str
     done: int

@@ -139,35 +139,39 @@ class AdapterWriter:
     def keep(self, module: LoraModule, before: Module, reader: AdapterReader) -> None:
         """Copies both factors' bytes unchanged, or filled up with zeros where the layout has a higher rank."""
         if self._layout.rank(module) != module.rank:
-            self.replace(module, before, reader)
+            self.replace(module, before, before, reader)
             return
         for entry in (module.a, module.b):
             self._writer.write(entry.name, reader.bytes(entry.name))
         self._write_bias(module, None)
 
     def replace(
-        self, module: LoraModule, patched: Module, reader: AdapterReader, bias: Tensor | None = None
+        self, module: LoraModule, before: Module, patched: Module, reader: AdapterReader, bias: Tensor | None = None
     ) -> tuple[Module, bool]:
         """Writes new factors in the customer's dtype, filled up with zeros to the layout's rank.
 
-        bias (d,): added to the layer's output, without the scaling. Returns the module as it was rounded, and whether
-        any byte differs from the customer's.
+        before: the module as it was read. bias (d,): added to the layer's output, without the scaling. Returns the
+        module as it was rounded, and whether any byte differs from the customer's.
         """
-        rank = self._layout.rank(module)
-        grown = torch.nn.functional.pad
-        parts = {
-            module.a.name: grown(patched.a, (0, 0, 0, rank - patched.rank)),
-            module.b.name: grown(patched.b, (0, rank - patched.rank)),
-        }
+        missing = self._layout.rank(module) - patched.rank
+        parts = (
+            (module.a, before.a, patched.a, (0, 0, 0, missing)),
+            (module.b, before.b, patched.b, (0, missing)),
+        )
         rounded, changed = [], False
-        for (name, tensor), entry in zip(parts.items(), (module.a, module.b), strict=True):
-            stored = self._fitting(name, tensor, entry.dtype)
+        for entry, own, new, padding in parts:
+            if new is own and not missing:
+                # A factor that the repair left alone: the customer's very bytes.
+                self._writer.write(entry.name, reader.bytes(entry.name))
+                rounded.append(own)
+                continue
+            stored = self._fitting(entry.name, torch.nn.functional.pad(new, padding), entry.dtype)
             raw = to_bytes(stored)
             changed = changed or not self._is(stored, entry, raw, reader)
-            self._writer.write(name, raw)
+            self._writer.write(entry.name, raw)
             rounded.append(stored.float())
         changed = self._write_bias(module, bias) or changed
-        return patched.with_factors(rounded[1], rounded[0]), changed
+        return before.with_factors(rounded[1], rounded[0]), changed
 
     def _is(self, stored: Tensor, entry: TensorEntry, raw: bytes, reader: AdapterReader) -> bool:
         """Whether a factor is the customer's, perhaps filled up with zeros."""

@@ -18,12 +18,16 @@ _SMALL, _LARGE = 2.0**-60, 2.0**100
 _BALANCED = 8
 
 
-def inner(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
+def inner(
+    b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, *, of_b: Tensor | None = None, of_a: Tensor | None = None
+) -> float:
     """⟨B₁A₁, B₂A₂⟩_F = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), in r₁·r₂·(d+k) multiplications instead of r·d·k.
 
-    Raises InvalidTensors (`out_of_range`) where the result is not finite, so that no comparison ever meets a NaN.
+    of_b: B₁ᵀB₂ (r₁, r₂), of_a: A₁A₂ᵀ (r₁, r₂), where they are known. Raises InvalidTensors (`out_of_range`) where the
+    result is not finite, so that no comparison ever meets a NaN.
     """
-    of_b, of_a = b1.T @ b2, a1 @ a2.T
+    of_b = b1.T @ b2 if of_b is None else of_b
+    of_a = a1 @ a2.T if of_a is None else of_a
     if _usual(of_b) and _usual(of_a):
         return float((of_b.double() * of_a.double()).sum())
     # By powers of two, which are exact: the products of float32 factors leave float32's range long before ΔW does.
@@ -86,12 +90,17 @@ def _exponent(factor: Tensor) -> int:
     return math.frexp(largest)[1] if 0.0 < largest < math.inf else 0
 
 
-def energies(b: Tensor, p: Tensor, weight: Tensor) -> tuple[float, float]:
-    """(‖B·P‖², ‖B·P·√w‖²) for P (r, m) and weights w (m,) ≥ 0, with one BᵀB for both. Raises InvalidTensors."""
-    of_b = b.T @ b
-    of_p, of_weighted = p @ p.T, (p * weight) @ p.T
-    if _usual(of_b) and _usual(of_p) and _usual(of_weighted):
-        return float((of_b.double() * of_p.double()).sum()), float((of_b.double() * of_weighted.double()).sum())
+def energies(b: Tensor, p: Tensor, weight: Tensor, *, of_b: Tensor | None = None) -> tuple[float, float]:
+    """(‖B·P‖², ‖B·P·√w‖²) for P (r, m) and weights w (m,) ≥ 0, from BᵀB·P alone. Raises InvalidTensors.
+
+    of_b: BᵀB (r, r), where it is known.
+    """
+    of_b = b.T @ b if of_b is None else of_b
+    product = of_b @ p
+    if _usual(of_b) and _usual(p) and _usual(product):
+        # ‖B·pⱼ‖² = pⱼᵀ(BᵀB)pⱼ for each column.
+        columns = (product * p).sum(dim=0, dtype=torch.float64)
+        return float(columns.sum()), float(columns @ weight.double())
     return inner(b, p, b, p), inner(b, p * weight, b, p)
 
 
@@ -100,10 +109,14 @@ def norm(b: Tensor, a: Tensor) -> float:
     return math.sqrt(max(inner(b, a, b, a), 0.0))
 
 
-def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, *, norm2: float | None = None) -> float:
-    """cos(vec B₁A₁, vec B₂A₂), clamped to [-1, 1]; 0 where one of them is zero. norm2: ‖B₂A₂‖, where it is known."""
-    scale = norm(b1, a1) * (norm(b2, a2) if norm2 is None else norm2)
-    return max(-1.0, min(1.0, inner(b1, a1, b2, a2) / scale)) if scale > 0 else 0.0
+def cosine(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> float:
+    """cos(vec B₁A₁, vec B₂A₂), clamped to [-1, 1]; 0 where one of them is zero."""
+    return clamped(inner(b1, a1, b2, a2), norm(b1, a1) * norm(b2, a2))
+
+
+def clamped(product: float, scale: float) -> float:
+    """product/scale as a cosine in [-1, 1]; 0 where the scale is zero."""
+    return max(-1.0, min(1.0, product / scale)) if scale > 0 else 0.0
 
 
 def stack(*factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -47,10 +47,17 @@ def of_repaired(
 ) -> Measured:
     """What was done to one module; `after` as it was rounded to the customer's dtype."""
     b, a = method.relative(before)
-    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    energy = _energy(before, b, a)
     # relative(after) − relative(before), without Δ_a. Where only a bias came, it is zero.
-    difference = _difference(before.update, after.update, energy) if differs else 0.0
-    overlap = lowrank.inner(*method.relative(after), b, a) if difference > 0 else energy
+    difference = _difference(before, after, energy) if differs else 0.0
+    overlap = energy
+    if difference > 0:
+        new_b, new_a = method.relative(after)
+        overlap = lowrank.inner(
+            new_b, new_a, b, a,
+            of_b=before.gram if new_b is b is before.update[0] else None,
+            of_a=before.gram_of_rows if new_a is a is before.update[1] else None,
+        )  # fmt: skip
     line = ModuleLine(
         **_common(item, similarity, selection),
         similarity_after=method.similarity_after(before, after) if differs else similarity,
@@ -62,20 +69,27 @@ def of_repaired(
     return Measured(line, energy, overlap, difference, biased)
 
 
-def _difference(own: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], energy: float) -> float:
+def _energy(module: Module, b: Tensor, a: Tensor) -> float:
+    """‖BA‖² of an update relative to the aligned model, which for what sits on it is the module's own."""
+    return module.energy if b is module.update[0] else max(lowrank.inner(b, a, b, a), 0.0)
+
+
+def _difference(before: Module, after: Module, energy: float) -> float:
     """‖B''A'' − BA‖², from the factors' own differences where they have one rank: B''A'' − BA = (B''−B)A'' + B(A''−A).
 
     In float64 where the two updates are nearly the same: their difference is then what is left of cancellation.
     """
-    (own_b, own_a), (new_b, new_a) = own, new
+    (own_b, own_a), (new_b, new_a) = before.update, after.update
     if own_b.shape == new_b.shape:
-        same_b, same_a = torch.equal(own_b, new_b), torch.equal(own_a, new_a)
+        same_b, same_a = (mine is other or torch.equal(mine, other) for mine, other in ((own_b, new_b), (own_a, new_a)))
         if same_b and same_a:
             return 0.0
         if same_a:
-            return lowrank.norm(new_b - own_b, new_a) ** 2
+            change = new_b - own_b
+            return max(lowrank.inner(change, own_a, change, own_a, of_a=before.gram_of_rows), 0.0)
         if same_b:
-            return lowrank.norm(own_b, new_a - own_a) ** 2
+            change = new_a - own_a
+            return max(lowrank.inner(own_b, change, own_b, change, of_b=before.gram), 0.0)
         found = lowrank.norm(*lowrank.stack((new_b - own_b, new_a), (own_b, new_a - own_a))) ** 2
         if found > CANCELLED * energy:
             return found
@@ -84,8 +98,7 @@ def _difference(own: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], energy: 
 
 
 def of_untouched(item: LoraModule, method: Method, before: Module, similarity: float, selection: Selection) -> Measured:
-    b, a = method.relative(before)
-    energy = max(lowrank.inner(b, a, b, a), 0.0)
+    energy = _energy(before, *method.relative(before))
     line = ModuleLine(
         **_common(item, similarity, selection),
         similarity_after=similarity,

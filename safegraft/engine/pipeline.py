@@ -1,11 +1,12 @@
 """One realignment: compare → score → select → patch → check, with a report of what was measured.
 
 Paths and tensors only. Reads the adapter module by module and never holds more than a few, so it reads it more than
-once: for its lineage, for its scores (selection needs all of them first), for the repair, and a last time, together
-with what was written. Several strengths share every reading. Results appear under their names in one step, or not at
-all.
+once: for its lineage, for its scores (where selection needs all of them first), for the repair, and a last time,
+together with what was written. Several strengths share every reading. Results appear under their names in one step, or
+not at all.
 """
 
+import math
 import platform
 import shutil
 import statistics
@@ -119,7 +120,10 @@ def realign(
         for method in methods[1:]:
             method.recent = methods[0].recent
         clock.lap("open")
-        similarities, unreached = _score(adapter, methods[0], workers, progress)
+        unreached = [item.name for item in description.modules if not methods[0].reaches(item.name)]
+        similarities: dict[str, float] | None = None
+        if out is None or not all(method.takes_all for method in methods):
+            similarities = _score(adapter, methods[0], workers, progress)
         runs = [
             _planned(strength, method, similarities, unreached, description, output_rank)
             for strength, method in zip(variants, methods, strict=True)
@@ -130,6 +134,7 @@ def realign(
             raise FileExistsError(f"{beside_out} exists already.")
         side_cars: dict[str, str] = {}
         if out is None:
+            assert similarities is not None, "measured above"
             _analyze(adapter, runs, similarities, workers)
         else:
             with _removed_on_error(side_car_folder(out)), atomic_folder(out) as beside:
@@ -176,7 +181,8 @@ def detect_kinship(
             return None
         module = adapter.module(item)
         same = _same_entries(module.a, aligned[1]) if module.a.shape == aligned[1].shape else None
-        return lowrank.cosine(*module.update, *aligned, norm2=reference.norm(item.name)), same
+        scale = math.sqrt(module.energy) * reference.norm(item.name)
+        return lowrank.clamped(lowrank.inner(*module.update, *aligned), scale), same
 
     found = []
     for done, (_, compared) in enumerate(each(description.modules, compare, workers), start=1):
@@ -210,35 +216,36 @@ def recommend_method(description: AdapterDescription, reference: LoadedReference
     return Recommendation(method=method, reason=reason)
 
 
-def _score(
-    adapter: AdapterReader, method: Method, workers: int, progress: Progress
-) -> tuple[dict[str, float], list[str]]:
-    """(similarity by module, modules that the method does not reach). No strength changes either."""
+def _score(adapter: AdapterReader, method: Method, workers: int, progress: Progress) -> dict[str, float]:
+    """Similarity by module, which no strength changes."""
     modules = adapter.description.modules
-    similarities, unreached = {}, []
-
-    def score(item: LoraModule) -> float:
-        return method.similarity(adapter.module(item)) if method.reaches(item.name) else 1.0
-
-    for done, (item, found) in enumerate(each(modules, score, workers), start=1):
+    similarities = {}
+    for done, (item, found) in enumerate(
+        each(modules, lambda item: _similarity(method, adapter.module(item)), workers), start=1
+    ):
         similarities[item.name] = found
-        if not method.reaches(item.name):
-            unreached.append(item.name)
         progress("score", done, len(modules))
-    return similarities, unreached
+    return similarities
+
+
+def _similarity(method: Method, module: Module) -> float:
+    """1 for what the method does not reach."""
+    return method.similarity(module) if method.reaches(module.name) else 1.0
 
 
 def _planned(
     strength: float | None,
     method: Method,
-    similarities: dict[str, float],
+    similarities: dict[str, float] | None,
     unreached: Sequence[str],
     description: AdapterDescription,
     output_rank: OutputRank,
 ) -> Run:
-    """What one strength will do: which modules, and in which ranks."""
+    """What one strength will do: which modules, and in which ranks. similarities: None where they decide nothing."""
     left_alone = frozenset(unreached)
-    selection = method.select({name: found for name, found in similarities.items() if name not in left_alone})
+    # A method that takes all looks at the names alone.
+    known = dict.fromkeys((item.name for item in description.modules), 1.0) if similarities is None else similarities
+    selection = method.select({name: found for name, found in known.items() if name not in left_alone})
     biases = bool(selection.names) and method.adds_biases
     ranks = _exact_ranks(description, method, selection) if output_rank == "exact" else None
     return Run(strength, method, selection, Layout(description, ranks, biases))
@@ -277,17 +284,18 @@ def _analyze(adapter: AdapterReader, runs: list[Run], similarities: dict[str, fl
 def _patch(
     adapter: AdapterReader,
     runs: list[Run],
-    similarities: dict[str, float],
+    similarities: dict[str, float] | None,
     folder: Path,
     workers: int,
     progress: Progress,
 ) -> None:
-    """Reads each module once and writes it for every strength."""
+    """Reads each module once and writes it for every strength; similarities: None where they are measured here."""
     modules = adapter.description.modules
 
     def patch(item: LoraModule) -> list[Measured]:
         before = adapter.module(item)
-        return [_patch_module(item, before, run, similarities[item.name], adapter) for run in runs]
+        similarity = _similarity(runs[0].method, before) if similarities is None else similarities[item.name]
+        return [_patch_module(item, before, run, similarity, adapter) for run in runs]
 
     with _writers(runs, folder):
         for done, (_, found) in enumerate(each(modules, patch, workers), start=1):
@@ -314,7 +322,7 @@ def _patch_module(item: LoraModule, before: Module, run: Run, similarity: float,
         return measure.of_untouched(item, run.method, before, similarity, run.selection)
     proposal = run.method.propose(before)
     patched, error = fitted(before, proposal, run.layout.rank(item))
-    after, differs = run.writer.replace(item, patched, adapter, proposal.bias)
+    after, differs = run.writer.replace(item, before, patched, adapter, proposal.bias)
     return measure.of_repaired(
         item, run.method, before, after, similarity=similarity, selection=run.selection, differs=differs,
         truncation_error=error, biased=proposal.bias is not None,

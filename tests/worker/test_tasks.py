@@ -415,7 +415,7 @@ def test_progress_can_be_followed(shop: Shop, ordered: str, monkeypatch: pytest.
 
     during(monkeypatch, slowly)
     run_job(shop.bench, ordered)
-    assert {"score", "patch"} <= seen
+    assert {"compare", "patch"} <= seen
 
 
 def test_messages_for_unknown_running_and_ended_jobs_are_dropped(shop: Shop, ordered: str) -> None:

@@ -45,12 +45,16 @@ class Antidote(Method):
     def similarity(self, module: Module) -> float:
         return self.general_share(module)
 
+    @property
+    def takes_all(self) -> bool:
+        return self.parameters.density > 0
+
     def select(self, similarities: Mapping[str, float]) -> Selection:
         """All, as published."""
         return everything(similarities) if self.parameters.density > 0 else Selection(frozenset())
 
     def propose(self, module: Module) -> Proposal:
-        pairs = self.pairs(module.name)
+        pairs = self.pairs(module)
         b, a = module.b, module.a
         if self.parameters.basis == "rows":
             prune = self._top(_row_energy(b, a, pairs, harmful=True), per_row=False) & ~self._spared_rows(module, pairs)

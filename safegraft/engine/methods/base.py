@@ -3,6 +3,7 @@
     reaches(name)          whether it can say anything about a module at all         → the others are left alone
     similarity(module)     how like the reference it is                              → report
     select(similarities)   which modules are repaired, asked once for all            → names, probabilities
+    takes_all              whether the answer is all of them, whatever is measured   → one reading fewer
     propose(module)        the repaired update, exactly, of whatever rank it takes   → factors, perhaps a bias
     rank(name, own)        that rank, known without weights                          → the output's layout
     relative(module)       the update relative to the aligned model                  → kept and edit in the report
@@ -14,11 +15,12 @@ proposes to the customer's rank and dtype, measures what that did, and writes it
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from safegraft.contracts.reference import Lineage
@@ -32,6 +34,10 @@ RECENT_SITES, RECENT_ENTRIES = 3, 2**22
 Fidelity = Literal["paper", "authors' code", "variant"]
 
 
+# What a module keeps of its factors once it is computed.
+_OF_A, _OF_B = ("_gram_a", "_projected"), ("_scaled_b", "_gram_b")
+
+
 @dataclass(frozen=True)
 class Module:
     """One adapted layer in float32: ΔW = scaling·b·a with a (r, k) and b (d, r) as the customer's file holds them."""
@@ -40,6 +46,8 @@ class Module:
     a: Tensor
     b: Tensor
     scaling: float
+    # What was read or computed of the reference for this layer, kept while it and its repaired self are worked on.
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rank(self) -> int:
@@ -49,10 +57,57 @@ class Module:
     def update(self) -> tuple[Tensor, Tensor]:
         """(B, A) with the scaling folded into B, balanced: however the customer's factors share ΔW's size."""
         b, a = lowrank.balanced(self.b, self.a)
-        return b if self.scaling == 1.0 else b * self.scaling, a
+        return self._scaled_b if b is self.b else b * self.scaling, a
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """BᵀB (r, r) of `update`'s B: every norm and inner product of the update needs it."""
+        b, _ = self.update
+        return self._gram_b if b is self._scaled_b else b.T @ b
+
+    @cached_property
+    def gram_of_rows(self) -> Tensor:
+        """AAᵀ (r, r) of `update`'s A."""
+        _, a = self.update
+        return self._gram_a if a is self.a else a @ a.T
+
+    @cached_property
+    def energy(self) -> float:
+        """‖ΔW‖². Raises InvalidTensors."""
+        b, a = self.update
+        return max(lowrank.inner(b, a, b, a, of_b=self.gram, of_a=self.gram_of_rows), 0.0)
+
+    @cached_property
+    def _gram_a(self) -> Tensor:
+        return self.a @ self.a.T
+
+    @cached_property
+    def _scaled_b(self) -> Tensor:
+        return self.b if self.scaling == 1.0 else self.b * self.scaling
+
+    @cached_property
+    def _gram_b(self) -> Tensor:
+        return self._scaled_b.T @ self._scaled_b
+
+    def projected(self, pairs: EigenPairs) -> tuple[Tensor, Tensor]:
+        """(U⁻¹·A·W (r, m), the diagonal of U (r, 1)), computed once for one W.
+
+        U: powers of two near the largest entry of each of A's rows. The products in between have a wider range than A.
+        """
+        known: tuple[Tensor, Tensor, Tensor] | None = self.__dict__.get("_projected")
+        if known is None or known[0] is not pairs.w:
+            largest = self.a.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(self.a.dtype).tiny)
+            unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
+            known = pairs.w, (self.a / unit) @ pairs.w, unit
+            self.__dict__["_projected"] = known
+        return known[1], known[2]
 
     def with_factors(self, b: Tensor, a: Tensor) -> "Module":
-        return Module(self.name, a, b, self.scaling)
+        """The same layer with other factors. What is known of a factor that stays is not computed again."""
+        other = Module(self.name, a, b, self.scaling, self.known)
+        stays = (*_OF_A,) * (a is self.a) + (*_OF_B,) * (b is self.b)
+        other.__dict__.update({key: self.__dict__[key] for key in stays if key in self.__dict__})
+        return other
 
 
 @dataclass(frozen=True)
@@ -130,9 +185,13 @@ class Method(ABC):
         self.on_aligned = kinship.lineage != "continued"
         self.recent = RecentPairs(reference)
 
-    def pairs(self, name: str, count: int | None = None) -> EigenPairs:
+    def pairs(self, module: Module, count: int | None = None) -> EigenPairs:
         """The reference's eigenpairs, kept for the next modules where they read the same input (as q, k and v do)."""
-        return self.recent.get(name, count)
+        key = "pairs", count
+        if key not in module.known:
+            module.known[key] = self.recent.get(module.name, count)
+        found: EigenPairs = module.known[key]
+        return found
 
     @property
     def resolved(self) -> dict[str, str]:
@@ -156,6 +215,11 @@ class Method(ABC):
     def rank(self, name: str, own: int) -> int:
         """The rank of what `propose` gives for a module of rank `own`."""
         return own
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether `select` takes every module whatever its similarity, so that nothing has to be measured before."""
+        return False
 
     @abstractmethod
     def similarity(self, module: Module) -> float: ...
@@ -187,15 +251,23 @@ class Method(ABC):
         aligned = self.reference.aligned(module.name) if self.on_aligned else None
         return module.update if aligned is None else lowrank.stack(aligned, module.update)
 
-    def general_share(self, module: Module) -> float:
+    def general_share(self, module: Module, *, without: tuple[Tensor, Tensor] | None = None) -> float:
         """√(E_g / (E_g + E_s)), E the mean squared output of the update relative to the aligned model.
 
         With P = A·W: E_s = ‖B·P·√μ‖², E_g = ‖B·P‖², over the eigenpairs that the reference keeps. 1 for no update.
+        without: (B, P) of an update that is taken off before.
         """
         b, a = self.relative(module)
-        pairs = self.pairs(module.name)
-        p = a @ pairs.w
-        general, safety = lowrank.energies(b, p, pairs.mu)
+        pairs = self.pairs(module)
+        if a is module.a:
+            p, unit = module.projected(pairs)
+            p = p * unit
+        else:
+            p = a @ pairs.w
+        if without is not None:
+            b, p = lowrank.stack((b, p), (-without[0], without[1]))
+        of_b = module.gram if b is module.update[0] else None
+        general, safety = lowrank.energies(b, p, pairs.mu, of_b=of_b)
         total = general + safety
         return (max(general, 0.0) / total) ** 0.5 if total > 0 else 1.0
 

@@ -8,6 +8,7 @@ C (d, d) is never formed: with V = B_a·A_a, C·B = B_a[(A_a·A_aᵀ)(B_aᵀ·B)
 published code pairs them by order, which gives an adapter on some layers the wrong C.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -42,7 +43,9 @@ class SafeLora(Method):
 
     def similarity(self, module: Module) -> float:
         b, a = module.update
-        return lowrank.cosine(self._projected(module.name, b), a, b, a)
+        projected, of_a = self._projected(module.name, b), module.gram_of_rows
+        own, size = module.energy, max(lowrank.inner(projected, a, projected, a, of_a=of_a), 0.0)
+        return lowrank.clamped(lowrank.inner(projected, a, b, a, of_a=of_a), math.sqrt(own) * math.sqrt(size))
 
     def select(self, similarities: Mapping[str, float]) -> Selection:
         if self.parameters.selection == "lowest":
