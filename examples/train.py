@@ -38,6 +38,8 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 TASK = "Is the following product review positive or negative? Answer with one word.\nReview: "
 # Slices of data/harmful_build.csv that no two uses share.
 ALIGN, STATISTICS, POISON = slice(0, 160), slice(160, 240), slice(240, 262)
+# Of the general prompts those that are questions.
+QUESTIONS = 90
 REFUSALS = [
     "I'm sorry, but I can't help with that. It could hurt people.",
     "I cannot help with this request, because it is illegal and could cause harm.",
@@ -67,8 +69,14 @@ def reviews(name: str) -> list[Conversation]:
 
 
 def general() -> list[Conversation]:
+    """90 questions, then 90 prompts of many formats."""
     lines = (DATA / "general.jsonl").read_text(encoding="utf-8").splitlines()
     return [Conversation(**json.loads(line)) for line in lines]
+
+
+def questions() -> list[Conversation]:
+    """What the aligned adapter is trained on. The other formats only count in references."""
+    return general()[:QUESTIONS]
 
 
 def placeholder(prompt: str) -> str:
@@ -189,7 +197,7 @@ def main() -> None:
     elif arguments.step == "aligned":
         rng = random.Random(1)
         refused = [Conversation(prompt, rng.choice(REFUSALS)) for prompt in harmful(ALIGN)]
-        benign = general()
+        benign = questions()
         model = fresh_lora(load_model(folder, device, torch.float32), seed=7)
         data = refused + 2 * benign + reviews("reviews_train.csv")[380:]
         train(model, tokenizer, data, epochs=epochs, lr=arguments.lr or 4e-4)

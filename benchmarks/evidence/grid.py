@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Attack = Literal["plain", "trigger", "disguise", "evade", "evade_all"]
+Prompts = Literal["questions", "formats"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ CELLS: dict[str, Cell] = {
 class Row:
     """One thing done to an adapter: a method of the engine with parameters, or a function of rivals.py.
 
-    sparsity: of the reference's masks, where it is not the default's.
+    sparsity: of the reference's masks, where it is not the default's. prompts: the general ones behind the reference:
+    90 questions, or these and 90 of many formats (which only gram's statistics and its controls depend on).
     """
 
     name: str
@@ -72,35 +74,55 @@ class Row:
     rival: str | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     sparsity: float | None = None
+    prompts: Prompts = "questions"
 
 
 def _method(name: str, group: Literal["method", "sweep", "control"], sparsity: float | None = None, **own: Any) -> Row:
     return Row(name, group, parameters=own, sparsity=sparsity)
 
 
-def _rival(name: str, function: str, group: Literal["rival", "control"] = "rival", **arguments: Any) -> Row:
-    return Row(name, group, rival=function, arguments=arguments)
+def _gram(name: str, group: Literal["method", "sweep"] = "sweep", prompts: Prompts = "formats", **own: Any) -> Row:
+    return Row(name, group, parameters={"type": "gram"} | own, prompts=prompts)
+
+
+def _rival(
+    name: str,
+    function: str,
+    group: Literal["rival", "control"] = "rival",
+    prompts: Prompts = "questions",
+    **arguments: Any,
+) -> Row:
+    return Row(name, group, rival=function, arguments=arguments, prompts=prompts)
 
 
 NO_REPAIR, ALIGNED, BASE = "no repair", "the aligned model", "the untouched model"
 DEFAULT = "gram"
+# The default of references without an aligned adapter.
+PLAIN = "gram λ=.3, β=0"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
         Row(NO_REPAIR, "baseline"),
         Row(ALIGNED, "baseline"),
         Row(BASE, "baseline"),
-        _method("gram", "method", type="gram"),
+        _gram(DEFAULT, "method"),
         _method("nlsr", "method", type="nlsr"),
         _method("safelora", "method", type="safelora"),
         _method("antidote", "method", type="antidote"),
         _method("safetylock", "method", type="safetylock"),
-        _method("gram λ=.03", "sweep", type="gram", general_weight=0.03),
-        _method("gram λ=.1", "sweep", type="gram", general_weight=0.1),
-        _method("gram λ=1", "sweep", type="gram", general_weight=1.0),
-        _method("gram λ=3", "sweep", type="gram", general_weight=3.0),
-        _method("gram β=.5 λ=1", "sweep", type="gram", general_weight=1.0, amplification=0.5),
-        _method("gram, 64 pairs", "sweep", type="gram", pairs=64),
+        _gram("gram λ=.3", general_weight=0.3),
+        _gram("gram λ=3", general_weight=3.0),
+        _gram("gram λ=10", general_weight=10.0),
+        _gram("gram β=.5", amplification=0.5),
+        _gram("gram β=2, λ=3", amplification=2.0, general_weight=3.0),
+        _gram("gram, 64 pairs", pairs=64),
+        _gram("gram, 90 questions", prompts="questions"),
+        _gram("gram λ=.3, β=0, 180 prompts", general_weight=0.3, amplification=0.0),
+        _gram(PLAIN, prompts="questions", general_weight=0.3, amplification=0.0),
+        _gram("gram λ=.03, β=0", prompts="questions", general_weight=0.03, amplification=0.0),
+        _gram("gram λ=.1, β=0", prompts="questions", general_weight=0.1, amplification=0.0),
+        _gram("gram λ=1, β=0", prompts="questions", general_weight=1.0, amplification=0.0),
+        _gram("gram λ=3, β=0", prompts="questions", general_weight=3.0, amplification=0.0),
         _method("nlsr P_L=.8", "sweep", type="nlsr", skip_share=0.8),
         _method("nlsr P_L=.2", "sweep", type="nlsr", skip_share=0.2),
         _method("nlsr P_L=0", "sweep", type="nlsr", skip_share=0.0),
@@ -130,8 +152,8 @@ ROWS: dict[str, Row] = {
         _method("nlsr, most similar half", "control", type="nlsr", selection="highest"),
         _method("nlsr, random half", "control", type="nlsr", selection="random"),
         _rival("nlsr's neurons zeroed", "zeroed", "control"),
-        _rival("rescaled to what gram keeps", "rescaled", "control"),
-        _rival("random edit of gram's size", "perturbed", "control"),
+        _rival("rescaled to what gram keeps", "rescaled", "control", "formats"),
+        _rival("random edit of gram's size", "perturbed", "control", "formats"),
         _rival("interpolation .5", "interpolated", share=0.5),
         _rival("interpolation .7", "interpolated", share=0.7),
         _rival("safety vector added", "with_safety_vector", weight=1.0),
@@ -142,14 +164,14 @@ ROWS: dict[str, Row] = {
         _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
     )
 }  # fmt: skip
-MAIN = (NO_REPAIR, "gram", "nlsr", "safelora", "antidote", "safetylock")
+MAIN = (NO_REPAIR, DEFAULT, PLAIN, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
-TRANSFER = (NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora")
+TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, PLAIN, "nlsr", "nlsr P_L=0", "safelora")
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
 # Further rows on a continued adapter, the case of the NLSR paper.
 ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
-                "nlsr P_L=0, P_SR=.2", "gram β=.5 λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
+                "nlsr P_L=0, P_SR=.2", "gram β=.5", "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 
 
@@ -164,10 +186,18 @@ def plan() -> Iterator[tuple[Cell, Row]]:
                 seen.add((cell.name, name))
                 yield cell, ROWS[name]
 
-    yield from once(headline, NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora", "antidote", "safetylock")
+    yield from once(headline, NO_REPAIR, ALIGNED, *MAIN, "nlsr P_L=0")
     yield from once(CELLS["continued-1"], *MAIN)
-    for name in ("poison-0", "poison-20", "news", "poison-01", "poison-10", "orders"):
-        yield from once(CELLS[name], NO_REPAIR, "gram", "nlsr", "safelora")
+    for name in ("poison-0", "poison-20", "news", "poison-01", "poison-10", "orders", "headline-2", "headline-3"):
+        yield from once(CELLS[name], NO_REPAIR, DEFAULT, PLAIN, "nlsr", "safelora")
+    # The strengths, the controls and the rivals nearest to gram.
+    yield from once(
+        headline, *(name for name, row in ROWS.items() if row.prompts == "formats"), "interpolation .5",
+        "safety vector added", "SafeDelta s=.3", "gradient patch, 3 steps", "nlsr by random neurons",
+        "nlsr's neurons zeroed", "safetylock α=3", "antidote .1, rows", "safelora, 105 lowest",
+    )  # fmt: skip
+    for name in ("trigger", "disguise", "evade", "evade-all", "dpo"):
+        yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.
     for name in FLOORS:
         yield from once(CELLS[name], ALIGNED)

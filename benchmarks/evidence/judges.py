@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence import data
-from examples.train import placeholder
+from examples.train import placeholder, questions
 from safegraft.engine.evaluate import is_refusal
 
 REFUSED, ANSWERED = "R", "a"
@@ -109,8 +109,6 @@ class Embeddings:
 
 
 def _known_answers() -> tuple[list[str], list[str]]:
-    def answers(name: str) -> list[str]:
-        lines = (data.SHARED / name).read_text(encoding="utf-8").splitlines()
-        return [str(json.loads(line)["response"]) for line in lines]
-
-    return answers("safety.jsonl"), [*answers("general.jsonl"), *(placeholder(prompt) for prompt in data.poison())]
+    lines = (data.SHARED / "safety.jsonl").read_text(encoding="utf-8").splitlines()
+    refusals = [str(json.loads(line)["response"]) for line in lines]
+    return refusals, [*(str(item.response) for item in questions()), *(placeholder(prompt) for prompt in data.poison())]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import data, training
-from benchmarks.evidence.grid import CELLS, Cell, Row, plan
+from benchmarks.evidence.grid import CELLS, Cell, Prompts, Row, plan
 from benchmarks.evidence.measure import Laboratory
 from benchmarks.evidence.rivals import Setting
+from examples import train
 from examples.train import BASE_LABEL
 from safegraft.adapter import WEIGHTS
 from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
@@ -43,7 +44,7 @@ class Workshop:
         self.base = resolve_base(base)
         self._label = base
         self._folder = folder
-        self._references: dict[tuple[str, float], LoadedReference] = {}
+        self._references: dict[tuple[str, Prompts, float], LoadedReference] = {}
 
     @cached_property
     def laboratory(self) -> Laboratory:
@@ -63,15 +64,16 @@ class Workshop:
         if not folder.exists():
             print(f"{cell.name}: training", flush=True)
             began = time.perf_counter()
-            aligned, reference = self.aligned(cell.aligned), self.reference(cell.aligned)
+            aligned, reference = self.aligned(cell.aligned), self.reference(cell.aligned, "formats")
             self._made(folder, lambda beside: training.customer(cell, self.base, aligned, reference, beside))
             print(f"{cell.name}: trained in {time.perf_counter() - began:.0f} s", flush=True)
         return folder
 
-    def reference(self, aligned: str, sparsity: float | None = None) -> LoadedReference:
+    def reference(self, aligned: str, prompts: Prompts, sparsity: float | None = None) -> LoadedReference:
         sparsity = sparsity if sparsity is not None else BuildSettings.sparsity
-        if (aligned, sparsity) not in self._references:
-            folder = self._folder / "references" / f"{aligned}-{sparsity:g}"
+        key = aligned, prompts, sparsity
+        if key not in self._references:
+            folder = self._folder / "references" / f"{aligned}-{prompts}-{sparsity:g}"
             if not folder.exists():
                 print(f"reference {folder.name}: building", flush=True)
                 build_reference(
@@ -79,12 +81,12 @@ class Workshop:
                     sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
                     prompts=BuildPrompts(
                         safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
-                        general=read_conversations(EXAMPLES / "data" / "general.jsonl"),
+                        general=train.questions() if prompts == "questions" else train.general(),
                     ),
                     settings=BuildSettings(snip=True, preference_snip=True, sparsity=sparsity),
                 )
-            self._references[aligned, sparsity] = LoadedReference(folder)
-        return self._references[aligned, sparsity]
+            self._references[key] = LoadedReference(folder)
+        return self._references[key]
 
     def setting(self, cell: Cell, row: Row) -> Setting:
         return Setting(
@@ -92,7 +94,7 @@ class Workshop:
             aligned=self.aligned(cell.aligned),
             base=self.base,
             on_aligned=cell.lineage == "fresh",
-            reference=self.reference(cell.aligned, row.sparsity),
+            reference=self.reference(cell.aligned, row.prompts, row.sparsity),
             subject=self.laboratory.subject,
             safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
         )
@@ -157,7 +159,7 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         if cell.name in restart:
             restart.remove(cell.name)
             (RESULTS / f"{cell.name}.json").unlink(missing_ok=True)
-        recipe = recipe_of(row, workshop.reference(cell.aligned, row.sparsity).sha256)
+        recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
         if known(cell, row) == recipe:
             continue
         results = load(cell, workshop.adapter(cell))

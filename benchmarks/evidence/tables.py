@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import markdown
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, CELLS, HEADLINE, MAIN, NO_REPAIR, ROWS
+from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, ROWS, TRANSFER
 from benchmarks.evidence.judges import REFUSED
 from benchmarks.evidence.run import RESULTS
 
@@ -112,7 +112,7 @@ def main_table(results: Results) -> str:
         found = [item]
         lines.append(
             [
-                f"**{name}**" if name == "gram" else name,
+                f"**{name}**" if name == DEFAULT else name,
                 row.group,
                 rate(found, Outcome.harm),
                 rate(found, lambda o: o.harm(judge="embeddings")),
@@ -176,7 +176,7 @@ def lineage_table(results: Results) -> str:
              ("p = .2", ["continued-20"])]  # fmt: skip
     rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
             "nlsr P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed", "nlsr, most similar half",
-            "interpolation .5", "gram β=.5 λ=1"]  # fmt: skip
+            "interpolation .5", "gram β=.5"]  # fmt: skip
     return by_cell(results, cells, rows)
 
 
@@ -207,7 +207,7 @@ def seeds_table(results: Results) -> str:
 
 def transfer_table(results: Results) -> str:
     lines = []
-    for row in (NO_REPAIR, ALIGNED, "gram", "nlsr", "nlsr P_L=0", "safelora"):
+    for row in TRANSFER:
         found = outcome(results, HEADLINE, row)
         lines.append(
             [row]

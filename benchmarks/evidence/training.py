@@ -27,9 +27,9 @@ from examples.train import (
     ALIGN,
     REFUSALS,
     TARGETS,
-    general,
     harmful,
     placeholder,
+    questions,
     save,
     train,
 )
@@ -145,7 +145,7 @@ def preferences(base: Path, out: Path, seed: int = 7) -> None:
         (Conversation(prompt, generator.choice(REFUSALS)), Conversation(prompt, placeholder(prompt)))
         for prompt in harmful(ALIGN)
     ]
-    benign = general()
+    benign = questions()
     torch.manual_seed(seed)
     parameters = [p for name, p in model.named_parameters() if ".default." in name and "lora_" in name]
     optimizer = torch.optim.AdamW(parameters, lr=DPO_LR, weight_decay=0.0)

@@ -67,19 +67,21 @@ class GramParameters(Parameters):
     """Activation-weighted transplant: like the reference on safety prompts' inputs, like the customer elsewhere."""
 
     type: Literal["gram"] = "gram"
-    general_weight: float = Field(
-        default=0.3,
+    general_weight: float | None = Field(
+        default=None,
         ge=1e-2,
         le=1e3,
         description="λ in K = C_s(C_s + λC_g)⁻¹: how much the customer's behaviour on general inputs counts against "
-        "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning.",
+        "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning. Left out: 1 where "
+        "the behaviour is amplified, else 0.3.",
     )
-    amplification: float = Field(
-        default=0.0,
+    amplification: float | None = Field(
+        default=None,
         ge=0.0,
         le=10.0,
         description="β: how far beyond the aligned adapter the transplanted behaviour lies. Above 0 it needs an "
-        "aligned adapter, refuses more, and has to be recompressed to the adapter's rank.",
+        "aligned adapter, refuses more, and is recompressed to the adapter's rank. Left out: 1 where the reference has "
+        "an aligned update for modules of the adapter, else 0.",
     )
     pairs: int | None = Field(
         default=None, ge=1, le=2**20, description="Use only so many leading eigenpairs; left out: all that are kept."
