@@ -42,6 +42,7 @@ from service.routes import (
     audit,
     batches,
     catalogue,
+    console,
     docs,
     files,
     fine_tuning,
@@ -95,7 +96,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     app.state.metrics = HttpMetrics()
     ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
-    for resource in (*ours, health, metrics, docs):
+    for resource in (*ours, health, metrics, docs, console):
         app.include_router(resource.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
