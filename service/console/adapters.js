@@ -80,6 +80,7 @@ function dropZone({ signal, go }) {
     }
   }
 
+  addEventListener("beforeunload", (event) => { if (busy) event.preventDefault(); }, { signal });
   let over = 0;
   const withFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   zone.addEventListener("dragenter", (event) => { if (withFiles(event)) { over++; zone.classList.add("over"); } });

@@ -122,6 +122,7 @@ form.addEventListener("submit", async (event) => {
   try {
     await get("v1/realignments", { query: { limit: 1 } });
     field.removeAttribute("aria-invalid");
+    moved = true;
     enter();
     say("Signed in.");
   } catch (error) {

@@ -79,7 +79,7 @@ export function gridOf(modules) {
 }
 
 /** Maps beside each other, one colour scale for before and after, one for the difference. */
-export function heatmaps(report, twoSides) {
+export function heatmaps(report, twoSides, marked) {
   const grid = gridOf(report.modules);
   const cells = [...grid.cells.values()];
   const scale = scaleOf(cells.flatMap((cell) => [cell.before, cell.after]));
@@ -91,11 +91,11 @@ export function heatmaps(report, twoSides) {
   return h(
     "div",
     { class: `maps${grid.kinds.length > 9 ? " wide" : ""}` },
-    sides.map(([side, title, range]) => map(grid, labels, side, title, range, twoSides)),
+    sides.map(([side, title, range]) => map(grid, labels, side, title, range, twoSides, marked)),
   );
 }
 
-function map(grid, labels, side, title, scale, marked) {
+function map(grid, labels, side, title, scale, twoSides, marked) {
   const readout = h("p", { class: "readout small soft" }, "Point at a cell, or move with the arrow keys.");
   const cells = [];
   const body = grid.layers.map((layer, row) => h(
@@ -107,15 +107,15 @@ function map(grid, labels, side, title, scale, marked) {
       if (!cell) return h("td", { class: "none" }, h("span", { class: "hidden" }, "none"));
       const value = cell[side];
       const rgb = colour((value - scale.low) / (scale.high - scale.low));
-      const mark = marked && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
+      const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
       const text = `${number(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
       const td = h(
         "td",
         { tabindex: "-1", style: { "background-color": Number.isFinite(value) ? `rgb(${rgb.join(" ")})` : "transparent", color: onto(rgb) }, data: { row, column } },
-        mark && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
+        mark && marked && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
         h("span", { class: "hidden" }, text),
       );
-      const show = () => put(readout, h("strong", null, number(value, 4)), ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${marked ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`);
+      const show = () => put(readout, h("strong", null, number(value, 4)), ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`);
       td.addEventListener("mouseenter", show);
       td.addEventListener("focus", show);
       cells.push(td);

@@ -77,6 +77,7 @@ export async function realignmentView(main, { signal, id, go }) {
   const events = h("ol", { class: "events" });
   const seen = new Set();
   let shownEnd = false;
+  let counted_ = false;
 
   put(
     main,
@@ -114,14 +115,23 @@ export async function realignmentView(main, { signal, id, go }) {
       put(live, h("h2", { id: "progress-title" }, "Progress"), progress.element);
       progress.show(job);
       if (!actions.querySelector("[data-cancel]")) put(actions, cancelButton());
+      if (job.status === "queued" && !counted_) countQueued();
       const stop = actions.querySelector("[data-cancel]");
       if (job.status === "cancelling") stop.setAttribute("aria-disabled", "true");
       return;
     }
-    put(live);
+    live.hidden = true;
     if (shownEnd) return;
     shownEnd = true;
     showEnd();
+  }
+
+  /** How many wait with it: of this tenant, which is all that a key may know. */
+  async function countQueued() {
+    counted_ = true;
+    const page = await get("v1/realignments", { query: { status: "queued", limit: 100 }, signal }).catch(() => null);
+    const older = page?.data.filter((other) => other.id !== job.id && other.created_at <= job.created_at).length ?? 0;
+    if (older) progress.queue(`${older}${page.has_more ? " or more" : ""} of your own ${older === 1 ? "waits" : "wait"} before it.`);
   }
 
   function cancelButton() {
@@ -237,11 +247,16 @@ function progressCard() {
   const bar = h("progress", { max: "1", value: 0, "aria-labelledby": label });
   const line = h("p", { id: label });
   const more = h("p", { class: "soft small" });
+  const queue = h("p", { class: "soft small" });
   const connection = h("p", { class: "soft small connection", role: "status" });
   return {
-    element: h("div", { class: "card progress-card" }, steps, bar, line, more, connection),
+    element: h("div", { class: "card progress-card" }, steps, bar, line, more, queue, connection),
+    queue(text) {
+      queue.textContent = text;
+    },
     show(job) {
       const { stage, done, total } = job.progress;
+      if (stage !== "waiting") queue.textContent = "";
       const at = STAGES.findIndex(([name]) => name === stage);
       [...steps.children].forEach((step, index) => {
         step.className = index < at ? "past" : index === at ? "now" : "";

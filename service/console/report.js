@@ -19,6 +19,8 @@ export function reportView(report, { job, signal }) {
   const analyze = report.mode === "analyze";
   const sweep = report.variants.length > 1;
   const twoSides = !analyze && report.summary.repaired > 0;
+  // Where all were, a mark in every cell would tell nothing.
+  const some = twoSides && report.summary.repaired < report.summary.modules;
   return h(
     "div",
     { class: "report" },
@@ -38,7 +40,7 @@ export function reportView(report, { job, signal }) {
       ),
       h("p", { class: "note" }, h("strong", null, "Safer, not safe. "), "This report measures weights, not behaviour. Before you rely on the adapter, try it on your own task, on harmful requests, and on harmless ones that it must not decline."),
     ),
-    h("section", { "aria-labelledby": "maps-title" }, h("h2", { id: "maps-title" }, twoSides ? "Before, after and difference" : "Module by module"), h("p", { class: "soft" }, "A row is a layer, a column a kind of projection. Dark is the lowest similarity", twoSides ? "; ● marks what was repaired, ◐ where only some modules of a cell were. In the difference, pale is the largest gain." : "."), heatmaps(report, twoSides)),
+    h("section", { "aria-labelledby": "maps-title" }, h("h2", { id: "maps-title" }, twoSides ? "Before, after and difference" : "Module by module"), h("p", { class: "soft" }, "A row is a layer, a column a kind of projection. Dark is the lowest similarity.", twoSides ? " In the difference, pale is the largest gain." : null, some ? " ● marks what was repaired, ◐ where only some modules of a cell were." : null), heatmaps(report, twoSides, some)),
     modules(report, twoSides),
     side(report, job),
     h("section", { "aria-labelledby": "repeat-title" }, h("h2", { id: "repeat-title" }, "From what it was made"), facts([
@@ -133,7 +135,7 @@ function variants(report, job, signal) {
     h("h2", { id: "variants-title" }, "The strengths, side by side"),
     h("p", { class: "soft" }, "How much of the update is left, what the repair cost, and how similar the modules became. Which one serves is told by trying them."),
     curve(report, signal),
-    h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "All strengths" }, h("table", { class: "data" }, h("thead", null, h("tr", null, heads.map(([text, kind]) => h("th", { scope: "col", class: kind }, text)))), h("tbody", null, rows))),
+    h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of the strengths" }, h("table", { class: "data" }, h("thead", null, h("tr", null, heads.map(([text, kind]) => h("th", { scope: "col", class: kind }, text)))), h("tbody", null, rows))),
     where,
   );
 }
@@ -180,7 +182,7 @@ function modules(report, twoSides) {
     { "aria-labelledby": "modules-title" },
     h("h2", { id: "modules-title" }, "All modules"),
     h("div", { class: "field inline" }, h("label", { for: id }, "Only with"), filter),
-    h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "All modules" }, h("table", { class: "data" }, h("thead", null, h("tr", null, heads)), body)),
+    h("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of all modules" }, h("table", { class: "data" }, h("thead", null, h("tr", null, heads)), body)),
     more,
   );
 }

@@ -6,14 +6,6 @@ import { named, plain, shown } from "./format.js";
 import { curl, errorBox } from "./parts.js";
 
 const MOST_STRENGTHS = 16;
-const WORDS = {
-  gram: "Replaces what the adapter does on safety prompts by what the reference does, and leaves the rest to the customer. Serves every adapter of any rank.",
-  nlsr: "Amplifies the aligned adapter and transplants its safety-critical neurons into the least similar modules. The published method.",
-  safelora: "Projects updates that left the alignment's subspace back into it.",
-  antidote: "Prunes the entries that matter most on harmful prompts.",
-  safetylock: "Pushes attention heads along their direction from unsafe to safe answers.",
-  none: "Changes nothing. A control, to compare with.",
-};
 
 /** Fills `place` with the form. */
 export async function startForm(place, { adapter, references, signal, go }) {
@@ -43,6 +35,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
   const errors = { reference: h("div"), method: h("div"), strength: h("div"), form: h("div") };
   const referenceHelp = h("p", { class: "soft small", id: fresh("help") });
   const methodPlace = h("div", { class: "choices" });
+  const methodHelp = h("p", { class: "soft small" });
   const strengthPlace = h("div");
   const morePlace = h("div");
   const shell = h("div");
@@ -118,11 +111,14 @@ export async function startForm(place, { adapter, references, signal, go }) {
       return h("label", { class: `choice${off ? " off" : ""}` }, input, h("span", null, h("span", { class: "strong" }, title), tag ? h("span", { class: "tag" }, tag) : null, h("span", { class: "soft small block", id: help }, off || description)));
     };
     const there = offered();
+    put(methodHelp, best === "auto"
+      ? "Recommended: let the service choose, because this reference does not offer the method that it would take first. It takes the first that serves the adapter."
+      : [h("strong", null, best), " is recommended: it is what the service takes first wherever a reference offers it, by what was measured on repaired adapters. The report says what is recommended for this adapter, and why, once its weights were read."]);
     const order = [...methods].sort((a, b) => (b.id === best) - (a.id === best));
     put(
       methodPlace,
       order.map((method) =>
-        choice(method.id, method.id, WORDS[method.id] ?? shown(method.description, 300), {
+        choice(method.id, method.id, shown(method.description, 300), {
           off: there.has(method.id) || method.id === "none" ? "" : "This reference was not built for it.",
           tag: method.id === best ? "Recommended" : "",
         }),
@@ -199,7 +195,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     "form",
     { class: "start", novalidate: true },
     h("fieldset", null, h("legend", null, "Reference"), h("label", { class: "hidden", for: referenceSelect.id }, "Reference"), referenceSelect, referenceHelp, errors.reference),
-    h("fieldset", null, h("legend", null, "Method"), methodPlace, errors.method),
+    h("fieldset", null, h("legend", null, "Method"), methodPlace, methodHelp, errors.method),
     h("fieldset", null, h("legend", null, "Strength"), strengthPlace, errors.strength),
     h("fieldset", null, h("legend", null, "What to do"), h("div", { class: "choices two" }, mode("patch", "Repair", "Writes a patched adapter, and a report. The uploaded one stays as it is."), mode("analyze", "Measure only", "Writes a report and no adapter: lineage, similarity of every module, and what would be recommended."))),
     h("details", null, h("summary", null, "All parameters"), morePlace),
