@@ -135,7 +135,8 @@ function openJobs(signal) {
   const counts = h("span", { class: "soft" });
   (async () => {
     try {
-      const [running, queued, last] = await Promise.all([
+      const [names, running, queued, last] = await Promise.all([
+        adapterNames(signal),
         get("v1/realignments", { query: { status: "running", limit: 5 }, signal }),
         get("v1/realignments", { query: { status: "queued", limit: 100 }, signal }),
         get("v1/realignments", { query: { limit: 5 }, signal }),
@@ -143,7 +144,7 @@ function openJobs(signal) {
       const open = [...running.data, ...queued.data.slice(0, 5)];
       put(counts, ` ${running.data.length}${running.has_more ? "+" : ""} running, ${queued.data.length}${queued.has_more ? "+" : ""} queued`);
       const shownJobs = [...open, ...last.data.filter((job) => !open.some(({ id }) => id === job.id))].slice(0, 6);
-      put(place, shownJobs.length ? h("ul", { class: "rows tight" }, shownJobs.map((job) => h("li", null, jobRow(job)))) : empty("No realignments yet.", "They appear here once an adapter has been started."));
+      put(place, shownJobs.length ? h("ul", { class: "rows tight" }, shownJobs.map((job) => h("li", null, jobRow(job, names)))) : empty("No realignments yet.", "They appear here once an adapter has been started."));
     } catch (error) {
       if (!signal.aborted) put(place, errorBox(error));
     }
@@ -174,13 +175,20 @@ function adapterRow(adapter) {
   );
 }
 
+/** Names of the newest adapters by id, so that jobs, which only know ids, can be told apart. */
+export async function adapterNames(signal) {
+  const page = await get("v1/adapters", { query: { limit: 100 }, signal }).catch(() => ({ data: [] }));
+  return new Map(page.data.map(({ id, name }) => [id, name]));
+}
+
 /** One line of a list of jobs. */
-export function jobRow(job) {
+export function jobRow(job, names = new Map()) {
+  const about = names.get(job.adapter_id);
   const progress = job.status === "running" && job.progress.total ? ` ${percent(job.progress.done / job.progress.total)} of ${job.progress.stage}` : "";
   return h(
     "div",
     { class: "row" },
-    h("div", { class: "what" }, h("a", { href: `#/realignments/${job.id}` }, h("code", null, job.id)), h("div", { class: "soft small" }, methodLine(job), " · ", adapterLink(job.adapter_id))),
+    h("div", { class: "what" }, h("a", { href: `#/realignments/${job.id}` }, about ? [named(about, 80), ", ", methodLine(job)] : methodLine(job)), h("div", { class: "soft small" }, h("code", null, job.id), about ? null : [" · ", adapterLink(job.adapter_id)])),
     h("div", { class: "meta small" }, badge(job.status), progress ? h("span", { class: "soft" }, progress) : null, job.error ? h("span", { class: "soft" }, job.error.code) : null),
     h("div", { class: "when soft small" }, time(job.finished_at ?? job.started_at ?? job.created_at)),
   );
@@ -303,7 +311,7 @@ function jobsSection(adapter, jobs, signal) {
     "section",
     { "aria-labelledby": "jobs-title" },
     h("h2", { id: "jobs-title" }, "Its realignments"),
-    h("ul", { class: "rows" }, jobs.data.slice(0, 10).map((job) => h("li", null, jobRow(job)))),
+    h("ul", { class: "rows" }, jobs.data.slice(0, 10).map((job) => h("li", null, jobRow(job, new Map([[adapter.id, adapter.name]]))))),
     jobs.data.length > 10 ? h("p", null, h("a", { href: `#/realignments?adapter_id=${adapter.id}` }, "All of them")) : null,
   );
 }

@@ -188,7 +188,7 @@ setInterval(() => {
 const THEMES = ["system", "light", "dark"];
 const theme = document.getElementById("theme");
 function themed(now) {
-  theme.textContent = `Theme: ${now}`;
+  put(theme, h("span", { "aria-hidden": "true" }, { system: "◐", light: "○", dark: "●" }[now]), h("span", { class: "wide" }, `\u00a0Theme: ${now}`));
   theme.setAttribute("aria-label", `Theme: ${now}. Change it.`);
 }
 themed(document.documentElement.dataset.theme ?? "system");

@@ -1,7 +1,7 @@
 // Realignments: the list with its filters, and one job from its start to its report.
 
 import { get, post, remove } from "./api.js";
-import { jobRow } from "./adapters.js";
+import { adapterNames, jobRow } from "./adapters.js";
 import { code, command, confirmed, empty, facts, fresh, h, loading, put, say } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { counted, duration, named, shown, time } from "./format.js";
@@ -21,9 +21,13 @@ export function realignmentsView(main, { signal, query, replace }) {
 
   const any = () => Object.values(wanted).some(Boolean);
   const nothing = h("div");
+  const names = adapterNames(signal);
   const list = pages({
-    fetch: (after) => get("v1/realignments", { query: { limit: 20, after, ...asked() }, signal }),
-    row: jobRow,
+    async fetch(after) {
+      const [page, known] = await Promise.all([get("v1/realignments", { query: { limit: 20, after, ...asked() }, signal }), names]);
+      return { ...page, data: page.data.map((job) => ({ job, known })) };
+    },
+    row: ({ job, known }) => jobRow(job, known),
     label: "realignments",
     nothing,
     signal,

@@ -195,7 +195,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     "form",
     { class: "start", novalidate: true },
     h("fieldset", null, h("legend", null, "Reference"), h("label", { class: "hidden", for: referenceSelect.id }, "Reference"), referenceSelect, referenceHelp, errors.reference),
-    h("fieldset", null, h("legend", null, "Method"), methodPlace, methodHelp, errors.method),
+    h("fieldset", null, h("legend", null, "Method"), methodHelp, methodPlace, errors.method),
     h("fieldset", null, h("legend", null, "Strength"), strengthPlace, errors.strength),
     h("fieldset", null, h("legend", null, "What to do"), h("div", { class: "choices two" }, mode("patch", "Repair", "Writes a patched adapter, and a report. The uploaded one stays as it is."), mode("analyze", "Measure only", "Writes a report and no adapter: lineage, similarity of every module, and what would be recommended."))),
     h("details", null, h("summary", null, "All parameters"), morePlace),

@@ -4,27 +4,30 @@ import base64
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from safegraft.adapter import is_companion
 from safegraft.report import grid, words
-from tests.e2e.conftest import Tab
+from tests.e2e.conftest import Console
 
 SIZES = [0, 1, 3, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 1000, 4096 * 3 + 17]
 
 
-@pytest.fixture
-def module(tab: Tab) -> Any:
+@pytest.fixture(scope="module")
+def module(browser: Any, console: Console) -> Iterator[Any]:
     """Calls a function of one of the console's modules: module("sha256.js", "(m) => …", argument)."""
-    tab.open()
+    page = browser.new_context().new_page()
+    page.goto(console.url)
 
     def call(name: str, function: str, given: Any = None) -> Any:
-        program = f"async (given) => ({function})(await import('{tab.console.url}console/{name}'), given)"
-        return tab.page.evaluate(program, given)
+        program = f"async (given) => ({function})(await import('{console.url}console/{name}'), given)"
+        return page.evaluate(program, given)
 
-    return call
+    yield call
+    page.context.close()
 
 
 def test_sha256_is_sha256_however_the_bytes_come(module: Any) -> None:
