@@ -96,8 +96,10 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     )
     app.state.metrics = HttpMetrics()
     ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
-    for resource in (*ours, health, metrics, docs, console):
+    for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
+    if settings.console:
+        app.include_router(console.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)

@@ -113,14 +113,14 @@ function progressView(stop) {
       put(title, what);
       if (delivery.left.length) put(left, `Not sent, because the service would not keep it: ${shown(delivery.left.slice(0, 3).join(", "), 120)}${delivery.left.length > 3 ? ` and ${delivery.left.length - 3} more` : ""}.`);
     },
-    tell({ phase, sent, total, resumed, note }) {
+    tell({ phase, sent, total, resumed, note, hashes }) {
       bar.value = total ? sent / total : 0;
       const rate = (sent - resumed) / ((performance.now() - began) / 1000);
       const rest = rate > 0 ? (total - sent) / rate : Infinity;
       const again = resumed ? `, ${size(resumed)} were there already` : "";
       if (phase === "reading") {
         bar.removeAttribute("value");
-        put(line, "Hashed and sent. The service reads it and checks every key and value …");
+        put(line, "Hashed and sent. The service reads it and checks every key and value …", hashes.map(({ name, sha256 }) => h("code", { class: "block" }, `${sha256.slice(0, 16)}…  ${shown(name, 60)}`)));
       } else if (phase === "waiting") {
         put(line, h("strong", null, "Waiting for the connection. "), `${shown(note)} It goes on by itself.`);
       } else {

@@ -115,6 +115,12 @@ form.addEventListener("submit", async (event) => {
     field.focus();
     return;
   }
+  if (!/^[!-~]+$/.test(given)) {
+    fault.textContent = "A key has only letters, digits and signs of ASCII. Check what was copied.";
+    field.setAttribute("aria-invalid", "true");
+    field.select();
+    return;
+  }
   const button = form.querySelector("button");
   button.setAttribute("aria-disabled", "true");
   fault.textContent = "";
@@ -137,7 +143,11 @@ form.addEventListener("submit", async (event) => {
   }
 });
 
-signOut.addEventListener("click", () => leave(""));
+signOut.addEventListener("click", () => {
+  leave("");
+  // Also where uploads stood. After a key that was refused they stay, so that the next one goes on.
+  sessionStorage.clear();
+});
 events.addEventListener("unauthorized", () => {
   if (open) leave("The key is not accepted any more: it was revoked or has expired. Sign in with another one.");
 });

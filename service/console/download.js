@@ -17,7 +17,7 @@ export async function downloadAdapter(adapter, onState) {
   try {
     const found = await hasher.tar(blob);
     for (const file of adapter.files) {
-      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name);
+      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name, "Nothing was saved; try again.");
     }
   } finally {
     hasher.close();
@@ -43,7 +43,7 @@ async function streamed(adapter, name, onState) {
   try {
     const found = await hasher.tar(await handle.getFile());
     for (const file of adapter.files) {
-      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name);
+      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name, "Delete what was saved, and try again.");
     }
   } finally {
     hasher.close();
@@ -58,7 +58,7 @@ export async function downloadFile(path, name, { bytes = 0, sha256 = null, onSta
     onState("Checking SHA-256 …");
     const hasher = new Hasher();
     try {
-      if ((await hasher.of(blob)) !== sha256) throw mismatch(name);
+      if ((await hasher.of(blob)) !== sha256) throw mismatch(name, "Nothing was saved; try again.");
     } finally {
       hasher.close();
     }
@@ -67,8 +67,8 @@ export async function downloadFile(path, name, { bytes = 0, sha256 = null, onSta
   onState(sha256 ? "Saved. Its SHA-256 agrees with the API's." : "Saved.");
 }
 
-function mismatch(name) {
-  return new ApiError(`${name} arrived with another SHA-256 than the API keeps of it. Nothing was saved; try again.`, {
+function mismatch(name, then) {
+  return new ApiError(`${name} arrived with another SHA-256 than the API keeps of it. ${then}`, {
     code: "checksum_mismatch",
   });
 }

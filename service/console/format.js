@@ -68,6 +68,7 @@ export function named(text, limit) {
 /** 3 s, 4 min 05 s, 2 h 10 min. */
 export function duration(seconds) {
   if (!Number.isFinite(seconds) || seconds < 0) return NOTHING;
+  if (seconds < 1) return `<${SPACE}1${SPACE}s`;
   const whole = Math.round(seconds);
   if (whole < 60) return `${whole}${SPACE}s`;
   if (whole < 3600) return `${Math.floor(whole / 60)}${SPACE}min ${String(whole % 60).padStart(2, "0")}${SPACE}s`;

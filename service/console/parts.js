@@ -89,11 +89,15 @@ export function pages({ fetch, row, label, nothing, signal }) {
   const turn = h("nav", { class: "pager", "aria-label": `Pages of ${label}` });
   const place = h("div", { "aria-busy": "true" }, loading("Loading …"));
 
+  let turns = 0;
+
   async function show(move = false) {
+    const turned = ++turns;
     place.setAttribute("aria-busy", "true");
     try {
       const page = await fetch(after);
-      if (signal.aborted) return;
+      // An answer that was overtaken by a later question is none.
+      if (signal.aborted || turned !== turns) return;
       put(list, page.data.map((item) => h("li", null, row(item))));
       const back = h("button", { type: "button", "aria-disabled": !before.length && "true", on: { click: () => before.length && go(before.pop()) } }, "← Newer");
       const on = h("button", { type: "button", "aria-disabled": !page.has_more && "true", on: { click: () => { if (page.has_more) { before.push(after); go(page.last_id); } } } }, "Older →");
@@ -104,7 +108,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
         place.scrollIntoView({ block: "nearest" });
       }
     } catch (error) {
-      if (!signal.aborted) put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
+      if (!signal.aborted && turned === turns) put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
     } finally {
       place.removeAttribute("aria-busy");
     }

@@ -110,7 +110,7 @@ export async function realignmentView(main, { signal, id, go }) {
   function told(event) {
     if (seen.has(event.id)) return;
     seen.add(event.id);
-    events.append(h("li", null, h("span", { class: "soft small" }, time(event.created_at)), " ", shown(event.message, 1000)));
+    events.append(h("li", null, h("span", { class: "soft small" }, time(event.created_at)), h("span", null, shown(event.message, 1000))));
   }
 
   function show() {

@@ -2,6 +2,7 @@
 
 import { ApiError, address, authorization, errorOf, events, get, post, remove } from "./api.js";
 import { pause } from "./dom.js";
+import { shown } from "./format.js";
 import { Hasher } from "./hashing.js";
 
 export const CONFIG = "adapter_config.json";
@@ -108,6 +109,7 @@ export function judged(items) {
       : "Drop the whole folder that PEFT saved.";
     throw new NoAdapter(`${WEIGHTS} is missing. ${why}`, "missing_weights");
   }
+  if (!weights.size) throw new NoAdapter(`${WEIGHTS} is empty.`, "empty_file");
   const files = inside.map(({ file }) => file).filter((file) => travels(file.name) && file.size > 0);
   const left = items.map(({ path }) => path).filter((path) => folderOf(path) !== folder || !travels(path.split("/").at(-1)));
   const label = folder.split("/").at(-2) ?? "";
@@ -132,7 +134,11 @@ export async function deliver({ files, weights, name }, { onState, signal }) {
   const hashes = [];
   let before = 0;
   let resumed = 0;
-  const tell = (more) => onState({ sent: before, total, resumed, ...more });
+  let now = 0;
+  const tell = (more) => {
+    now = more.sent ?? now;
+    onState({ sent: now, total, resumed, ...more });
+  };
   try {
     for (const file of files) {
       const sent = await sendFile(file, hasher, {
@@ -207,7 +213,7 @@ async function begun(file, note, signal) {
     sessionStorage.removeItem(note);
   }
   const mime_type = /\.zip$/i.test(file.name) ? "application/zip" : /\.tar$/i.test(file.name) ? "application/x-tar" : "application/octet-stream";
-  const upload = await post("v1/uploads", { purpose: "fine-tune", filename: file.name, bytes: file.size, mime_type }, { signal });
+  const upload = await post("v1/uploads", { purpose: "fine-tune", filename: shown(file.name, 200), bytes: file.size, mime_type }, { signal });
   sessionStorage.setItem(note, upload.id);
   return { upload, arrived: new Map() };
 }

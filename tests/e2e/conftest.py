@@ -110,7 +110,8 @@ def new_key(data: Path, *options: str) -> str:
 
 def descendants(parent: int) -> set[int]:
     """The processes below one. Linux."""
-    found, waiting = set(), [parent]
+    found: set[int] = set()
+    waiting = [parent]
     while waiting:
         number = waiting.pop()
         for thread in Path(f"/proc/{number}/task").glob("*/children"):

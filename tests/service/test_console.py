@@ -6,6 +6,7 @@ import tomllib
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from fastapi.testclient import TestClient
@@ -71,6 +72,12 @@ def test_every_file_has_its_type_its_rules_and_an_etag(client: TestClient, path:
     head = client.head(path, headers={"accept-encoding": "gzip"})
     assert head.status_code == 200
     assert int(head.headers["content-length"]) == len(gzip.compress((FOLDER / name).read_bytes(), mtime=0))
+
+
+def test_an_operator_can_do_without_it() -> None:
+    client = TestClient(create_app(GatewaySettings(console=False)))
+    for path in ("/", "/console/app.js"):
+        assert client.get(path).json()["error"]["code"] == "route_not_found"
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "__init__.py", "..%2Fapp.py", "%2e%2e/app.py", "__pycache__"])
@@ -175,7 +182,7 @@ def test_what_the_console_knows_by_heart_is_what_the_service_says() -> None:
     assert f"MOST_STRENGTHS = {MAX_STRENGTHS};" in source("start.js")
     statuses = re.search(r"STATUS = \{(.*?)\n\};", source("parts.js"), re.DOTALL)
     assert statuses is not None
-    assert set(re.findall(r"^  (\w+):", statuses[1], re.MULTILINE)) == set(Status.__args__)
+    assert set(re.findall(r"^  (\w+):", statuses[1], re.MULTILINE)) == set(get_args(Status))
 
 
 def test_the_page_about_it_is_there_and_the_readme_leads_to_it() -> None:
