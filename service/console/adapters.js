@@ -13,7 +13,11 @@ export function homeView(main, { signal, go }) {
   put(
     main,
     h("h1", null, "Repair an adapter"),
-    h("p", { class: "lead" }, "Drop the folder that PEFT saved. It is checked on arrival; you choose what to do with it on the next page."),
+    h(
+      "p",
+      { class: "lead" },
+      "Drop the folder that PEFT saved. It is checked on arrival; you choose what to do with it on the next page.",
+    ),
     dropZone({ signal, go }),
     h("div", { class: "columns" }, openJobs(signal), recent(signal)),
   );
@@ -21,14 +25,34 @@ export function homeView(main, { signal, go }) {
 
 /** The drop zone, with what became of the last drop inside of it. */
 function dropZone({ signal, go }) {
-  const folder = h("input", { type: "file", webkitdirectory: true, class: "hidden", tabindex: "-1", "aria-hidden": "true" });
-  const archive = h("input", { type: "file", accept: ".tar,.zip", class: "hidden", tabindex: "-1", "aria-hidden": "true" });
+  const folder = h("input", {
+    type: "file",
+    webkitdirectory: true,
+    class: "hidden",
+    tabindex: "-1",
+    "aria-hidden": "true",
+  });
+  const archive = h("input", {
+    type: "file",
+    accept: ".tar,.zip",
+    class: "hidden",
+    tabindex: "-1",
+    "aria-hidden": "true",
+  });
   const state = h("div", { class: "upload-state" });
   const zone = h(
     "section",
     { class: "drop", "aria-labelledby": "drop-title" },
     h("h2", { id: "drop-title" }, "Drop an adapter here"),
-    h("p", { class: "soft" }, "A folder with ", h("code", null, "adapter_config.json"), " and ", h("code", null, "adapter_model.safetensors"), ", or one .tar or .zip of it."),
+    h(
+      "p",
+      { class: "soft" },
+      "A folder with ",
+      h("code", null, "adapter_config.json"),
+      " and ",
+      h("code", null, "adapter_model.safetensors"),
+      ", or one .tar or .zip of it.",
+    ),
     h(
       "div",
       { class: "actions center" },
@@ -58,7 +82,8 @@ function dropZone({ signal, go }) {
       say(`Uploading ${shown(label || "the adapter")}.`);
       const name = shown(label, 200);
       const adapter = await deliver({ ...delivery, name }, { onState: view.tell, signal: here.signal });
-      if (delivery.left.length) sessionStorage.setItem(`safegraft.left.${adapter.id}`, JSON.stringify(delivery.left.slice(0, 200)));
+      if (delivery.left.length)
+        sessionStorage.setItem(`safegraft.left.${adapter.id}`, JSON.stringify(delivery.left.slice(0, 200)));
       say("The adapter is ready.");
       go(`#/adapters/${adapter.id}`);
     } catch (error) {
@@ -67,8 +92,14 @@ function dropZone({ signal, go }) {
         put(state, h("p", { class: "soft" }, "Stopped. Drop the same files again and it goes on where it was."));
       } else {
         const refused = error instanceof ApiError && [400, 422].includes(error.status);
-        const title = error instanceof NoAdapter || refused ? `${label ? shown(label) : "This"} cannot be taken` : "The upload did not get through";
-        const more = error instanceof ApiError && !refused ? h("p", { class: "soft" }, "Drop the same files again and it goes on where it was.") : null;
+        const title =
+          error instanceof NoAdapter || refused
+            ? `${label ? shown(label) : "This"} cannot be taken`
+            : "The upload did not get through";
+        const more =
+          error instanceof ApiError && !refused
+            ? h("p", { class: "soft" }, "Drop the same files again and it goes on where it was.")
+            : null;
         put(state, errorBox(error, { title }), more);
         state.scrollIntoView({ block: "nearest" });
       }
@@ -80,20 +111,46 @@ function dropZone({ signal, go }) {
     }
   }
 
-  addEventListener("beforeunload", (event) => { if (busy) event.preventDefault(); }, { signal });
+  addEventListener(
+    "beforeunload",
+    (event) => {
+      if (busy) event.preventDefault();
+    },
+    { signal },
+  );
   let over = 0;
   const withFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
-  zone.addEventListener("dragenter", (event) => { if (withFiles(event)) { over++; zone.classList.add("over"); } });
-  zone.addEventListener("dragleave", () => { if (--over <= 0) { over = 0; zone.classList.remove("over"); } });
+  zone.addEventListener("dragenter", (event) => {
+    if (withFiles(event)) {
+      over++;
+      zone.classList.add("over");
+    }
+  });
+  zone.addEventListener("dragleave", () => {
+    if (--over <= 0) {
+      over = 0;
+      zone.classList.remove("over");
+    }
+  });
   // A file that is dropped beside the zone would otherwise replace the page.
-  addEventListener("dragover", (event) => { if (withFiles(event)) event.preventDefault(); }, { signal });
-  addEventListener("drop", (event) => {
-    if (!withFiles(event)) return;
-    event.preventDefault();
-    over = 0;
-    zone.classList.remove("over");
-    take(dropped(event.dataTransfer));
-  }, { signal });
+  addEventListener(
+    "dragover",
+    (event) => {
+      if (withFiles(event)) event.preventDefault();
+    },
+    { signal },
+  );
+  addEventListener(
+    "drop",
+    (event) => {
+      if (!withFiles(event)) return;
+      event.preventDefault();
+      over = 0;
+      zone.classList.remove("over");
+      take(dropped(event.dataTransfer));
+    },
+    { signal },
+  );
   folder.addEventListener("change", () => folder.files.length && take(Promise.resolve(chosen(folder.files))));
   archive.addEventListener("change", () => archive.files.length && take(Promise.resolve(chosen(archive.files))));
   return zone;
@@ -109,9 +166,16 @@ function progressView(stop) {
   return {
     element: h("div", { class: "uploading" }, title, bar, line, left, cancel),
     begin(delivery) {
-      const what = delivery.kind === "archive" ? named(delivery.files[0].name) : [named(delivery.label || "The folder"), `, ${counted(delivery.files.length, "file")}`];
+      const what =
+        delivery.kind === "archive"
+          ? named(delivery.files[0].name)
+          : [named(delivery.label || "The folder"), `, ${counted(delivery.files.length, "file")}`];
       put(title, what);
-      if (delivery.left.length) put(left, `Not sent, because the service would not keep it: ${shown(delivery.left.slice(0, 3).join(", "), 120)}${delivery.left.length > 3 ? ` and ${delivery.left.length - 3} more` : ""}.`);
+      if (delivery.left.length)
+        put(
+          left,
+          `Not sent, because the service would not keep it: ${shown(delivery.left.slice(0, 3).join(", "), 120)}${delivery.left.length > 3 ? ` and ${delivery.left.length - 3} more` : ""}.`,
+        );
     },
     tell({ phase, sent, total, resumed, note, hashes }) {
       bar.value = total ? sent / total : 0;
@@ -120,11 +184,20 @@ function progressView(stop) {
       const again = resumed ? `, ${size(resumed)} were there already` : "";
       if (phase === "reading") {
         bar.removeAttribute("value");
-        put(line, "Hashed and sent. The service reads it and checks every key and value …", hashes.map(({ name, sha256 }) => h("code", { class: "block" }, `${sha256.slice(0, 16)}…  ${shown(name, 60)}`)));
+        put(
+          line,
+          "Hashed and sent. The service reads it and checks every key and value …",
+          hashes.map(({ name, sha256 }) =>
+            h("code", { class: "block" }, `${sha256.slice(0, 16)}…  ${shown(name, 60)}`),
+          ),
+        );
       } else if (phase === "waiting") {
         put(line, h("strong", null, "Waiting for the connection. "), `${shown(note)} It goes on by itself.`);
       } else {
-        put(line, `${percent(total ? sent / total : 0)} of ${size(total)}, hashed while it is sent${again}${rest > 3 && Number.isFinite(rest) ? `; ${duration(rest)} left` : ""}`);
+        put(
+          line,
+          `${percent(total ? sent / total : 0)} of ${size(total)}, hashed while it is sent${again}${rest > 3 && Number.isFinite(rest) ? `; ${duration(rest)} left` : ""}`,
+        );
       }
     },
   };
@@ -142,14 +215,32 @@ function openJobs(signal) {
         get("v1/realignments", { query: { limit: 5 }, signal }),
       ]);
       const open = [...running.data, ...queued.data.slice(0, 5)];
-      put(counts, ` ${running.data.length}${running.has_more ? "+" : ""} running, ${queued.data.length}${queued.has_more ? "+" : ""} queued`);
+      put(
+        counts,
+        ` ${running.data.length}${running.has_more ? "+" : ""} running, ${queued.data.length}${queued.has_more ? "+" : ""} queued`,
+      );
       const shownJobs = [...open, ...last.data.filter((job) => !open.some(({ id }) => id === job.id))].slice(0, 6);
-      put(place, shownJobs.length ? h("ul", { class: "rows tight" }, shownJobs.map((job) => h("li", null, jobRow(job, names)))) : empty("No realignments yet.", "They appear here once an adapter has been started."));
+      put(
+        place,
+        shownJobs.length
+          ? h(
+              "ul",
+              { class: "rows tight" },
+              shownJobs.map((job) => h("li", null, jobRow(job, names))),
+            )
+          : empty("No realignments yet.", "They appear here once an adapter has been started."),
+      );
     } catch (error) {
       if (!signal.aborted) put(place, errorBox(error));
     }
   })();
-  return h("section", { "aria-labelledby": "open-title" }, h("h2", { id: "open-title" }, "Realignments", counts), place, h("p", null, h("a", { href: "#/realignments" }, "All realignments")));
+  return h(
+    "section",
+    { "aria-labelledby": "open-title" },
+    h("h2", { id: "open-title" }, "Realignments", counts),
+    place,
+    h("p", null, h("a", { href: "#/realignments" }, "All realignments")),
+  );
 }
 
 function recent(signal) {
@@ -157,20 +248,46 @@ function recent(signal) {
   (async () => {
     try {
       const page = await get("v1/adapters", { query: { limit: 6 }, signal });
-      put(place, page.data.length ? h("ul", { class: "rows tight" }, page.data.map((adapter) => h("li", null, adapterRow(adapter)))) : empty("No adapters yet.", "The first one is dropped above."));
+      put(
+        place,
+        page.data.length
+          ? h(
+              "ul",
+              { class: "rows tight" },
+              page.data.map((adapter) => h("li", null, adapterRow(adapter))),
+            )
+          : empty("No adapters yet.", "The first one is dropped above."),
+      );
     } catch (error) {
       if (!signal.aborted) put(place, errorBox(error));
     }
   })();
-  return h("section", { "aria-labelledby": "recent-title" }, h("h2", { id: "recent-title" }, "Adapters"), place, h("p", null, h("a", { href: "#/adapters" }, "All adapters")));
+  return h(
+    "section",
+    { "aria-labelledby": "recent-title" },
+    h("h2", { id: "recent-title" }, "Adapters"),
+    place,
+    h("p", null, h("a", { href: "#/adapters" }, "All adapters")),
+  );
 }
 
 function adapterRow(adapter) {
   return h(
     "div",
     { class: "row" },
-    h("div", { class: "what" }, adapterLink(adapter.id, adapter.name || adapter.id), h("div", { class: "soft small" }, adapter.base_model ? named(adapter.base_model, 60) : "no label for its base")),
-    h("div", { class: "meta small" }, h("span", null, `rank ${adapter.rank}`), h("span", null, size(adapter.bytes)), adapter.origin.realignment_id ? h("span", { class: "tag" }, "repaired") : null),
+    h(
+      "div",
+      { class: "what" },
+      adapterLink(adapter.id, adapter.name || adapter.id),
+      h("div", { class: "soft small" }, adapter.base_model ? named(adapter.base_model, 60) : "no label for its base"),
+    ),
+    h(
+      "div",
+      { class: "meta small" },
+      h("span", null, `rank ${adapter.rank}`),
+      h("span", null, size(adapter.bytes)),
+      adapter.origin.realignment_id ? h("span", { class: "tag" }, "repaired") : null,
+    ),
     h("div", { class: "when soft small" }, time(adapter.created_at)),
   );
 }
@@ -184,12 +301,26 @@ export async function adapterNames(signal) {
 /** One line of a list of jobs. */
 export function jobRow(job, names = new Map()) {
   const about = names.get(job.adapter_id);
-  const progress = job.status === "running" && job.progress.total ? ` ${percent(job.progress.done / job.progress.total)} of ${job.progress.stage}` : "";
+  const progress =
+    job.status === "running" && job.progress.total
+      ? ` ${percent(job.progress.done / job.progress.total)} of ${job.progress.stage}`
+      : "";
   return h(
     "div",
     { class: "row" },
-    h("div", { class: "what" }, h("a", { href: `#/realignments/${job.id}` }, about ? [named(about, 80), ", ", methodLine(job)] : methodLine(job)), h("div", { class: "soft small" }, h("code", null, job.id), about ? null : [" · ", adapterLink(job.adapter_id)])),
-    h("div", { class: "meta small" }, badge(job.status), progress ? h("span", { class: "soft" }, progress) : null, job.error ? h("span", { class: "soft" }, job.error.code) : null),
+    h(
+      "div",
+      { class: "what" },
+      h("a", { href: `#/realignments/${job.id}` }, about ? [named(about, 80), ", ", methodLine(job)] : methodLine(job)),
+      h("div", { class: "soft small" }, h("code", null, job.id), about ? null : [" · ", adapterLink(job.adapter_id)]),
+    ),
+    h(
+      "div",
+      { class: "meta small" },
+      badge(job.status),
+      progress ? h("span", { class: "soft" }, progress) : null,
+      job.error ? h("span", { class: "soft" }, job.error.code) : null,
+    ),
     h("div", { class: "when soft small" }, time(job.finished_at ?? job.started_at ?? job.created_at)),
   );
 }
@@ -203,10 +334,20 @@ export function adaptersView(main, { signal }) {
     nothing: empty("No adapters yet.", h("a", { href: "#/" }, "Drop the first one")),
     signal,
   });
-  put(main, h("h1", null, "Adapters"), h("p", { class: "lead" }, "What was uploaded, and what realignments made of it. Newest first."), list.element);
+  put(
+    main,
+    h("h1", null, "Adapters"),
+    h("p", { class: "lead" }, "What was uploaded, and what realignments made of it. Newest first."),
+    list.element,
+  );
 }
 
-const SERVERS = [["peft", "PEFT"], ["vllm", "vLLM"], ["lorax", "LoRAX"], ["tgi", "TGI"]];
+const SERVERS = [
+  ["peft", "PEFT"],
+  ["vllm", "vLLM"],
+  ["lorax", "LoRAX"],
+  ["tgi", "TGI"],
+];
 
 /** #/adapters/{id} */
 export async function adapterView(main, { signal, id, go }) {
@@ -214,7 +355,10 @@ export async function adapterView(main, { signal, id, go }) {
   const [adapter, references, jobs] = await Promise.all([
     get(`v1/adapters/${encodeURIComponent(id)}`, { signal }),
     get("v1/references", { signal }).catch(() => ({ data: [] })),
-    get("v1/realignments", { query: { adapter_id: id, limit: 100 }, signal }).catch(() => ({ data: [], has_more: false })),
+    get("v1/realignments", { query: { adapter_id: id, limit: 100 }, signal }).catch(() => ({
+      data: [],
+      has_more: false,
+    })),
   ]);
   if (signal.aborted) return;
   const form = h("div", null, loading("Loading methods and references …"));
@@ -232,12 +376,36 @@ export async function adapterView(main, { signal, id, go }) {
         null,
         h("h2", null, "What it is"),
         facts([
-          ["Base model", adapter.base_model ? [named(adapter.base_model), h("div", { class: "soft small" }, "the label in its configuration")] : "no label"],
+          [
+            "Base model",
+            adapter.base_model
+              ? [named(adapter.base_model), h("div", { class: "soft small" }, "the label in its configuration")]
+              : "no label",
+          ],
           ["Rank, alpha", `${adapter.rank}, ${plain(adapter.alpha)}`],
-          ["Targets", h("ul", { class: "chips" }, adapter.target_modules.map((kind) => h("li", null, named(kind, 60))))],
+          [
+            "Targets",
+            h(
+              "ul",
+              { class: "chips" },
+              adapter.target_modules.map((kind) => h("li", null, named(kind, 60))),
+            ),
+          ],
           ["Modules", `${count(adapter.modules)} with ${count(adapter.parameters)} parameters, ${adapter.dtype}`],
           ["Lineage", lineageOf(adapter, jobs.data, signal)],
-          ["Origin", adapter.origin.realignment_id ? ["made by ", h("a", { href: `#/realignments/${adapter.origin.realignment_id}` }, h("code", null, adapter.origin.realignment_id))] : "uploaded"],
+          [
+            "Origin",
+            adapter.origin.realignment_id
+              ? [
+                  "made by ",
+                  h(
+                    "a",
+                    { href: `#/realignments/${adapter.origin.realignment_id}` },
+                    h("code", null, adapter.origin.realignment_id),
+                  ),
+                ]
+              : "uploaded",
+          ],
           ["Created", time(adapter.created_at)],
           ["Deleted", adapter.expires_at ? time(adapter.expires_at) : null],
           ["Id", code(adapter.id, "the adapter's id")],
@@ -252,7 +420,18 @@ export async function adapterView(main, { signal, id, go }) {
           { class: "servers" },
           SERVERS.map(([key, label]) => {
             const { ok, reason } = adapter.compatibility[key];
-            return h("li", null, h("span", { class: `mark ${ok ? "good" : "bad"}`, "aria-hidden": "true" }, ok ? "✓" : "✕"), h("div", null, h("span", { class: "strong" }, label), h("span", { class: "hidden" }, ok ? " loads it." : " does not load it."), reason ? h("div", { class: "soft small" }, shown(reason)) : null));
+            return h(
+              "li",
+              null,
+              h("span", { class: `mark ${ok ? "good" : "bad"}`, "aria-hidden": "true" }, ok ? "✓" : "✕"),
+              h(
+                "div",
+                null,
+                h("span", { class: "strong" }, label),
+                h("span", { class: "hidden" }, ok ? " loads it." : " does not load it."),
+                reason ? h("div", { class: "soft small" }, shown(reason)) : null,
+              ),
+            );
           }),
         ),
         h("p", { class: "soft small" }, "As far as its configuration and keys tell."),
@@ -275,25 +454,63 @@ function warnings(adapter, references) {
   const dropped_ = [...adapter.dropped_files, ...left];
   const known = references.some((reference) => reference.labels.includes(adapter.base_model));
   const lines = [
-    !references.length && "No reference is installed, so nothing can be realigned yet. The operator adds one with safegraft reference add.",
-    references.length > 0 && !known && !adapter.origin.realignment_id && [
-      "No installed reference knows the label of its base model. If names and shapes of its layers fit, it can be realigned all the same; make sure that it was trained on the reference's model.",
+    !references.length &&
+      "No reference is installed, so nothing can be realigned yet. The operator adds one with safegraft reference add.",
+    references.length > 0 &&
+      !known &&
+      !adapter.origin.realignment_id && [
+        "No installed reference knows the label of its base model. If names and shapes of its layers fit, it can be realigned all the same; make sure that it was trained on the reference's model.",
+      ],
+    dropped_.length > 0 && [
+      `${counted(dropped_.length, "file")} ${dropped_.length === 1 ? "was" : "were"} left out, because only weights, configuration, tokenizer, chat template and README travel, never code or pickles: `,
+      named(dropped_.slice(0, 8).join(", ") + (dropped_.length > 8 ? " …" : ""), 400),
     ],
-    dropped_.length > 0 && [`${counted(dropped_.length, "file")} ${dropped_.length === 1 ? "was" : "were"} left out, because only weights, configuration, tokenizer, chat template and README travel, never code or pickles: `, named(dropped_.slice(0, 8).join(", ") + (dropped_.length > 8 ? " …" : ""), 400)],
-    !adapter.compatibility.peft.ok && ["PEFT, as most people run it, does not load this adapter as it is: ", shown(adapter.compatibility.peft.reason ?? ""), "."],
+    !adapter.compatibility.peft.ok && [
+      "PEFT, as most people run it, does not load this adapter as it is: ",
+      shown(adapter.compatibility.peft.reason ?? ""),
+      ".",
+    ],
     adapter.expires_at && ["It is deleted ", time(adapter.expires_at), ", as the operator keeps adapters."],
   ].filter(Boolean);
-  return lines.length ? h("div", { class: "note caution", role: "note", "aria-label": "Warnings" }, h("ul", null, lines.map((line) => h("li", null, line)))) : null;
+  return lines.length
+    ? h(
+        "div",
+        { class: "note caution", role: "note", "aria-label": "Warnings" },
+        h(
+          "ul",
+          null,
+          lines.map((line) => h("li", null, line)),
+        ),
+      )
+    : null;
 }
 
 function lineageOf(adapter, jobs, signal) {
   const measured = jobs.find((job) => job.status === "succeeded");
   if (!measured) {
-    return ["not measured yet", h("div", { class: "soft small" }, "Only the weights tell whether it was trained further from the provider's adapter (continued) or on top of the aligned model (fresh). The first realignment, or a mere measurement, says it.")];
+    return [
+      "not measured yet",
+      h(
+        "div",
+        { class: "soft small" },
+        "Only the weights tell whether it was trained further from the provider's adapter (continued) or on top of the aligned model (fresh). The first realignment, or a mere measurement, says it.",
+      ),
+    ];
   }
   const place = h("span", null, "…");
   get(`v1/realignments/${measured.id}/report`, { signal }).then(
-    (report) => put(place, h("span", { class: "strong" }, report.lineage), LINEAGE[report.lineage] ?? "", h("div", { class: "soft small" }, "measured by ", h("a", { href: `#/realignments/${measured.id}` }, h("code", null, measured.id)))),
+    (report) =>
+      put(
+        place,
+        h("span", { class: "strong" }, report.lineage),
+        LINEAGE[report.lineage] ?? "",
+        h(
+          "div",
+          { class: "soft small" },
+          "measured by ",
+          h("a", { href: `#/realignments/${measured.id}` }, h("code", null, measured.id)),
+        ),
+      ),
     () => put(place, "the report that measured it cannot be read"),
   );
   return place;
@@ -311,36 +528,90 @@ function jobsSection(adapter, jobs, signal) {
     "section",
     { "aria-labelledby": "jobs-title" },
     h("h2", { id: "jobs-title" }, "Its realignments"),
-    h("ul", { class: "rows" }, jobs.data.slice(0, 10).map((job) => h("li", null, jobRow(job, new Map([[adapter.id, adapter.name]]))))),
-    jobs.data.length > 10 ? h("p", null, h("a", { href: `#/realignments?adapter_id=${adapter.id}` }, "All of them")) : null,
+    h(
+      "ul",
+      { class: "rows" },
+      jobs.data.slice(0, 10).map((job) => h("li", null, jobRow(job, new Map([[adapter.id, adapter.name]])))),
+    ),
+    jobs.data.length > 10
+      ? h("p", null, h("a", { href: `#/realignments?adapter_id=${adapter.id}` }, "All of them"))
+      : null,
   );
 }
 
 function filesSection(adapter, go) {
   const whole = actionButton("Download (.tar)", (tell) => downloadAdapter(adapter, tell), { class: "primary" });
-  const gone = actionButton("Delete adapter", async () => {
-    const sure = await confirmed({
-      title: "Delete this adapter?",
-      text: [`${shown(adapter.name || adapter.id)} and its bytes are deleted. This cannot be undone.`, "Reports of realignments stay; realignments that still need it fail."],
-      action: "Delete it",
-    });
-    if (!sure) return;
-    await remove(`v1/adapters/${adapter.id}`);
-    say("Deleted.");
-    go("#/adapters");
-  }, { class: "danger-quiet" });
+  const gone = actionButton(
+    "Delete adapter",
+    async () => {
+      const sure = await confirmed({
+        title: "Delete this adapter?",
+        text: [
+          `${shown(adapter.name || adapter.id)} and its bytes are deleted. This cannot be undone.`,
+          "Reports of realignments stay; realignments that still need it fail.",
+        ],
+        action: "Delete it",
+      });
+      if (!sure) return;
+      await remove(`v1/adapters/${adapter.id}`);
+      say("Deleted.");
+      go("#/adapters");
+    },
+    { class: "danger-quiet" },
+  );
   return h(
     "section",
     { "aria-labelledby": "files-title" },
     h("h2", { id: "files-title" }, "Files"),
-    h("ul", { class: "rows" }, adapter.files.map((file) => {
-      const one = actionButton("Download", (tell) => downloadFile(`v1/adapters/${adapter.id}/files/${encodeURIComponent(file.name)}`, file.name, { bytes: file.bytes, sha256: file.sha256, onState: tell }), { class: "small", "aria-label": `Download ${shown(file.name)}` });
-      return h("li", null, h("div", { class: "row file" }, h("div", { class: "what" }, h("code", null, shown(file.name)), h("div", { class: "soft small digest" }, h("code", null, `sha256:${file.sha256}`), copyButton(file.sha256, `the SHA-256 of ${shown(file.name)}`))), h("div", { class: "meta small" }, size(file.bytes)), h("div", { class: "when" }, one.button)), one.where);
-    })),
+    h(
+      "ul",
+      { class: "rows" },
+      adapter.files.map((file) => {
+        const one = actionButton(
+          "Download",
+          (tell) =>
+            downloadFile(`v1/adapters/${adapter.id}/files/${encodeURIComponent(file.name)}`, file.name, {
+              bytes: file.bytes,
+              sha256: file.sha256,
+              onState: tell,
+            }),
+          { class: "small", "aria-label": `Download ${shown(file.name)}` },
+        );
+        return h(
+          "li",
+          null,
+          h(
+            "div",
+            { class: "row file" },
+            h(
+              "div",
+              { class: "what" },
+              h("code", null, shown(file.name)),
+              h(
+                "div",
+                { class: "soft small digest" },
+                h("code", null, `sha256:${file.sha256}`),
+                copyButton(file.sha256, `the SHA-256 of ${shown(file.name)}`),
+              ),
+            ),
+            h("div", { class: "meta small" }, size(file.bytes)),
+            h("div", { class: "when" }, one.button),
+          ),
+          one.where,
+        );
+      }),
+    ),
     h("div", { class: "actions" }, whole.button, gone.button),
     whole.where,
     gone.where,
-    h("details", null, h("summary", null, "The same by curl"), command(curl(`v1/adapters/${adapter.id}/download`, { options: `o ${adapter.id}.tar` }), "Command that downloads the adapter")),
+    h(
+      "details",
+      null,
+      h("summary", null, "The same by curl"),
+      command(
+        curl(`v1/adapters/${adapter.id}/download`, { options: `o ${adapter.id}.tar` }),
+        "Command that downloads the adapter",
+      ),
+    ),
   );
 }
-

@@ -64,7 +64,10 @@ function noteReach(now) {
 }
 
 /** Sends a request and returns the response. Raises ApiError, or AbortError where the signal ended it. */
-export async function ask(path, { method = "GET", query, json, body, headers = {}, signal, cache = "no-store", redirect = "follow" } = {}) {
+export async function ask(
+  path,
+  { method = "GET", query, json, body, headers = {}, signal, cache = "no-store", redirect = "follow" } = {},
+) {
   const sent = { ...authorization(), ...headers };
   if (json !== undefined) sent["content-type"] = "application/json";
   let response;

@@ -20,7 +20,12 @@ const field = document.getElementById("key");
 const fault = document.getElementById("signin-error");
 const HEALTH_SECONDS = 30;
 
-const PAGES = [["#/", "New"], ["#/adapters", "Adapters"], ["#/realignments", "Realignments"], ["#/references", "References"]];
+const PAGES = [
+  ["#/", "New"],
+  ["#/adapters", "Adapters"],
+  ["#/realignments", "Realignments"],
+  ["#/references", "References"],
+];
 const ROUTES = [
   [/^#\/$/, homeView, "New", "#/"],
   [/^#\/adapters$/, adaptersView, "Adapters", "#/adapters"],
@@ -48,7 +53,10 @@ async function show() {
   const { signal } = here;
   const [path, text] = (location.hash || "#/").split("?");
   const [route, view, title, section] = ROUTES.find(([pattern]) => pattern.test(path)) ?? [];
-  put(nav, PAGES.map(([href, label]) => h("a", { href, "aria-current": href === section && "page" }, label)));
+  put(
+    nav,
+    PAGES.map(([href, label]) => h("a", { href, "aria-current": href === section && "page" }, label)),
+  );
   if (!view) {
     put(main, h("h1", null, "There is no such page"), h("p", null, h("a", { href: "#/" }, "Go to the first one")));
     return;
@@ -134,9 +142,10 @@ form.addEventListener("submit", async (event) => {
   } catch (error) {
     remember("");
     field.setAttribute("aria-invalid", "true");
-    fault.textContent = error.status === 401
-      ? "This key is not accepted: it is wrong, expired or revoked. Check that all of it was copied, or ask the operator for a new one."
-      : `${error.message}${error.requestId ? ` (${error.code}, request ${error.requestId})` : ""}`;
+    fault.textContent =
+      error.status === 401
+        ? "This key is not accepted: it is wrong, expired or revoked. Check that all of it was copied, or ask the operator for a new one."
+        : `${error.message}${error.requestId ? ` (${error.code}, request ${error.requestId})` : ""}`;
     field.select();
   } finally {
     button.removeAttribute("aria-disabled");
@@ -154,14 +163,19 @@ events.addEventListener("unauthorized", () => {
 
 const offline = () => {
   strip.hidden = false;
-  strip.textContent = navigator.onLine ? "The service does not answer. What is shown may be old; it is tried again by itself." : "This device is offline. What is shown may be old; it is tried again by itself.";
+  strip.textContent = navigator.onLine
+    ? "The service does not answer. What is shown may be old; it is tried again by itself."
+    : "This device is offline. What is shown may be old; it is tried again by itself.";
 };
 const online = () => {
   if (!strip.hidden) say("Connected again.");
   strip.hidden = true;
 };
 events.addEventListener("offline", offline);
-events.addEventListener("online", () => { online(); tellHealth(); });
+events.addEventListener("online", () => {
+  online();
+  tellHealth();
+});
 addEventListener("offline", offline);
 addEventListener("online", () => ask("livez").then(online, () => {}));
 
@@ -187,7 +201,22 @@ async function tellHealth() {
     return;
   }
   const missing = Object.keys(MISSING).filter((name) => checks[name] === false);
-  put(health, missing.length ? h("span", { class: "chip bad", title: missing.map((name) => MISSING[name]).join(" ") }, missing.map((name) => `no ${name}`).join(", ")) : keyless ? h("span", { class: "chip", title: "Development mode asks for no keys, and answers this machine alone." }, "Development mode") : null);
+  put(
+    health,
+    missing.length
+      ? h(
+          "span",
+          { class: "chip bad", title: missing.map((name) => MISSING[name]).join(" ") },
+          missing.map((name) => `no ${name}`).join(", "),
+        )
+      : keyless
+        ? h(
+            "span",
+            { class: "chip", title: "Development mode asks for no keys, and answers this machine alone." },
+            "Development mode",
+          )
+        : null,
+  );
 }
 
 setInterval(() => {
@@ -198,7 +227,11 @@ setInterval(() => {
 const THEMES = ["system", "light", "dark"];
 const theme = document.getElementById("theme");
 function themed(now) {
-  put(theme, h("span", { "aria-hidden": "true" }, { system: "◐", light: "○", dark: "●" }[now]), h("span", { class: "wide" }, `\u00a0Theme: ${now}`));
+  put(
+    theme,
+    h("span", { "aria-hidden": "true" }, { system: "◐", light: "○", dark: "●" }[now]),
+    h("span", { class: "wide" }, `\u00a0Theme: ${now}`),
+  );
   theme.setAttribute("aria-label", `Theme: ${now}. Change it.`);
 }
 themed(document.documentElement.dataset.theme ?? "system");
@@ -227,13 +260,10 @@ if (key()) {
 } else {
   field.focus();
   // In development mode nothing is asked for; then there is nothing to sign in with.
-  fetch(new URL("v1/methods", ROOT), { cache: "no-store", credentials: "omit" }).then(
-    (response) => {
-      if (response.ok && !open) {
-        keyless = true;
-        enter();
-      }
-    },
-    offline,
-  );
+  fetch(new URL("v1/methods", ROOT), { cache: "no-store", credentials: "omit" }).then((response) => {
+    if (response.ok && !open) {
+      keyless = true;
+      enter();
+    }
+  }, offline);
 }

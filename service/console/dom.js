@@ -30,7 +30,9 @@ function fill(element, properties, children) {
       element.setAttribute(name, value === true ? "" : String(value));
     }
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -100,12 +102,7 @@ export function code(text, what) {
 
 /** A command for a shell, with its own copy button. */
 export function command(text, what) {
-  return h(
-    "div",
-    { class: "command" },
-    h("pre", { tabindex: "0", "aria-label": what }, text),
-    copyButton(text, what),
-  );
+  return h("div", { class: "command" }, h("pre", { tabindex: "0", "aria-label": what }, text), copyButton(text, what));
 }
 
 /** A definition list out of [term, value] pairs; pairs without a value are left out. */
@@ -161,13 +158,25 @@ export function loading(what) {
 
 /** What is shown where there is nothing. */
 export function empty(title, ...rest) {
-  return h("div", { class: "empty" }, h("p", { class: "strong" }, title), rest.length ? h("p", { class: "soft" }, rest) : null);
+  return h(
+    "div",
+    { class: "empty" },
+    h("p", { class: "strong" }, title),
+    rest.length ? h("p", { class: "soft" }, rest) : null,
+  );
 }
 
 /** Waits; ends early where the signal does. */
 export function pause(milliseconds, signal) {
   return new Promise((resolve) => {
     const timer = setTimeout(resolve, milliseconds);
-    signal?.addEventListener("abort", () => { clearTimeout(timer); resolve(); }, { once: true });
+    signal?.addEventListener(
+      "abort",
+      () => {
+        clearTimeout(timer);
+        resolve();
+      },
+      { once: true },
+    );
   });
 }

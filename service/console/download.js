@@ -17,13 +17,16 @@ export async function downloadAdapter(adapter, onState) {
   try {
     const found = await hasher.tar(blob);
     for (const file of adapter.files) {
-      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name, "Nothing was saved; try again.");
+      if (found[`${adapter.id}/${file.name}`] !== file.sha256)
+        throw mismatch(file.name, "Nothing was saved; try again.");
     }
   } finally {
     hasher.close();
   }
   save(blob, name);
-  onState(`Saved. SHA-256 of ${adapter.files.length === 1 ? "its file agrees" : `all ${adapter.files.length} files agrees`} with the API's.`);
+  onState(
+    `Saved. SHA-256 of ${adapter.files.length === 1 ? "its file agrees" : `all ${adapter.files.length} files agrees`} with the API's.`,
+  );
 }
 
 async function streamed(adapter, name, onState) {
@@ -43,7 +46,8 @@ async function streamed(adapter, name, onState) {
   try {
     const found = await hasher.tar(await handle.getFile());
     for (const file of adapter.files) {
-      if (found[`${adapter.id}/${file.name}`] !== file.sha256) throw mismatch(file.name, "Delete what was saved, and try again.");
+      if (found[`${adapter.id}/${file.name}`] !== file.sha256)
+        throw mismatch(file.name, "Delete what was saved, and try again.");
     }
   } finally {
     hasher.close();

@@ -76,7 +76,13 @@ export function duration(seconds) {
 }
 
 const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
-const STEPS = [["year", 31536000], ["month", 2592000], ["day", 86400], ["hour", 3600], ["minute", 60]];
+const STEPS = [
+  ["year", 31536000],
+  ["month", 2592000],
+  ["day", 86400],
+  ["hour", 3600],
+  ["minute", 60],
+];
 
 /** "2 minutes ago"; seconds: Unix time, now: likewise. */
 export function relative(seconds, now = Date.now() / 1000) {

@@ -5,8 +5,21 @@ import { h, put, s } from "./dom.js";
 import { number, percent, plain, shown } from "./format.js";
 
 const USUAL_KINDS = [
-  "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "out_proj", "dense",
-  "gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj", "c_proj",
+  "q_proj",
+  "k_proj",
+  "v_proj",
+  "qkv_proj",
+  "query_key_value",
+  "c_attn",
+  "o_proj",
+  "out_proj",
+  "dense",
+  "gate_proj",
+  "up_proj",
+  "gate_up_proj",
+  "c_fc",
+  "down_proj",
+  "c_proj",
 ];
 const MAX_KINDS = 24;
 const OTHERS = "others";
@@ -19,12 +32,16 @@ const MARK = ["", "◐", "●"];
 export function colour(position) {
   const place = Math.min(1, Math.max(0, position)) * (COLOURS.length - 1);
   const index = Math.min(Math.floor(place), COLOURS.length - 2);
-  const [first, second] = [COLOURS[index], COLOURS[index + 1]].map((text) => [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)));
+  const [first, second] = [COLOURS[index], COLOURS[index + 1]].map((text) =>
+    [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)),
+  );
   return first.map((value, at) => Math.round(value + (second[at] - value) * (place - index)));
 }
 
 function luminance(rgb) {
-  const [red, green, blue] = rgb.map((value) => value / 255).map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  const [red, green, blue] = rgb
+    .map((value) => value / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
 }
 
@@ -59,7 +76,11 @@ export function gridOf(modules) {
   const rank = (kind) => (USUAL_KINDS.includes(kind) ? USUAL_KINDS.indexOf(kind) : USUAL_KINDS.length);
   let kinds = [...counts.keys()].sort((a, b) => rank(a) - rank(b));
   if (kinds.length > MAX_KINDS) {
-    const frequent = [...counts].sort((a, b) => b[1] - a[1]).slice(0, MAX_KINDS - 1).map(([kind]) => kind).filter((kind) => kind !== OTHERS);
+    const frequent = [...counts]
+      .sort((a, b) => b[1] - a[1])
+      .slice(0, MAX_KINDS - 1)
+      .map(([kind]) => kind)
+      .filter((kind) => kind !== OTHERS);
     kinds = [...kinds.filter((kind) => frequent.includes(kind)), OTHERS];
   }
   const groups = new Map();
@@ -72,7 +93,13 @@ export function gridOf(modules) {
   for (const [where, lines] of groups) {
     const before = mean(lines.map((line) => line.similarity_before));
     const after = mean(lines.map((line) => line.similarity_after));
-    cells.set(where, { before, after, difference: after - before, modules: lines.length, repaired: lines.filter((line) => line.repaired).length });
+    cells.set(where, {
+      before,
+      after,
+      difference: after - before,
+      modules: lines.length,
+      repaired: lines.filter((line) => line.repaired).length,
+    });
   }
   const layers = [...new Set(modules.map(({ layer }) => layer))].sort((a, b) => (a === null) - (b === null) || a - b);
   return { layers, kinds, cells, averaged: [...cells.values()].some((cell) => cell.modules > 1) };
@@ -84,7 +111,18 @@ export function heatmaps(report, twoSides, marked) {
   const cells = [...grid.cells.values()];
   const scale = scaleOf(cells.flatMap((cell) => [cell.before, cell.after]));
   const sides = twoSides
-    ? [["before", "Before", scale], ["after", "After", scale], ["difference", "Difference", scaleOf(cells.map((cell) => cell.difference), [-2, 2])]]
+    ? [
+        ["before", "Before", scale],
+        ["after", "After", scale],
+        [
+          "difference",
+          "Difference",
+          scaleOf(
+            cells.map((cell) => cell.difference),
+            [-2, 2],
+          ),
+        ],
+      ]
     : [["before", "Similarity", scale]];
   const short = grid.kinds.map((kind) => kind.replace(/_proj$/, "") || kind);
   const labels = new Set(short).size === short.length ? short : grid.kinds;
@@ -98,35 +136,62 @@ export function heatmaps(report, twoSides, marked) {
 function map(grid, labels, side, title, scale, twoSides, marked) {
   const readout = h("p", { class: "readout small soft" }, "Point at a cell, or move with the arrow keys.");
   const cells = [];
-  const body = grid.layers.map((layer, row) => h(
-    "tr",
-    null,
-    h("th", { scope: "row" }, layer ?? "other"),
-    grid.kinds.map((kind, column) => {
-      const cell = grid.cells.get(`${layer}|${kind}`);
-      if (!cell) return h("td", { class: "none" }, h("span", { class: "hidden" }, "none"));
-      const value = cell[side];
-      const rgb = colour((value - scale.low) / (scale.high - scale.low));
-      const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
-      const text = `${number(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
-      const td = h(
-        "td",
-        { tabindex: "-1", style: { "background-color": Number.isFinite(value) ? `rgb(${rgb.join(" ")})` : "transparent", color: onto(rgb) }, data: { row, column } },
-        mark && marked && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
-        h("span", { class: "hidden" }, text),
-      );
-      const show = () => put(readout, h("strong", null, number(value, 4)), ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`);
-      td.addEventListener("mouseenter", show);
-      td.addEventListener("focus", show);
-      cells.push(td);
-      return td;
-    }),
-  ));
+  const body = grid.layers.map((layer, row) =>
+    h(
+      "tr",
+      null,
+      h("th", { scope: "row" }, layer ?? "other"),
+      grid.kinds.map((kind, column) => {
+        const cell = grid.cells.get(`${layer}|${kind}`);
+        if (!cell) return h("td", { class: "none" }, h("span", { class: "hidden" }, "none"));
+        const value = cell[side];
+        const rgb = colour((value - scale.low) / (scale.high - scale.low));
+        const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
+        const text = `${number(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
+        const td = h(
+          "td",
+          {
+            tabindex: "-1",
+            style: {
+              "background-color": Number.isFinite(value) ? `rgb(${rgb.join(" ")})` : "transparent",
+              color: onto(rgb),
+            },
+            data: { row, column },
+          },
+          mark && marked && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
+          h("span", { class: "hidden" }, text),
+        );
+        const show = () =>
+          put(
+            readout,
+            h("strong", null, number(value, 4)),
+            ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`,
+          );
+        td.addEventListener("mouseenter", show);
+        td.addEventListener("focus", show);
+        cells.push(td);
+        return td;
+      }),
+    ),
+  );
   if (cells.length) cells[0].tabIndex = 0;
   const table = h(
     "table",
-    { role: "grid", "aria-label": `${title}: layers by kind of projection`, class: grid.layers.length > 40 ? "dense" : "" },
-    h("thead", null, h("tr", null, h("th", { scope: "col" }, h("span", { class: "hidden" }, "Layer")), labels.map((label, index) => h("th", { scope: "col", title: shown(grid.kinds[index], 60) }, shown(label, 24))))),
+    {
+      role: "grid",
+      "aria-label": `${title}: layers by kind of projection`,
+      class: grid.layers.length > 40 ? "dense" : "",
+    },
+    h(
+      "thead",
+      null,
+      h(
+        "tr",
+        null,
+        h("th", { scope: "col" }, h("span", { class: "hidden" }, "Layer")),
+        labels.map((label, index) => h("th", { scope: "col", title: shown(grid.kinds[index], 60) }, shown(label, 24))),
+      ),
+    ),
     h("tbody", null, body),
   );
   const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
@@ -150,16 +215,33 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
       }
     }
   });
-  return h("figure", { class: "map" }, h("figcaption", null, title), h("div", { class: "map-scroll" }, table), legend(scale, title), readout);
+  return h(
+    "figure",
+    { class: "map" },
+    h("figcaption", null, title),
+    h("div", { class: "map-scroll" }, table),
+    legend(scale, title),
+    readout,
+  );
 }
 
 function legend(scale, title) {
   const width = 24;
   return h(
     "div",
-    { class: "legend small soft", role: "img", "aria-label": `${title}: colours from ${number(scale.low)}, dark, to ${number(scale.high)}, pale` },
+    {
+      class: "legend small soft",
+      role: "img",
+      "aria-label": `${title}: colours from ${number(scale.low)}, dark, to ${number(scale.high)}, pale`,
+    },
     h("span", { "aria-hidden": "true" }, number(scale.low)),
-    s("svg", { viewBox: `0 0 ${width} 1`, preserveAspectRatio: "none", "aria-hidden": "true" }, Array.from({ length: width }, (_, index) => s("rect", { x: index, y: 0, width: 1.02, height: 1, fill: `rgb(${colour(index / (width - 1)).join(",")})` }))),
+    s(
+      "svg",
+      { viewBox: `0 0 ${width} 1`, preserveAspectRatio: "none", "aria-hidden": "true" },
+      Array.from({ length: width }, (_, index) =>
+        s("rect", { x: index, y: 0, width: 1.02, height: 1, fill: `rgb(${colour(index / (width - 1)).join(",")})` }),
+      ),
+    ),
     h("span", { "aria-hidden": "true" }, number(scale.high)),
   );
 }
@@ -186,7 +268,23 @@ export function curve(report, signal) {
   return h(
     "div",
     null,
-    h("ul", { class: "keys small" }, LINES.map(([name, text]) => h("li", null, s("svg", { viewBox: "0 0 34 10", "aria-hidden": "true" }, s("line", { class: `${name}-line`, x1: 1, x2: 33, y1: 5, y2: 5 }), marker(name, 17, 5)), text))),
+    h(
+      "ul",
+      { class: "keys small" },
+      LINES.map(([name, text]) =>
+        h(
+          "li",
+          null,
+          s(
+            "svg",
+            { viewBox: "0 0 34 10", "aria-hidden": "true" },
+            s("line", { class: `${name}-line`, x1: 1, x2: 33, y1: 5, y2: 5 }),
+            marker(name, 17, 5),
+          ),
+          text,
+        ),
+      ),
+    ),
     place,
   );
 }
@@ -205,7 +303,8 @@ function drawing(report, width, height) {
   const [first, last] = [runs[0].strength, runs.at(-1).strength];
   // A decade on an even axis would leave the smallest strengths on top of each other.
   const logarithmic = first > 0 && last / first > 10;
-  const share = (strength) => (logarithmic ? Math.log(strength / first) / Math.log(last / first) : (strength - first) / (last - first || 1));
+  const share = (strength) =>
+    logarithmic ? Math.log(strength / first) / Math.log(last / first) : (strength - first) / (last - first || 1);
   const x = (strength) => left + 26 + share(strength) * (right - left - 52);
   const step = Math.min(...values) >= -0.2 && Math.max(...values) <= 1.4 ? 0.2 : 0.5;
   const low = Math.floor(Math.max(-1, Math.min(0, ...values)) / step + 1e-9) * step;
@@ -216,16 +315,52 @@ function drawing(report, width, height) {
   let lastLabel = -Infinity;
   return s(
     "svg",
-    { class: "lines", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.` },
-    ticks.map((value) => [s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }), s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, 1))]),
+    {
+      class: "lines",
+      viewBox: `0 0 ${width} ${height}`,
+      width,
+      height,
+      role: "img",
+      "aria-label": `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.`,
+    },
+    ticks.map((value) => [
+      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
+      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, 1)),
+    ]),
     runs.map(({ strength }, index) => {
       if (x(strength) - lastLabel < 38 && index > 0) return null;
       lastLabel = x(strength);
       return s("text", { x: x(strength), y: bottom + 20, "text-anchor": "middle" }, plain(strength));
     }),
-    s("text", { x: (left + right) / 2, y: height - 10, "text-anchor": "middle" }, `${parameter}${logarithmic ? ", on a logarithmic scale" : ""}`),
-    LINES.map(([name, , take]) => s("polyline", { class: `${name}-line`, points: runs.filter(({ summary }) => Number.isFinite(take(summary))).map(({ strength, summary }) => `${x(strength).toFixed(1)},${y(take(summary)).toFixed(1)}`).join(" ") })),
-    LINES.map(([name, , take]) => runs.map(({ strength, summary }) => (Number.isFinite(take(summary)) ? marker(name, x(strength), y(take(summary))) : null))),
-    runs.map(({ strength, summary }, index) => s("rect", { class: "stripe", x: edges[index], y: top, width: edges[index + 1] - edges[index], height: bottom - top }, s("title", null, `${parameter} ${plain(strength)}: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`))),
+    s(
+      "text",
+      { x: (left + right) / 2, y: height - 10, "text-anchor": "middle" },
+      `${parameter}${logarithmic ? ", on a logarithmic scale" : ""}`,
+    ),
+    LINES.map(([name, , take]) =>
+      s("polyline", {
+        class: `${name}-line`,
+        points: runs
+          .filter(({ summary }) => Number.isFinite(take(summary)))
+          .map(({ strength, summary }) => `${x(strength).toFixed(1)},${y(take(summary)).toFixed(1)}`)
+          .join(" "),
+      }),
+    ),
+    LINES.map(([name, , take]) =>
+      runs.map(({ strength, summary }) =>
+        Number.isFinite(take(summary)) ? marker(name, x(strength), y(take(summary))) : null,
+      ),
+    ),
+    runs.map(({ strength, summary }, index) =>
+      s(
+        "rect",
+        { class: "stripe", x: edges[index], y: top, width: edges[index + 1] - edges[index], height: bottom - top },
+        s(
+          "title",
+          null,
+          `${parameter} ${plain(strength)}: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`,
+        ),
+      ),
+    ),
   );
 }

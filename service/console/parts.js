@@ -98,17 +98,47 @@ export function pages({ fetch, row, label, nothing, signal }) {
       const page = await fetch(after);
       // An answer that was overtaken by a later question is none.
       if (signal.aborted || turned !== turns) return;
-      put(list, page.data.map((item) => h("li", null, row(item))));
-      const back = h("button", { type: "button", "aria-disabled": !before.length && "true", on: { click: () => before.length && go(before.pop()) } }, "← Newer");
-      const on = h("button", { type: "button", "aria-disabled": !page.has_more && "true", on: { click: () => { if (page.has_more) { before.push(after); go(page.last_id); } } } }, "Older →");
-      put(turn, before.length || page.has_more ? [back, h("span", { class: "soft" }, `Page ${before.length + 1}`), on] : []);
+      put(
+        list,
+        page.data.map((item) => h("li", null, row(item))),
+      );
+      const back = h(
+        "button",
+        {
+          type: "button",
+          "aria-disabled": !before.length && "true",
+          on: { click: () => before.length && go(before.pop()) },
+        },
+        "← Newer",
+      );
+      const on = h(
+        "button",
+        {
+          type: "button",
+          "aria-disabled": !page.has_more && "true",
+          on: {
+            click: () => {
+              if (page.has_more) {
+                before.push(after);
+                go(page.last_id);
+              }
+            },
+          },
+        },
+        "Older →",
+      );
+      put(
+        turn,
+        before.length || page.has_more ? [back, h("span", { class: "soft" }, `Page ${before.length + 1}`), on] : [],
+      );
       put(place, page.data.length ? [list, turn] : nothing);
       if (move) {
         say(`Page ${before.length + 1}, ${page.data.length} entries.`);
         place.scrollIntoView({ block: "nearest" });
       }
     } catch (error) {
-      if (!signal.aborted && turned === turns) put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
+      if (!signal.aborted && turned === turns)
+        put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
     } finally {
       place.removeAttribute("aria-busy");
     }
@@ -120,7 +150,15 @@ export function pages({ fetch, row, label, nothing, signal }) {
   }
 
   show();
-  return { element: place, reload: () => show(), restart: () => { before.length = 0; after = null; return show(); } };
+  return {
+    element: place,
+    reload: () => show(),
+    restart: () => {
+      before.length = 0;
+      after = null;
+      return show();
+    },
+  };
 }
 
 /** The first part of a curl command against this service; the key stays a variable. */
@@ -129,4 +167,3 @@ export function curl(path, { json = null, options = "" } = {}) {
   if (json) lines.push("-H 'content-type: application/json'", `-d '${JSON.stringify(json).replaceAll("'", "'\\''")}'`);
   return lines.join(" \\\n  ");
 }
-

@@ -69,7 +69,16 @@ export async function follow(path, { onEvent, poll, ended, onState, signal }) {
   let wait = 500;
   while (!signal.aborted && !ended()) {
     try {
-      lastId = await once(path, lastId, onEvent, () => { wait = 500; onState("live"); }, signal);
+      lastId = await once(
+        path,
+        lastId,
+        onEvent,
+        () => {
+          wait = 500;
+          onState("live");
+        },
+        signal,
+      );
       if (!ended()) await poll();
     } catch (error) {
       if (signal.aborted) return;
@@ -82,9 +91,14 @@ export async function follow(path, { onEvent, poll, ended, onState, signal }) {
       }
     }
     if (signal.aborted || ended()) return;
-    await pause(wait, signal);
+    await Promise.race([pause(wait, signal), connected(signal)]);
     wait = Math.min(SLOWEST, wait * 2);
   }
+}
+
+/** Resolves when the device is online again. */
+function connected(signal) {
+  return new Promise((resolve) => addEventListener("online", resolve, { once: true, signal }));
 }
 
 async function polled(poll, ended, signal) {
@@ -104,6 +118,8 @@ async function once(path, lastId, onEvent, onOpen, signal) {
   const here = new AbortController();
   const stop = () => here.abort();
   signal.addEventListener("abort", stop);
+  // A connection that is gone says nothing; the device knows at once.
+  addEventListener("offline", stop);
   let timer = setTimeout(stop, SILENCE);
   const parser = new EventParser(onEvent);
   parser.lastId = lastId;
@@ -126,5 +142,6 @@ async function once(path, lastId, onEvent, onOpen, signal) {
   } finally {
     clearTimeout(timer);
     signal.removeEventListener("abort", stop);
+    removeEventListener("offline", stop);
   }
 }

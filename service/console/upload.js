@@ -9,8 +9,16 @@ export const CONFIG = "adapter_config.json";
 export const WEIGHTS = "adapter_model.safetensors";
 // What the service keeps beside them (safegraft/adapter.py); all else need not travel.
 export const COMPANIONS = [
-  "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template*",
-  "special_tokens_map.json", "added_tokens.json", "generation_config.json", "README.md",
+  "tokenizer*.json",
+  "tokenizer.model",
+  "vocab.json",
+  "vocab.txt",
+  "merges.txt",
+  "chat_template*",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "generation_config.json",
+  "README.md",
 ];
 export const PART = 8 * 2 ** 20;
 const MOST_ENTRIES = 5000;
@@ -111,14 +119,19 @@ export function judged(items) {
   }
   if (!weights.size) throw new NoAdapter(`${WEIGHTS} is empty.`, "empty_file");
   const files = inside.map(({ file }) => file).filter((file) => travels(file.name) && file.size > 0);
-  const left = items.map(({ path }) => path).filter((path) => folderOf(path) !== folder || !travels(path.split("/").at(-1)));
+  const left = items
+    .map(({ path }) => path)
+    .filter((path) => folderOf(path) !== folder || !travels(path.split("/").at(-1)));
   const label = folder.split("/").at(-2) ?? "";
   return { label, kind: "folder", files, left, weights };
 }
 
 /** Where a part begins and ends: [[from, to], …]. */
 export function cuts(bytes, part = PART) {
-  return Array.from({ length: Math.ceil(bytes / part) }, (_, index) => [index * part, Math.min(bytes, (index + 1) * part)]);
+  return Array.from({ length: Math.ceil(bytes / part) }, (_, index) => [
+    index * part,
+    Math.min(bytes, (index + 1) * part),
+  ]);
 }
 
 /**
@@ -183,7 +196,10 @@ async function sendFile(file, hasher, { signal, onBytes, onWaiting, onKnown }) {
     const piece = file.slice(from, to);
     const sha256 = await hasher.part(piece).catch((error) => {
       if (signal.aborted) throw error;
-      throw new NoAdapter(`${file.name} cannot be read: ${error.message}. Has it changed or gone since?`, "unreadable_file");
+      throw new NoAdapter(
+        `${file.name} cannot be read: ${error.message}. Has it changed or gone since?`,
+        "unreadable_file",
+      );
     });
     const known = arrived.get(sha256)?.shift();
     if (known || upload.file) onKnown(piece.size);
@@ -192,7 +208,10 @@ async function sendFile(file, hasher, { signal, onBytes, onWaiting, onKnown }) {
     onBytes(to);
   }
   const whole = await hasher.end();
-  const file_ = upload.file ?? (await trying(() => post(`v1/uploads/${upload.id}/complete`, { part_ids: partIds, sha256: whole }, { signal }))).file;
+  const file_ =
+    upload.file ??
+    (await trying(() => post(`v1/uploads/${upload.id}/complete`, { part_ids: partIds, sha256: whole }, { signal })))
+      .file;
   return { fileId: file_.id, sha256: whole, note };
 }
 
@@ -206,21 +225,30 @@ async function begun(file, note, signal) {
         await get(`v1/files/${upload.file.id}`, { signal });
         return { upload, arrived: new Map() };
       }
-      if (upload.status === "pending") return { upload: { ...upload, file: null }, arrived: await partsOf(kept, signal) };
+      if (upload.status === "pending")
+        return { upload: { ...upload, file: null }, arrived: await partsOf(kept, signal) };
     } catch (error) {
       if (error.status !== 404) throw error;
     }
     sessionStorage.removeItem(note);
   }
-  const mime_type = /\.zip$/i.test(file.name) ? "application/zip" : /\.tar$/i.test(file.name) ? "application/x-tar" : "application/octet-stream";
-  const upload = await post("v1/uploads", { purpose: "fine-tune", filename: shown(file.name, 200), bytes: file.size, mime_type }, { signal });
+  const mime_type = /\.zip$/i.test(file.name)
+    ? "application/zip"
+    : /\.tar$/i.test(file.name)
+      ? "application/x-tar"
+      : "application/octet-stream";
+  const upload = await post(
+    "v1/uploads",
+    { purpose: "fine-tune", filename: shown(file.name, 200), bytes: file.size, mime_type },
+    { signal },
+  );
   sessionStorage.setItem(note, upload.id);
   return { upload, arrived: new Map() };
 }
 
 async function partsOf(uploadId, signal) {
   const arrived = new Map();
-  for (let after = null; ; ) {
+  for (let after = null; ;) {
     const page = await get(`v1/uploads/${uploadId}/parts`, { query: { limit: 1000, after }, signal });
     for (const part of page.data) arrived.set(part.sha256, [...(arrived.get(part.sha256) ?? []), part.id]);
     if (!page.has_more) return arrived;
@@ -247,7 +275,9 @@ function sendPart(uploadId, piece, sha256, onBytes, signal) {
       }
       const part = JSON.parse(request.responseText);
       if (part.sha256 !== sha256) {
-        return reject(new ApiError("A part arrived with another hash than it was sent with.", { code: "part_mismatch" }));
+        return reject(
+          new ApiError("A part arrived with another hash than it was sent with.", { code: "part_mismatch" }),
+        );
       }
       resolve(part.id);
     });
@@ -261,7 +291,8 @@ async function persistent(work, { signal, onWaiting }) {
     try {
       return await work();
     } catch (error) {
-      const passing = error instanceof ApiError && (error.status === 0 || [408, 429, 500, 502, 503, 504].includes(error.status));
+      const passing =
+        error instanceof ApiError && (error.status === 0 || [408, 429, 500, 502, 503, 504].includes(error.status));
       if (signal.aborted || !passing || (attempt >= RETRIES && navigator.onLine)) throw error;
       if (!navigator.onLine) attempt = 0;
       onWaiting(error.message);

@@ -329,6 +329,55 @@ def test_streams_that_are_refused_become_questions(tab: Tab, console: Console) -
     page.get_by_role("heading", name="Report", exact=True).wait_for()
 
 
+def test_progress_goes_on_where_it_was_after_a_break(tab: Tab, console: Console) -> None:
+    page = tab.page
+    tab.sign_in()
+    adapter = console.upload(FRESH, name="interrupted")
+    seen: list[str | None] = []
+
+    def note(request: Any) -> None:
+        if request.url.endswith("/events") and "text/event-stream" in request.headers.get("accept", ""):
+            seen.append(request.headers.get("last-event-id"))
+
+    page.on("request", note)
+    with console.engine_stopped(), console.api() as client:
+        job = client.post("/v1/realignments", json={"adapter_id": adapter["id"]}).json()
+        tab.open(f"#/realignments/{job['id']}")
+        page.get_by_text("Attempt 1 started.").wait_for()
+        page.context.set_offline(True)
+        page.get_by_text("No connection.").wait_for()
+        tab.look("running-offline")
+        page.context.set_offline(False)
+        page.get_by_text("Live.").wait_for()
+        page.get_by_text("This device is offline").wait_for(state="hidden")
+    page.get_by_role("heading", name="Report", exact=True).wait_for()
+    # The first time from the beginning, then after the last event that had come; and nothing is told twice.
+    assert seen[0] is None
+    assert seen[-1] is not None
+    assert page.locator(".events li").all_inner_texts()[-1].endswith("The result is ready.")
+    assert page.locator(".events li").count() == 3
+
+
+def test_what_is_loading_and_what_could_not_be_loaded(tab: Tab) -> None:
+    page = tab.page
+    tab.sign_in()
+    held: list[Any] = []
+    page.route("**/v1/adapters?*", lambda route: held.append(route))
+    page.get_by_role("link", name="Adapters", exact=True).click()
+    page.get_by_text("Loading …").wait_for()
+    page.get_by_role("heading", name="Adapters", exact=True).wait_for()
+    tab.look("loading")
+    for route in held:
+        route.abort()
+    page.get_by_text("The list of adapters could not be read.").wait_for()
+    page.get_by_text("The service does not answer. What is shown").wait_for()
+    tab.look("unreachable")
+    page.unroute("**/v1/adapters?*")
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("alert").wait_for(state="hidden")
+    page.get_by_text("What is shown may be old").wait_for(state="hidden")
+
+
 def test_a_keyboard_is_enough_and_themes_are_kept(tab: Tab, console: Console) -> None:
     page = tab.page
     tab.open()
