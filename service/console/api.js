@@ -57,7 +57,8 @@ export function authorization() {
   return key() ? { authorization: `Bearer ${key()}` } : {};
 }
 
-function noteReach(now) {
+/** Notes whether the service answered. */
+export function noteReach(now) {
   if (now === reachable) return;
   reachable = now;
   events.dispatchEvent(new Event(now ? "online" : "offline"));

@@ -1,7 +1,7 @@
 // The shell: who is signed in, which page is shown, and whether the service can be reached.
 
 import { adapterView, adaptersView, homeView } from "./adapters.js";
-import { ROOT, ApiError, ask, events, get, key, remember } from "./api.js";
+import { ROOT, ApiError, ask, events, get, key, noteReach, remember } from "./api.js";
 import { h, put, say } from "./dom.js";
 import { retell } from "./format.js";
 import { errorBox } from "./parts.js";
@@ -172,10 +172,7 @@ const online = () => {
   strip.hidden = true;
 };
 events.addEventListener("offline", offline);
-events.addEventListener("online", () => {
-  online();
-  tellHealth();
-});
+events.addEventListener("online", online);
 addEventListener("offline", offline);
 addEventListener("online", () => ask("livez").then(online, () => {}));
 
@@ -195,8 +192,10 @@ async function tellHealth() {
     const response = await fetch(new URL("readyz", ROOT), { cache: "no-store", credentials: "omit" });
     ({ checks } = await response.json());
     online();
+    noteReach(true);
   } catch {
     offline();
+    noteReach(false);
     put(health, h("span", { class: "chip bad" }, "Not reachable"));
     return;
   }

@@ -1,13 +1,13 @@
 // Pieces of pages that several views share.
 
-import { address, advice } from "./api.js";
+import { address, advice, events } from "./api.js";
 import { code, h, loading, put, say } from "./dom.js";
 import { named, shown } from "./format.js";
 
 /** An error beside what it is about: the API's sentence, its code, the request's id, and what to do. */
 export function errorBox(error, { title = "", retry = null } = {}) {
   const hint = advice(error);
-  return h(
+  const box = h(
     "div",
     { class: "note fault-note", role: "alert" },
     title ? h("p", { class: "strong" }, title) : null,
@@ -22,6 +22,10 @@ export function errorBox(error, { title = "", retry = null } = {}) {
     ),
     retry ? h("button", { type: "button", on: { click: retry } }, "Try again") : null,
   );
+  if (retry && error.code === "unreachable") {
+    events.addEventListener("online", () => box.isConnected && retry(), { once: true });
+  }
+  return box;
 }
 
 export const STATUS = {

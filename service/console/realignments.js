@@ -111,6 +111,8 @@ export function realignmentsView(main, { signal, query, replace }) {
   );
 }
 
+// Milliseconds after which the estimate of the end is asked for again.
+const REFRESH = 3000;
 const STAGES = [
   ["waiting", "Waiting"],
   ["fetch", "Fetch"],
@@ -386,6 +388,17 @@ export async function realignmentView(main, { signal, id, go }) {
     );
   }
 
+  let asked = Date.now();
+
+  /** What only the whole job tells: its times. */
+  async function refresh() {
+    asked = Date.now();
+    const now = await get(`v1/realignments/${job.id}`, { signal }).catch(() => null);
+    if (!now || !isOpen(job)) return;
+    job = { ...job, attempt: now.attempt, started_at: now.started_at, estimated_finish: now.estimated_finish };
+    show();
+  }
+
   async function poll() {
     job = await get(`v1/realignments/${job.id}`, { signal });
     const page = await get(`v1/realignments/${job.id}/events`, { query: { limit: 100 }, signal });
@@ -410,8 +423,11 @@ export async function realignmentView(main, { signal, id, go }) {
       const body = JSON.parse(data);
       if (type !== "progress") {
         told(body);
+        // A progress tells neither when the job began nor when it may end.
+        if (type === "started") refresh();
         return;
       }
+      if (Date.now() - asked > REFRESH) refresh();
       job = { ...job, status: isOpen(body) ? body.status : job.status, progress: body.progress };
       show();
     },
@@ -466,9 +482,9 @@ function progressCard() {
       put(
         line,
         stage === "waiting"
-          ? job.attempt
-            ? "Waiting for a worker, once more."
-            : "Waiting for a worker."
+          ? job.status === "queued"
+            ? `Waiting for a worker${job.attempt ? ", once more" : ""}.`
+            : "A worker has taken it."
           : total
             ? `${STAGES[at]?.[1] ?? stage}: ${done} of ${counted(total, "module")}`
             : `${STAGES[at]?.[1] ?? stage} …`,
