@@ -273,6 +273,30 @@ def test_a_job_that_fails_says_whose_move_it_is(tab: Tab, console: Console) -> N
     tab.look("failed")
 
 
+def test_a_download_that_was_damaged_is_not_saved(tab: Tab, console: Console) -> None:
+    page = tab.page
+    adapter = console.upload(FRESH, name="damaged on the way")
+    saved: list[Any] = []
+    page.on("download", lambda download: saved.append(download))
+
+    def damage(route: Any) -> None:
+        answer = route.fetch()
+        body = bytearray(answer.body())
+        body[len(body) // 2] ^= 1
+        route.fulfill(response=answer, body=bytes(body))
+
+    page.route("**/download", damage)
+    page.route("**/files/*", damage)
+    tab.sign_in()
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_role("button", name="Download (.tar)").click()
+    page.get_by_text(f"{WEIGHTS} arrived with another SHA-256").wait_for()
+    tab.look("damaged")
+    page.get_by_role("button", name=f"Download {CONFIG}").click()
+    page.get_by_text(f"{CONFIG} arrived with another SHA-256").wait_for()
+    assert saved == []
+
+
 def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     page = tab.page
     adapter = console.upload(FRESH, name="listed")
