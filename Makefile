@@ -72,6 +72,7 @@ test-scaled-again: .venv/.ready
 # Chromium is the system's (apt-get install chromium). The first run builds a small reference, which takes minutes and is
 # kept in var/e2e, beside the pictures.
 e2e: .venv/.e2e
+	@$(BIN)/python -m tests.e2e.reference
 	@SAFEGRAFT_E2E=1 $(BIN)/python -m pytest -n 0 tests/e2e $(E2E)
 
 .venv/.e2e: .venv/.ready

