@@ -7,13 +7,14 @@ export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 export HF_HUB_OFFLINE := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup demo test test-again test-scaled test-scaled-again chaos check bench bench-page bench-service bench-load evidence fuzz openapi format clean
+.PHONY: help setup demo test test-again test-scaled test-scaled-again e2e chaos check bench bench-page bench-service bench-load evidence fuzz openapi format clean
 
 help:
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the whole test suite"
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
+	@echo "make e2e      the console in Chromium, against a real service; pictures of every state in var/e2e"
 	@echo "make check    lint, types, import contracts, container files"
 	@echo "make bench    timings, side by side; bench-service: what the service adds; bench-load: under load"
 	@echo "make evidence  the safety scoreboard of docs/evidence (hours; goes on where it stopped)"
@@ -67,6 +68,16 @@ test-scaled-again: .venv/.ready
 		raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
 	@echo "Once more, alone: what failed above."
 	@$(BIN)/python -m tests.scaled -- $(AGAIN) $(SCALED_TESTS)
+
+# Chromium is the system's (apt-get install chromium). The first run builds a small reference, which takes minutes and is
+# kept in var/e2e, beside the pictures.
+e2e: .venv/.e2e
+	@$(BIN)/python -m tests.e2e.reference
+	@SAFEGRAFT_E2E=1 $(BIN)/python -m pytest -n 0 tests/e2e $(E2E)
+
+.venv/.e2e: .venv/.ready
+	@$(PIP) --editable '.[engine,embedded,scaled,otel,test,e2e]'
+	@touch $@
 
 # For example CHAOS="--rows 1,5 --quick"; see docs/reliability.md.
 chaos: .venv/.ready

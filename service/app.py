@@ -42,6 +42,7 @@ from service.routes import (
     audit,
     batches,
     catalogue,
+    console,
     docs,
     files,
     fine_tuning,
@@ -97,6 +98,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
     for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
+    if settings.console:
+        app.include_router(console.router)
     app.webhooks.include_router(webhooks.messages)
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)

@@ -13,6 +13,7 @@ from safegraft.settings import SharedSettings
 
 class GatewaySettings(SharedSettings):
     dev: bool = Field(default=False, description="Ask for no keys. Only for loopback addresses.")
+    console: bool = Field(default=True, description="Serve the web console at /.")
     key_cache_seconds: float = Field(default=5.0, ge=0, description="So long a revoked key may still be accepted.")
     key_cache_size: int = Field(default=4096, gt=0)
     metrics_tenant: str = Field(

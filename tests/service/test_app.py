@@ -24,7 +24,7 @@ from tests.service.answers import refused
 from tests.service.conftest import free_port, realign, upload
 
 ROOT = Path(__file__).parents[2]
-UNDOCUMENTED = {"/docs/assets", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+UNDOCUMENTED = {"/docs/assets", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/", "/console/{name}"}
 OPEN = {"/livez", "/readyz"}
 
 

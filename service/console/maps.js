@@ -1,0 +1,366 @@
+// The heatmap and the curve, out of a report's numbers. Order, colours and scale are those of safegraft/report, so that
+// the console's pictures and the report's are the same.
+
+import { h, put, s } from "./dom.js";
+import { number, percent, plain, shown } from "./format.js";
+
+const USUAL_KINDS = [
+  "q_proj",
+  "k_proj",
+  "v_proj",
+  "qkv_proj",
+  "query_key_value",
+  "c_attn",
+  "o_proj",
+  "out_proj",
+  "dense",
+  "gate_proj",
+  "up_proj",
+  "gate_up_proj",
+  "c_fc",
+  "down_proj",
+  "c_proj",
+];
+const MAX_KINDS = 24;
+const OTHERS = "others";
+// ColorBrewer's YlGnBu, reversed and without its palest end: lightness rises all the way, so the order survives any
+// colour blindness and a grey print.
+export const COLOURS = ["#0b1f5c", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#e9f5b0"];
+const MARK = ["", "◐", "●"];
+
+/** The red, green and blue of the scale at 0 to 1. */
+export function colour(position) {
+  const place = Math.min(1, Math.max(0, position)) * (COLOURS.length - 1);
+  const index = Math.min(Math.floor(place), COLOURS.length - 2);
+  const [first, second] = [COLOURS[index], COLOURS[index + 1]].map((text) =>
+    [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)),
+  );
+  return first.map((value, at) => Math.round(value + (second[at] - value) * (place - index)));
+}
+
+function luminance(rgb) {
+  const [red, green, blue] = rgb
+    .map((value) => value / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+}
+
+function onto(rgb) {
+  const light = 1.05 / (luminance(rgb) + 0.05);
+  const dark = (luminance(rgb) + 0.05) / (luminance([11, 18, 32]) + 0.05);
+  return light > dark ? "#ffffff" : "#0b1220";
+}
+
+/** The range of values in steps of 0.05, at least 0.1 wide: rounding noise must not look like damage. */
+export function scaleOf(values, [lowest, highest] = [-1, 1]) {
+  const known = values.filter(Number.isFinite).map((value) => Math.min(highest, Math.max(lowest, value)));
+  if (!known.length) return { low: 0, high: 1 };
+  let low = Math.floor(Math.min(...known) * 20 + 1e-6) / 20;
+  let high = Math.ceil(Math.max(...known) * 20 - 1e-6) / 20;
+  if (high - low < 0.1) {
+    low = Number((high - 0.1).toFixed(2));
+    if (low < lowest) [low, high] = [lowest, lowest + 0.1];
+  }
+  return { low, high };
+}
+
+const mean = (values) => {
+  const known = values.filter(Number.isFinite);
+  return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : NaN;
+};
+
+/** A report's modules by layer and kind: {layers, kinds, cells: Map("layer|kind" → cell), averaged}. */
+export function gridOf(modules) {
+  const counts = new Map();
+  for (const { kind } of modules) counts.set(kind, (counts.get(kind) ?? 0) + 1);
+  const rank = (kind) => (USUAL_KINDS.includes(kind) ? USUAL_KINDS.indexOf(kind) : USUAL_KINDS.length);
+  let kinds = [...counts.keys()].sort((a, b) => rank(a) - rank(b));
+  if (kinds.length > MAX_KINDS) {
+    const frequent = [...counts]
+      .sort((a, b) => b[1] - a[1])
+      .slice(0, MAX_KINDS - 1)
+      .map(([kind]) => kind)
+      .filter((kind) => kind !== OTHERS);
+    kinds = [...kinds.filter((kind) => frequent.includes(kind)), OTHERS];
+  }
+  const groups = new Map();
+  for (const line of modules) {
+    const kind = kinds.includes(line.kind) ? line.kind : OTHERS;
+    const where = `${line.layer}|${kind}`;
+    groups.set(where, [...(groups.get(where) ?? []), line]);
+  }
+  const cells = new Map();
+  for (const [where, lines] of groups) {
+    const before = mean(lines.map((line) => line.similarity_before));
+    const after = mean(lines.map((line) => line.similarity_after));
+    cells.set(where, {
+      before,
+      after,
+      difference: after - before,
+      modules: lines.length,
+      repaired: lines.filter((line) => line.repaired).length,
+    });
+  }
+  const layers = [...new Set(modules.map(({ layer }) => layer))].sort((a, b) => (a === null) - (b === null) || a - b);
+  return { layers, kinds, cells, averaged: [...cells.values()].some((cell) => cell.modules > 1) };
+}
+
+/** Maps beside each other, one colour scale for before and after, one for the difference. */
+export function heatmaps(report, twoSides, marked) {
+  const grid = gridOf(report.modules);
+  const cells = [...grid.cells.values()];
+  const scale = scaleOf(cells.flatMap((cell) => [cell.before, cell.after]));
+  const sides = twoSides
+    ? [
+        ["before", "Before", scale],
+        ["after", "After", scale],
+        [
+          "difference",
+          "Difference",
+          scaleOf(
+            cells.map((cell) => cell.difference),
+            [-2, 2],
+          ),
+        ],
+      ]
+    : [["before", "Similarity", scale]];
+  const short = grid.kinds.map((kind) => kind.replace(/_proj$/, "") || kind);
+  const labels = new Set(short).size === short.length ? short : grid.kinds;
+  return h(
+    "div",
+    { class: `maps${grid.kinds.length > 9 ? " wide" : ""}` },
+    sides.map(([side, title, range]) => map(grid, labels, side, title, range, twoSides, marked)),
+  );
+}
+
+function map(grid, labels, side, title, scale, twoSides, marked) {
+  const readout = h("p", { class: "readout small soft" }, "Point at a cell, or move with the arrow keys.");
+  const cells = [];
+  const body = grid.layers.map((layer, row) =>
+    h(
+      "tr",
+      null,
+      h("th", { scope: "row" }, layer ?? "other"),
+      grid.kinds.map((kind, column) => {
+        const cell = grid.cells.get(`${layer}|${kind}`);
+        if (!cell) return h("td", { class: "none" }, h("span", { class: "hidden" }, "none"));
+        const value = cell[side];
+        const rgb = colour((value - scale.low) / (scale.high - scale.low));
+        const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
+        const text = `${number(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
+        const td = h(
+          "td",
+          {
+            tabindex: "-1",
+            style: {
+              "background-color": Number.isFinite(value) ? `rgb(${rgb.join(" ")})` : "transparent",
+              color: onto(rgb),
+            },
+            data: { row, column },
+          },
+          mark && marked && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
+          h("span", { class: "hidden" }, text),
+        );
+        const show = () =>
+          put(
+            readout,
+            h("strong", null, number(value, 4)),
+            ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`,
+          );
+        td.addEventListener("mouseenter", show);
+        td.addEventListener("focus", show);
+        cells.push(td);
+        return td;
+      }),
+    ),
+  );
+  if (cells.length) cells[0].tabIndex = 0;
+  const table = h(
+    "table",
+    {
+      role: "grid",
+      "aria-label": `${title}: layers by kind of projection`,
+      class: grid.layers.length > 40 ? "dense" : "",
+    },
+    h(
+      "thead",
+      null,
+      h(
+        "tr",
+        null,
+        h("th", { scope: "col" }, h("span", { class: "hidden" }, "Layer")),
+        labels.map((label, index) => h("th", { scope: "col", title: shown(grid.kinds[index], 60) }, shown(label, 24))),
+      ),
+    ),
+    h("tbody", null, body),
+  );
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  table.addEventListener("keydown", (event) => {
+    const move = moves[event.key];
+    const from = event.target.closest("td");
+    if (!move || !from) return;
+    event.preventDefault();
+    let row = Number(from.dataset.row);
+    let column = Number(from.dataset.column);
+    for (;;) {
+      row += move[0];
+      column += move[1];
+      if (row < 0 || column < 0 || row >= grid.layers.length || column >= grid.kinds.length) return;
+      const to = cells.find((cell) => Number(cell.dataset.row) === row && Number(cell.dataset.column) === column);
+      if (to) {
+        from.tabIndex = -1;
+        to.tabIndex = 0;
+        to.focus();
+        return;
+      }
+    }
+  });
+  return h(
+    "figure",
+    { class: "map" },
+    h("figcaption", null, title),
+    h("div", { class: "map-scroll" }, table),
+    legend(scale, title),
+    readout,
+  );
+}
+
+function legend(scale, title) {
+  const width = 24;
+  return h(
+    "div",
+    {
+      class: "legend small soft",
+      role: "img",
+      "aria-label": `${title}: colours from ${number(scale.low)}, dark, to ${number(scale.high)}, pale`,
+    },
+    h("span", { "aria-hidden": "true" }, number(scale.low)),
+    s(
+      "svg",
+      { viewBox: `0 0 ${width} 1`, preserveAspectRatio: "none", "aria-hidden": "true" },
+      Array.from({ length: width }, (_, index) =>
+        s("rect", { x: index, y: 0, width: 1.02, height: 1, fill: `rgb(${colour(index / (width - 1)).join(",")})` }),
+      ),
+    ),
+    h("span", { "aria-hidden": "true" }, number(scale.high)),
+  );
+}
+
+const LINES = [
+  ["kept", "kept, 1 is the whole update", (summary) => summary.kept],
+  ["edit", "changed by, in units of the update", (summary) => summary.edit],
+  ["likeness", "median similarity", (summary) => summary.similarity_after.median],
+];
+
+/** Kept, edit and similarity over the strengths. Drawn again when its place changes width. */
+export function curve(report, signal) {
+  const place = h("div", { class: "curve" });
+  const draw = () => {
+    const width = Math.round(place.clientWidth);
+    if (width > 0 && width !== Number(place.dataset.width)) {
+      place.dataset.width = String(width);
+      put(place, drawing(report, width, width < 560 ? 300 : 340));
+    }
+  };
+  const watch = new ResizeObserver(draw);
+  watch.observe(place);
+  signal.addEventListener("abort", () => watch.disconnect());
+  return h(
+    "div",
+    null,
+    h(
+      "ul",
+      { class: "keys small" },
+      LINES.map(([name, text]) =>
+        h(
+          "li",
+          null,
+          s(
+            "svg",
+            { viewBox: "0 0 34 10", "aria-hidden": "true" },
+            s("line", { class: `${name}-line`, x1: 1, x2: 33, y1: 5, y2: 5 }),
+            marker(name, 17, 5),
+          ),
+          text,
+        ),
+      ),
+    ),
+    place,
+  );
+}
+
+function marker(name, x, y) {
+  if (name === "kept") return s("circle", { class: "kept-dot", cx: x, cy: y, r: 4 });
+  if (name === "edit") return s("rect", { class: "edit-dot", x: x - 3.5, y: y - 3.5, width: 7, height: 7 });
+  return s("path", { class: "likeness-dot", d: `M${x} ${y - 5}l4.5 8h-9z` });
+}
+
+function drawing(report, width, height) {
+  const runs = [...report.variants].sort((a, b) => a.strength - b.strength);
+  const parameter = shown(report.strength_parameter ?? "strength", 60);
+  const values = runs.flatMap(({ summary }) => LINES.map(([, , take]) => take(summary))).filter(Number.isFinite);
+  const [left, right, top, bottom] = [40, width - 14, 22, height - 50];
+  const [first, last] = [runs[0].strength, runs.at(-1).strength];
+  // A decade on an even axis would leave the smallest strengths on top of each other.
+  const logarithmic = first > 0 && last / first > 10;
+  const share = (strength) =>
+    logarithmic ? Math.log(strength / first) / Math.log(last / first) : (strength - first) / (last - first || 1);
+  const x = (strength) => left + 26 + share(strength) * (right - left - 52);
+  const step = Math.min(...values) >= -0.2 && Math.max(...values) <= 1.4 ? 0.2 : 0.5;
+  const low = Math.floor(Math.max(-1, Math.min(0, ...values)) / step + 1e-9) * step;
+  const high = Math.ceil(Math.max(1, Math.min(2, Math.max(...values) - 0.02)) / step - 1e-9) * step;
+  const y = (value) => bottom - ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (bottom - top);
+  const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, index) => low + index * step);
+  const edges = [left, ...runs.slice(1).map((run, index) => (x(run.strength) + x(runs[index].strength)) / 2), right];
+  let lastLabel = -Infinity;
+  return s(
+    "svg",
+    {
+      class: "lines",
+      viewBox: `0 0 ${width} ${height}`,
+      width,
+      height,
+      role: "img",
+      "aria-label": `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.`,
+    },
+    ticks.map((value) => [
+      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
+      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, 1)),
+    ]),
+    runs.map(({ strength }, index) => {
+      if (x(strength) - lastLabel < 38 && index > 0) return null;
+      lastLabel = x(strength);
+      return s("text", { x: x(strength), y: bottom + 20, "text-anchor": "middle" }, plain(strength));
+    }),
+    s(
+      "text",
+      { x: (left + right) / 2, y: height - 10, "text-anchor": "middle" },
+      `${parameter}${logarithmic ? ", on a logarithmic scale" : ""}`,
+    ),
+    LINES.map(([name, , take]) =>
+      s("polyline", {
+        class: `${name}-line`,
+        points: runs
+          .filter(({ summary }) => Number.isFinite(take(summary)))
+          .map(({ strength, summary }) => `${x(strength).toFixed(1)},${y(take(summary)).toFixed(1)}`)
+          .join(" "),
+      }),
+    ),
+    LINES.map(([name, , take]) =>
+      runs.map(({ strength, summary }) =>
+        Number.isFinite(take(summary)) ? marker(name, x(strength), y(take(summary))) : null,
+      ),
+    ),
+    runs.map(({ strength, summary }, index) =>
+      s(
+        "rect",
+        { class: "stripe", x: edges[index], y: top, width: edges[index + 1] - edges[index], height: bottom - top },
+        s(
+          "title",
+          null,
+          `${parameter} ${plain(strength)}: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`,
+        ),
+      ),
+    ),
+  );
+}

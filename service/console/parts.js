@@ -1,0 +1,173 @@
+// Pieces of pages that several views share.
+
+import { address, advice, events } from "./api.js";
+import { code, h, loading, put, say } from "./dom.js";
+import { named, shown } from "./format.js";
+
+/** An error beside what it is about: the API's sentence, its code, the request's id, and what to do. */
+export function errorBox(error, { title = "", retry = null } = {}) {
+  const hint = advice(error);
+  const box = h(
+    "div",
+    { class: "note fault-note", role: "alert" },
+    title ? h("p", { class: "strong" }, title) : null,
+    h("p", null, shown(error.message, 2000)),
+    hint ? h("p", null, hint) : null,
+    h(
+      "p",
+      { class: "soft small" },
+      h("code", null, shown(error.code ?? error.name)),
+      error.param ? [" at ", h("code", null, shown(error.param))] : null,
+      error.requestId ? [" · request ", code(error.requestId, "the request id")] : null,
+    ),
+    retry ? h("button", { type: "button", on: { click: retry } }, "Try again") : null,
+  );
+  if (retry && error.code === "unreachable") {
+    events.addEventListener("online", () => box.isConnected && retry(), { once: true });
+  }
+  return box;
+}
+
+export const STATUS = {
+  queued: ["Queued", "wait"],
+  running: ["Running", "go"],
+  cancelling: ["Cancelling", "wait"],
+  succeeded: ["Succeeded", "good"],
+  failed: ["Failed", "bad"],
+  cancelled: ["Cancelled", "off"],
+};
+
+export function badge(status) {
+  const [text, kind] = STATUS[status] ?? [status, "off"];
+  return h("span", { class: `badge ${kind}` }, text);
+}
+
+export function isOpen(job) {
+  return ["queued", "running", "cancelling"].includes(job.status);
+}
+
+/** gram, strength 0.3 … as one line. */
+export function methodLine(job) {
+  const many = job.strengths.length ? `, ${job.strengths.length} strengths` : "";
+  const what = job.method.type === "auto" ? "recommended method" : job.method.type;
+  return `${what}${many}${job.mode === "analyze" ? ", measured only" : ""}`;
+}
+
+/** A link to an adapter by its name, or by its id where the name is not known. */
+export function adapterLink(id, name) {
+  return h("a", { href: `#/adapters/${encodeURIComponent(id)}` }, name ? named(name) : h("code", null, id));
+}
+
+/** What an action left: runs it, keeps its button busy, and shows its error in `where`. */
+export function acting(button, where, work) {
+  return async () => {
+    if (button.getAttribute("aria-disabled") === "true") return;
+    // Not `disabled`, which would throw the keyboard's focus away.
+    button.setAttribute("aria-disabled", "true");
+    put(where);
+    try {
+      await work((text) => put(where, h("span", { class: "soft small" }, text)));
+    } catch (error) {
+      if (error.name !== "AbortError") put(where, errorBox(error));
+    } finally {
+      button.removeAttribute("aria-disabled");
+    }
+  };
+}
+
+/** A button with a place beside it for what came of it. */
+export function actionButton(label, work, properties = {}) {
+  const where = h("div", { class: "outcome", "aria-live": "polite" });
+  const button = h("button", { type: "button", ...properties }, label);
+  button.addEventListener("click", acting(button, where, work));
+  return { button, where };
+}
+
+/**
+ * A list that turns pages. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
+ */
+export function pages({ fetch, row, label, nothing, signal }) {
+  const before = [];
+  let after = null;
+  const list = h("ul", { class: "rows", "aria-label": label });
+  const turn = h("nav", { class: "pager", "aria-label": `Pages of ${label}` });
+  const place = h("div", { "aria-busy": "true" }, loading("Loading …"));
+
+  let turns = 0;
+
+  async function show(move = false) {
+    const turned = ++turns;
+    place.setAttribute("aria-busy", "true");
+    try {
+      const page = await fetch(after);
+      // An answer that was overtaken by a later question is none.
+      if (signal.aborted || turned !== turns) return;
+      put(
+        list,
+        page.data.map((item) => h("li", null, row(item))),
+      );
+      const back = h(
+        "button",
+        {
+          type: "button",
+          "aria-disabled": !before.length && "true",
+          on: { click: () => before.length && go(before.pop()) },
+        },
+        "← Newer",
+      );
+      const on = h(
+        "button",
+        {
+          type: "button",
+          "aria-disabled": !page.has_more && "true",
+          on: {
+            click: () => {
+              if (page.has_more) {
+                before.push(after);
+                go(page.last_id);
+              }
+            },
+          },
+        },
+        "Older →",
+      );
+      put(
+        turn,
+        before.length || page.has_more ? [back, h("span", { class: "soft" }, `Page ${before.length + 1}`), on] : [],
+      );
+      put(place, page.data.length ? [list, turn] : nothing);
+      if (move) {
+        say(`Page ${before.length + 1}, ${page.data.length} entries.`);
+        place.scrollIntoView({ block: "nearest" });
+      }
+    } catch (error) {
+      if (!signal.aborted && turned === turns)
+        put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
+    } finally {
+      place.removeAttribute("aria-busy");
+    }
+  }
+
+  function go(to) {
+    after = to;
+    show(true);
+  }
+
+  show();
+  return {
+    element: place,
+    reload: () => show(),
+    restart: () => {
+      before.length = 0;
+      after = null;
+      return show();
+    },
+  };
+}
+
+/** The first part of a curl command against this service; the key stays a variable. */
+export function curl(path, { json = null, options = "" } = {}) {
+  const lines = [`curl -s${options} "${address(path).href}"`, `-H "authorization: Bearer $KEY"`];
+  if (json) lines.push("-H 'content-type: application/json'", `-d '${JSON.stringify(json).replaceAll("'", "'\\''")}'`);
+  return lines.join(" \\\n  ");
+}

@@ -1,0 +1,446 @@
+// The report, rendered from its JSON.
+
+import { get } from "./api.js";
+import { code, command, facts, fresh, h, put } from "./dom.js";
+import { downloadAdapter, downloadFile } from "./download.js";
+import { count, counted, named, number, percent, plain, shown, size } from "./format.js";
+import { curve, heatmaps } from "./maps.js";
+import { actionButton } from "./parts.js";
+
+const FIRST_LINES = 60;
+const LINEAGE = {
+  continued: "It was trained further from the provider's aligned adapter and contains it.",
+  fresh:
+    "It was trained on top of the aligned model, and is served there. An adapter that was trained on the model without alignment looks the same, and nothing here gives that alignment back to it.",
+  foreign:
+    "It is taken to sit on the aligned model, although the reference does not know its label for its base. Make sure of it.",
+};
+
+/** All of a report as one element. */
+export function reportView(report, { job, signal }) {
+  const analyze = report.mode === "analyze";
+  const sweep = report.variants.length > 1;
+  const twoSides = !analyze && report.summary.repaired > 0;
+  // Where all were, a mark in every cell would tell nothing.
+  const some = twoSides && report.summary.repaired < report.summary.modules;
+  return h(
+    "div",
+    { class: "report" },
+    h(
+      "section",
+      { "aria-labelledby": "report-title" },
+      h("h2", { id: "report-title" }, "Report"),
+      h("p", { class: "lead" }, headline(report, sweep), "."),
+      sweep
+        ? h(
+            "p",
+            { class: "soft small" },
+            `All figures, maps and tables but the comparison are those of the first strength that was asked for, ${plain(report.variants[0].strength)}.`,
+          )
+        : null,
+      tiles(report, twoSides),
+      warnings(report),
+    ),
+    sweep && !analyze ? variants(report, job, signal) : null,
+    h(
+      "section",
+      { "aria-labelledby": "why-title" },
+      h("h2", { id: "why-title" }, "What was done, and why"),
+      h(
+        "div",
+        { class: "reasons" },
+        reason(analyze ? "What a repair would do" : "What was done", report.method.explanation),
+        reason(`Method: ${report.method.type}`, recommendation(report)),
+        reason(
+          "What similarity means here",
+          `${report.method.similarity.slice(0, 1).toUpperCase()}${report.method.similarity.slice(1)}.`,
+        ),
+        reason(
+          `Lineage: ${report.lineage}`,
+          `${LINEAGE[report.lineage] ?? ""}${report.lineage_similarity === null ? "" : ` Median cosine with the aligned adapter's update: ${number(report.lineage_similarity)}; unrelated ones are near 0.`}`,
+        ),
+      ),
+      h(
+        "p",
+        { class: "note" },
+        h("strong", null, "Safer, not safe. "),
+        "This report measures weights, not behaviour. Before you rely on the adapter, try it on your own task, on harmful requests, and on harmless ones that it must not decline.",
+      ),
+    ),
+    h(
+      "section",
+      { "aria-labelledby": "maps-title" },
+      h("h2", { id: "maps-title" }, twoSides ? "Before, after and difference" : "Module by module"),
+      h(
+        "p",
+        { class: "soft" },
+        "A row is a layer, a column a kind of projection. Dark is the lowest similarity.",
+        twoSides ? " In the difference, pale is the largest gain." : null,
+        some ? " ● marks what was repaired, ◐ where only some modules of a cell were." : null,
+      ),
+      heatmaps(report, twoSides, some),
+    ),
+    modules(report, twoSides),
+    side(report, job),
+    h(
+      "section",
+      { "aria-labelledby": "repeat-title" },
+      h("h2", { id: "repeat-title" }, "From what it was made"),
+      facts([
+        [
+          "Input",
+          [
+            code(report.input.sha256, "the input's SHA-256"),
+            h("div", { class: "soft small" }, size(report.input.bytes)),
+          ],
+        ],
+        [
+          "Output",
+          report.output
+            ? [
+                code(report.output.sha256, "the output's SHA-256"),
+                h(
+                  "div",
+                  { class: "soft small" },
+                  size(report.output.bytes),
+                  report.output.sha256 === report.input.sha256 ? ", the same file as the input" : null,
+                ),
+              ]
+            : "none: this was a measurement",
+        ],
+        [
+          "Reference",
+          [named(report.reference.name), h("div", null, code(report.reference.sha256, "the reference's SHA-256"))],
+        ],
+        ["Base model", named(report.base_model)],
+        ["Ran on", `${shown(report.environment.device)}, ${shown(report.environment.dtype)}`],
+        [
+          "Seconds",
+          Object.entries(report.timings)
+            .map(([name, value]) => `${shown(name, 30)} ${value.toFixed(2)}`)
+            .join(", "),
+        ],
+      ]),
+      h(
+        "details",
+        null,
+        h("summary", null, "Check it again, offline"),
+        command(
+          "safegraft verify REPORT.json --adapter ADAPTER_DIR --reference REFERENCE_DIR",
+          "Command that runs the report's claims again",
+        ),
+      ),
+    ),
+  );
+}
+
+function reason(title, text) {
+  return h("div", null, h("h3", null, title), h("p", null, shown(text, 1200)));
+}
+
+function headline(report, sweep) {
+  const { summary } = report;
+  if (report.mode === "analyze") {
+    return `${counted(summary.modules, "module")} measured, nothing was changed; median similarity ${number(summary.similarity_before.median)}, lowest ${number(summary.similarity_before.min)}`;
+  }
+  if (sweep)
+    return `${report.variants.length} strengths of ${shown(report.strength_parameter ?? "strength", 60)}, one patched adapter each`;
+  if (!summary.repaired)
+    return report.output?.sha256 === report.input.sha256
+      ? "Nothing was changed; the output is the input, byte for byte"
+      : `None of ${counted(summary.modules, "module")} was repaired`;
+  const which =
+    summary.repaired === summary.modules
+      ? `All ${counted(summary.modules, "module")}`
+      : `${count(summary.repaired)} of ${counted(summary.modules, "module")}`;
+  return `${which} repaired; the adapter kept ${percent(Math.min(1, Math.max(0, summary.kept)))} of its update and changed by ${percent(summary.edit)}`;
+}
+
+function recommendation(report) {
+  const { method, reason: why } = report.recommendation;
+  if (method === report.method.type) return `It is the one that is recommended for this adapter and reference: ${why}`;
+  if (method === "none") return `No method is recommended for this adapter and reference: ${why}`;
+  return `Had no method been named, ${method} would have run: ${why}`;
+}
+
+function tiles({ summary }, twoSides) {
+  const tile = (label, figure, text, part = null) =>
+    h(
+      "div",
+      { class: "tile" },
+      h("dt", null, label),
+      h("dd", { class: "figure" }, figure),
+      h("dd", { class: "soft small" }, part === null ? null : meter(part), text),
+    );
+  const before = summary.similarity_before;
+  const after = summary.similarity_after;
+  return h(
+    "dl",
+    { class: "tiles" },
+    twoSides
+      ? [
+          tile(
+            "Similarity, median",
+            [number(before.median), h("small", null, " → "), number(after.median)],
+            `lowest ${number(before.min)} → ${number(after.min)}`,
+          ),
+          tile(
+            "Repaired",
+            [count(summary.repaired), h("small", null, ` of ${count(summary.modules)}`)],
+            "modules",
+            summary.repaired / summary.modules,
+          ),
+          tile("Kept", percent(summary.kept), "of the fine-tuning's update", summary.kept),
+          tile(
+            "Changed by",
+            percent(summary.edit),
+            summary.truncation_error > 0
+              ? `of the update; at most ${percent(summary.truncation_error, 1)} of a module lost to its rank`
+              : "of the update's size",
+          ),
+        ]
+      : [
+          tile(
+            "Similarity, median",
+            number(before.median),
+            `lowest ${number(before.min)}, highest ${number(before.max)}`,
+          ),
+          tile("Modules", count(summary.modules), "measured"),
+        ],
+  );
+}
+
+function meter(part) {
+  const filled = h("span", { style: { width: `${Math.min(100, Math.max(0, 100 * part))}%` } });
+  return h("span", { class: "meter", "aria-hidden": "true" }, filled);
+}
+
+function warnings(report) {
+  const lines = [
+    ...report.warnings.map(({ code: name, message }) => [
+      shown(message, 1000),
+      " ",
+      h("code", { class: "soft" }, shown(name, 60)),
+    ]),
+  ];
+  if (report.dropped_files.length)
+    lines.push(`Left out of the patched adapter: ${shown(report.dropped_files.join(", "), 400)}.`);
+  return lines.length
+    ? h(
+        "div",
+        { class: "note caution", role: "note", "aria-label": "Warnings" },
+        h(
+          "ul",
+          null,
+          lines.map((line) => h("li", null, line)),
+        ),
+      )
+    : null;
+}
+
+function variants(report, job, signal) {
+  const ids = new Map(job.result.variants.map(({ strength, adapter_id }) => [strength, adapter_id]));
+  const lines = [...report.variants].sort((a, b) => a.strength - b.strength);
+  const where = h("div", { "aria-live": "polite" });
+  const rows = lines.map(({ strength, summary, output }) => {
+    const id = ids.get(strength);
+    const get_ = actionButton("Download", async (tell) => downloadAdapter(await get(`v1/adapters/${id}`), tell), {
+      class: "small",
+      "aria-label": `Download the adapter of strength ${plain(strength)}`,
+    });
+    where.append(get_.where);
+    return h(
+      "tr",
+      null,
+      h("th", { scope: "row", class: "num" }, plain(strength)),
+      h("td", { class: "num" }, percent(summary.kept, 1)),
+      h("td", { class: "num" }, percent(summary.edit, 1)),
+      h("td", { class: "num" }, number(summary.similarity_after.median, 4)),
+      h("td", { class: "num" }, `${count(summary.repaired)} of ${count(summary.modules)}`),
+      h("td", null, output ? h("code", { title: output.sha256 }, output.sha256.slice(0, 12)) : "–"),
+      h("td", { class: "do" }, id ? [get_.button, h("a", { href: `#/adapters/${id}` }, "show")] : null),
+    );
+  });
+  const heads = [
+    ["Strength", "num"],
+    ["Kept", "num"],
+    ["Changed by", "num"],
+    ["Similarity", "num"],
+    ["Repaired", "num"],
+    ["Output, SHA-256", ""],
+    ["Adapter", ""],
+  ];
+  return h(
+    "section",
+    { "aria-labelledby": "variants-title" },
+    h("h2", { id: "variants-title" }, "The strengths, side by side"),
+    h(
+      "p",
+      { class: "soft" },
+      "How much of the update is left, what the repair cost, and how similar the modules became. Which one serves is told by trying them.",
+    ),
+    curve(report, signal),
+    h(
+      "div",
+      { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of the strengths" },
+      h(
+        "table",
+        { class: "data" },
+        h(
+          "thead",
+          null,
+          h(
+            "tr",
+            null,
+            heads.map(([text, kind]) => h("th", { scope: "col", class: kind }, text)),
+          ),
+        ),
+        h("tbody", null, rows),
+      ),
+    ),
+    where,
+  );
+}
+
+function modules(report, twoSides) {
+  const columns = [
+    ["Module", (line) => line.name, (line) => h("code", null, shown(line.name, 120)), "name"],
+    ["Layer", (line) => line.layer ?? Infinity, (line) => line.layer ?? "–", "num"],
+    ["Rank", (line) => line.rank, (line) => String(line.rank), "num"],
+    ...(twoSides
+      ? [["Repaired", (line) => Number(line.repaired), (line) => (line.repaired ? "● yes" : "no"), ""]]
+      : []),
+    [
+      twoSides ? "Before" : "Similarity",
+      (line) => line.similarity_before,
+      (line) => number(line.similarity_before, 4),
+      "num",
+    ],
+    ...(twoSides
+      ? [
+          ["After", (line) => line.similarity_after, (line) => number(line.similarity_after, 4), "num"],
+          ["Kept", (line) => line.kept, (line) => percent(line.kept, 1), "num"],
+          ["Changed by", (line) => line.edit, (line) => percent(line.edit, 1), "num"],
+          ["Rank loss", (line) => line.truncation_error, (line) => percent(line.truncation_error, 1), "num"],
+        ]
+      : []),
+  ];
+  let by = twoSides
+    ? columns.findIndex(([name]) => name === "Changed by")
+    : columns.findIndex(([name]) => name === "Similarity");
+  let down = twoSides;
+  let all = false;
+  const id = fresh("filter");
+  const body = h("tbody");
+  const more = h("div");
+  const filter = h("input", { id, type: "search", placeholder: "layers.3, q_proj …", on: { input: () => show() } });
+  const heads = columns.map(([name, , , kind], index) =>
+    h(
+      "th",
+      { scope: "col", class: kind },
+      h(
+        "button",
+        {
+          type: "button",
+          on: {
+            click: () => {
+              down = by === index ? !down : kind === "num";
+              by = index;
+              show();
+            },
+          },
+        },
+        name,
+      ),
+    ),
+  );
+
+  function show() {
+    heads.forEach((head, index) =>
+      index === by
+        ? head.setAttribute("aria-sort", down ? "descending" : "ascending")
+        : head.removeAttribute("aria-sort"),
+    );
+    const take = columns[by][1];
+    const text = filter.value.trim().toLowerCase();
+    const found = report.modules.filter((line) => !text || line.name.toLowerCase().includes(text));
+    found.sort((a, b) => (take(a) < take(b) ? -1 : take(a) > take(b) ? 1 : 0) * (down ? -1 : 1));
+    const lines = all ? found : found.slice(0, FIRST_LINES);
+    put(
+      body,
+      lines.length
+        ? lines.map((line) =>
+            h(
+              "tr",
+              null,
+              columns.map(([, , text_, kind]) => h("td", { class: kind }, text_(line))),
+            ),
+          )
+        : h("tr", null, h("td", { colspan: columns.length }, "No module has that in its name.")),
+    );
+    put(
+      more,
+      found.length > lines.length
+        ? h(
+            "button",
+            {
+              type: "button",
+              on: {
+                click: () => {
+                  all = true;
+                  show();
+                },
+              },
+            },
+            `Show all ${count(found.length)}`,
+          )
+        : null,
+    );
+  }
+
+  show();
+  return h(
+    "section",
+    { "aria-labelledby": "modules-title" },
+    h("h2", { id: "modules-title" }, "All modules"),
+    h("div", { class: "field inline" }, h("label", { for: id }, "Only with"), filter),
+    h(
+      "div",
+      { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of all modules" },
+      h("table", { class: "data" }, h("thead", null, h("tr", null, heads)), body),
+    ),
+    more,
+  );
+}
+
+function side(report, job) {
+  const names = Object.entries(report.side_cars);
+  if (!names.length) return null;
+  return h(
+    "section",
+    { "aria-labelledby": "side-title" },
+    h("h2", { id: "side-title" }, "Side-cars"),
+    h("p", { class: "soft" }, "The repair is in files beside the adapter. Without them it behaves as it did."),
+    h(
+      "ul",
+      { class: "rows" },
+      names.map(([name, sha256]) => {
+        const one = actionButton(
+          "Download",
+          (tell) =>
+            downloadFile(`v1/realignments/${job.id}/side_car/${encodeURIComponent(name)}`, name, {
+              sha256,
+              onState: tell,
+            }),
+          { class: "small", "aria-label": `Download ${shown(name)}` },
+        );
+        return h(
+          "li",
+          null,
+          h("div", { class: "row" }, h("div", { class: "what" }, h("code", null, shown(name))), one.button),
+          one.where,
+        );
+      }),
+    ),
+  );
+}

