@@ -115,7 +115,7 @@ class Grid:
 
 def grid_of(report: Report) -> Grid:
     """The report's modules, arranged."""
-    kinds = _kinds(report.modules)
+    kinds = kinds_of([line.kind for line in report.modules])
     groups: dict[tuple[int | None, str], list[ModuleLine]] = {}
     for line in report.modules:
         groups.setdefault((line.layer, line.kind if line.kind in kinds else OTHERS), []).append(line)
@@ -166,12 +166,13 @@ def colour(position: float, colours: Sequence[str] = COLOURS) -> tuple[int, int,
     return red, green, blue
 
 
-def level_colours(side: Side = "before") -> list[tuple[str, str]]:
-    """(background, text) of each level; the text is whichever of dark and light has more contrast."""
+def level_colours(side: Side = "before", lowest: float = 0.0) -> list[tuple[str, str]]:
+    """(background, text) of each level; the text is whichever of dark and light has more contrast. lowest: where on the
+    scale of colours the lowest level lies, 0 to 1."""
     levels, colours = (DIFFERENCE_LEVELS, DIFFERENCES) if side == "difference" else (LEVELS, COLOURS)
     found = []
     for level in range(levels):
-        rgb = colour(level / (levels - 1), colours)
+        rgb = colour(lowest + (1 - lowest) * level / (levels - 1), colours)
         luminance = _luminance(rgb)
         light = 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
         found.append(("#{:02x}{:02x}{:02x}".format(*rgb), LIGHT_TEXT if light else DARK_TEXT))
@@ -186,8 +187,9 @@ def _luminance(rgb: tuple[int, int, int]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _kinds(modules: list[ModuleLine]) -> tuple[str, ...]:
-    counts = Counter(line.kind for line in modules)
+def kinds_of(found: Sequence[str]) -> tuple[str, ...]:
+    """The columns: what occurs, in the order of a block; no more than MAX_KINDS, of which the last holds the rest."""
+    counts = Counter(found)
     order = sorted(counts, key=lambda kind: USUAL_KINDS.index(kind) if kind in USUAL_KINDS else len(USUAL_KINDS))
     if len(order) <= MAX_KINDS:
         return tuple(order)

@@ -5,28 +5,32 @@ for all of them. Where 256 colours are to be had a cell is a coloured space, oth
 not UTF-8, a letter of ASCII. Says nothing that the other forms do not say.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from rich.console import Console
 from rich.text import Text
 
+from safegraft.adapter import AdapterDescription, kind_of, layer_of
 from safegraft.contracts.report import Report
 from safegraft.report import words
 from safegraft.report.grid import (
     LEVELS,
+    OTHERS,
     Side,
-    colour,
     grid_of,
     has_two_sides,
+    kinds_of,
     level_colours,
     most_notable,
     short_kinds,
     sides_of,
 )
 
-# From the least ink to the most.
-SHADES, ASCII_SHADES = " ░▒▓█", " .:-=+*#%@"
+# From the least ink to the most; no blank, which would look like a cell that is missing.
+SHADES, ASCII_SHADES = "░▒▓█", ".:-=+*#%@"
 LARGEST = 3
 # Names of projections longer than this would leave no room for the layers.
 LABEL = 10
@@ -34,6 +38,10 @@ LABEL = 10
 PLAIN = str.maketrans(
     {words.MINUS: "-", words.SPACE: " ", "–": "-", "’": "'", "“": '"', "”": '"', "→": "->", "…": "...", "·": "-"}
 )
+
+
+# Where the scale of colours begins: its darkest part a black terminal would swallow.
+DARKEST = 0.18
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,10 @@ class Map:
 
 def story(report: Report, look: Look) -> Text:
     """The headline, what an evaluation found, one or two maps with their scale, and the largest changes."""
-    text = Text(look.text(words.headline(report)), style="bold")
-    text.append("\n")
-    if report.evaluation is not None:
-        text.append(look.text(words.evaluation(report.evaluation)) + "\n", style="not bold")
     body = Text()
+    body.append(look.text(words.headline(report)) + "\n", style="bold")
+    if report.evaluation is not None:
+        body.append(look.text(words.evaluation(report.evaluation)) + "\n")
     grid = grid_of(report)
     names = dict(zip(grid.kinds, short_kinds(grid.kinds), strict=True))
     two_sides = has_two_sides(report)
@@ -86,7 +93,7 @@ def story(report: Report, look: Look) -> Text:
         body.append(_caption(report, side, look, two_sides), style="bold")
         body.append("\n")
         cells = {
-            where: grid.scale.position(cell.value(side)) if cell.value(side) == cell.value(side) else None
+            where: grid.scale.position(cell.value(side)) if math.isfinite(cell.value(side)) else None
             for where, cell in grid.cells.items()
         }
         repaired = frozenset(where for where, cell in grid.cells.items() if cell.repaired)
@@ -101,11 +108,33 @@ def story(report: Report, look: Look) -> Text:
         body.append_text(legend(low, high, [note for note in notes if note], look, ink_high=False))
     if two_sides:
         body.append("\n")
-        body.append("Largest changes" + (f" at {words.first_strength(report)}" if words.is_sweep(report) else ""), "bold")
+        body.append(
+            "Largest changes" + (f" at {words.first_strength(report)}" if words.is_sweep(report) else ""), "bold"
+        )
         body.append("\n")
         for line in sorted(report.modules, key=most_notable)[:LARGEST]:
-            body.append(_folded(look.text(_change(line.name, line.similarity_before, line.similarity_after, line.edit)), look))
-    text.append_text(body)
+            body.append(
+                _folded(look.text(_change(line.name, line.similarity_before, line.similarity_after, line.edit)), look)
+            )
+    return body
+
+
+def inspection(description: AdapterDescription, sizes: Mapping[str, float], look: Look) -> Text:
+    """An adapter that was measured against nothing: its headline, and how large the update is where."""
+    kinds = kinds_of([kind_of(name) for name in sizes])
+    placed: dict[tuple[int | None, str], list[float]] = {}
+    for name, size in sizes.items():
+        kind = kind_of(name)
+        placed.setdefault((layer_of(name), kind if kind in kinds else OTHERS), []).append(size)
+    layers = sorted({layer for layer, _ in placed}, key=lambda layer: (layer is None, layer or 0))
+    largest = max(sizes.values())
+    cells = {where: max(values) / largest if largest > 0 else 0.0 for where, values in placed.items()}
+    headline = words.inspected(sizes, sum(layer is not None for layer in layers), description.config.r)
+    text = Text()
+    text.append(look.text(headline) + "\n\nSize of the update, root mean square of its entries\n", style="bold")
+    names = dict(zip(kinds, short_kinds(kinds), strict=True))
+    text.append_text(draw(Map(layers, kinds, cells, True), names, look))
+    text.append_text(legend("0", f"{largest:.2g}", [], look, ink_high=True))
     return text
 
 
@@ -135,7 +164,13 @@ def legend(low: str, high: str, notes: Sequence[str], look: Look, *, ink_high: b
     steps = LEVELS // 2 if look.colours else len(SHADES if look.unicode else ASCII_SHADES)
     for step in range(steps):
         _cell(text, step / (steps - 1), False, 1, look, ink_high)
-    text.append(look.text(f" {high}  {'; '.join(notes)}\n"))
+    text.append(look.text(f" {high}"))
+    for note in notes:
+        # A note that has no room beside the scale gets a line of its own.
+        last = text.plain.rpartition("\n")[2]
+        text.append("\n" if len(last) + 2 + len(note) > look.width else "  ")
+        text.append(look.text(note))
+    text.append("\n")
     return text
 
 
@@ -175,8 +210,7 @@ def _cell(text: Text, position: float | None, mark: bool, columns: int, look: Lo
     if position is None:
         text.append(("·" if look.unicode else "_") * columns, style="dim")
     elif look.colours:
-        level = min(LEVELS - 1, int(position * LEVELS))
-        back, ink = _COLOURS[level]
+        back, ink = _colours()[min(LEVELS - 1, int(position * LEVELS))]
         text.append(("•" if mark else " ").center(columns), style=f"{ink} on {back}")
     else:
         shades = SHADES if look.unicode else ASCII_SHADES
@@ -184,6 +218,7 @@ def _cell(text: Text, position: float | None, mark: bool, columns: int, look: Lo
         text.append(shades[step if ink_high else len(shades) - 1 - step] * columns)
 
 
-# Without the darkest fifth of the scale, which a black terminal would swallow.
-_DARKEST = 0.18
-_COLOURS: tuple[tuple[str, str], ...] = ()
+@cache
+def _colours() -> list[tuple[str, str]]:
+    """(background, ink) of each level."""
+    return level_colours(lowest=DARKEST)

@@ -5,7 +5,7 @@ the template's work.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from safegraft.contracts.methods import (
     AntidoteParameters,
@@ -87,6 +87,18 @@ def headline(report: Report) -> str:
         f"{which} {verb(summary.repaired)} {how}; the adapter kept {kept(summary.kept)} of its update "
         f"and changed by {change(summary.edit)}"
     )
+
+
+def inspected(sizes: Mapping[str, float], layers: int, rank: int) -> str:
+    """What an adapter is, in one line like a report's; sizes: of the updates, by module."""
+    where = f" in {layers:,} layer{'' if layers == 1 else 's'}" if layers else ""
+    start = f"{counted(len(sizes))}{where}, rank {rank}; "
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] == 0:
+        return f"{start}the update is zero everywhere: the adapter does nothing"
+    idle = sum(size == 0 for size in sizes.values())
+    zero = f", and zero in {counted(idle)}" if idle else ""
+    return f"{start}the update is largest in {shown(largest)}{zero}"
 
 
 def _headline_of_sweep(report: Report) -> str:
