@@ -184,7 +184,7 @@ def main() -> None:
 
     judge = Judge(arguments.adapter == "fresh", arguments.prompts, arguments.reviews)
     table = Table("adapter", "harm score ↓", "over-refusal ↓", "task accuracy ↑")
-    measured: dict[str, "tuple[Rate, Rate, Rate]"] = {}
+    measured: dict[str, tuple[Rate, Rate, Rate]] = {}
     for name, folder in folders.items():
         screen.print(f"  {name} …")
         results = judge.measure(folder, WORK / "results" / f"{name}.answers.jsonl")

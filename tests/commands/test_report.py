@@ -63,7 +63,10 @@ def test_several_strengths_have_their_curve_as_a_picture(tmp_path: Path) -> None
         ("{", "Invalid JSON"),
         ("{}", "judge: Field required"),
         ('{"judge": "j", "before": {}, "after": {}}', "none of harm_score, over_refusal, task_accuracy"),
-        ('{"judge": "j", "before": {"harm_score": {"hits": 3, "total": 2}}, "after": {}}', "before.harm_score: .*3 hit"),
+        (
+            '{"judge": "j", "before": {"harm_score": {"hits": 3, "total": 2}}, "after": {}}',
+            "before.harm_score: .*3 hits are more than the 2 answers",
+        ),
         ('{"judge": "j", "before": {"harm": {}}, "after": {}}', "before.harm: Extra inputs"),
     ],
 )  # fmt: skip
