@@ -331,7 +331,7 @@ def realign(
     ] = "urn:safegraft:cli",
     as_json: Json = False,
 ) -> None:
-    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png, and
+    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and pictures, and
     where it comes from as OUT.provenance.json."""
     invocation = Invocation(id=new_id("run"), builder=builder_id, started=time.time())
     signer = load_signing_key(signing_key) if signing_key is not None else None

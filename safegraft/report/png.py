@@ -47,7 +47,7 @@ LEFT, RIGHT, TOP, BOTTOM = 0.6, 0.6, 0.42, 0.68
 LETTERS, ORIGIN_LETTERS = 66, 118
 TITLE_LINE, ORIGIN_LINE, UNDER_TITLE = 0.43, 0.29, 0.14
 # Of a panel with a map: its heading, and the highest that a row gets.
-HEADING, TALLEST_ROW = 0.4, 0.42
+HEADING, TALLEST_ROW = 0.4, 0.62
 ROWS = 10
 # Units of a chart's own drawing per inch: what is 12 high there is 17 points high here.
 UNITS = 51.0
@@ -263,7 +263,7 @@ def _layers(figure: "Figure", report: Report, top: float) -> None:
     x = [point.x for point in chart.points]
     before, after = [point.before for point in chart.points], [point.after for point in chart.points]
     size = 7 if len(x) <= 50 else 4
-    first = {"marker": "o", "markersize": size, "linewidth": 2.5}
+    first: dict[str, Any] = {"marker": "o", "markersize": size, "linewidth": 2.5}
     if not two_sides:
         axes.plot(x, before, color=AFTER, **first)
         return

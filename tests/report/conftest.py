@@ -38,7 +38,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return realign(folder / "customer", reference, NlsrParameters(form="neuron"), folder / "out")
 
 
-@pytest.fixture(scope="session")
+# For the module alone: its driver keeps an event loop in this thread, in which no other test could start its own.
+@pytest.fixture(scope="module")
 def browser() -> "Iterator[Browser]":
     """Chromium as the machine has it; nothing is downloaded."""
     from playwright.sync_api import sync_playwright

@@ -240,8 +240,8 @@ def test_tables_and_pictures_have_names_for_those_who_do_not_see_them() -> None:
 def test_an_evaluation_is_told_with_its_intervals() -> None:
     text = Page(to_html(report(lines(3), evaluation=evaluation()))).text.replace("\xa0", " ")
     assert "Harm score fell from 1.00 to 0.00." in text
-    assert "1.0024 of 240.86 to 1.00" in text
-    assert "0.000 of 240.00 to 0.14" in text
+    assert "1.000.86 to 1.0024 of 24" in text
+    assert "0.000.00 to 0.140 of 24" in text
     assert "Task accuracy rose from 0.91 to 0.92; the intervals overlap, so this may be chance." in text
     assert "Judged by: key phrases." in text
     assert "But for the evaluation above, this report measures weights" in text
