@@ -1,7 +1,7 @@
 """The pictures of docs/report.md, from the reports that `make demo` left: `make pictures`.
 
-The slide is the report's own PNG, the page a screenshot by the Chromium of this machine. Both are brought to 256
-colours, because a repository is no place for megabytes.
+The slide is the report's own PNG, the page a screenshot by the Chromium of this machine. Neither is made smaller than a
+PNG can be without a loss: fewer colours would bend the scales.
 """
 
 import shutil
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / ".demo" / "results", ROOT / "docs" / "pictures"
 # Half of what nlsr measures it repairs, so that its map shows both; gram is the page that most people will see.
 SLIDE, PAGE = RESULTS / "nlsr.report.png", RESULTS / "gram.report.html"
-WIDTH, HEIGHT = 1200, 900
+WIDTH, HEIGHT = 1200, 1020
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine, which draws the page.")
     PICTURES.mkdir(exist_ok=True)
-    save(Image.open(SLIDE).resize((1280, 720), Image.Resampling.LANCZOS), "slide.png")
+    save(Image.open(SLIDE), "slide.png")
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "page.png"
         subprocess.run(
@@ -44,7 +44,7 @@ def main() -> None:
 
 def save(image: Image.Image, name: str) -> None:
     path = PICTURES / name
-    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    image.convert("RGB").save(path, optimize=True)
     sys.stdout.write(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB\n")
 
 
