@@ -1,7 +1,7 @@
 """The pictures of docs/report.md, from the reports that `make demo` left: `make pictures`.
 
-The slide is the report's own PNG, the page a screenshot by the Chromium of this machine. Neither is made smaller than a
-PNG can be without a loss: fewer colours would bend the scales.
+The slide is the report's own PNG, the page a screenshot by the Chromium of this machine. The page has 256 colours,
+which grey text is content with; the slide has all of them, because fewer would bend its scales.
 """
 
 import shutil
@@ -27,7 +27,7 @@ def main() -> None:
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine, which draws the page.")
     PICTURES.mkdir(exist_ok=True)
-    save(Image.open(SLIDE), "slide.png")
+    save(Image.open(SLIDE).convert("RGB"), "slide.png")
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "page.png"
         subprocess.run(
@@ -39,12 +39,13 @@ def main() -> None:
             check=True,
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        save(Image.open(shot), "page.png")
+        page = Image.open(shot).convert("RGB")
+        save(page.quantize(256, dither=Image.Dither.NONE), "page.png")
 
 
 def save(image: Image.Image, name: str) -> None:
     path = PICTURES / name
-    image.convert("RGB").save(path, optimize=True)
+    image.save(path, optimize=True)
     sys.stdout.write(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB\n")
 
 
