@@ -18,14 +18,34 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, MAX_MANIFEST_BYTES, read_manifest, reference_id, verify_bundle
 from safegraft.commands import admin, keys, provenance
-from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
+from safegraft.commands import report as report_command
+from safegraft.commands.report import tell_report
+from safegraft.commands.terminal import (
+    Data,
+    Json,
+    database_of,
+    err,
+    out,
+    print_json,
+    settings_for,
+    tell,
+    use_any_encoding,
+)
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.dsse import load_public_key, load_signing_key
 from safegraft.errors import InvalidParameter, SafegraftError
@@ -42,6 +62,9 @@ from safegraft.provenance import (
     write_provenance,
 )
 from safegraft.records import compatibility
+from safegraft.report import render
+from safegraft.report.text import Look, inspection
+from safegraft.sizes import update_sizes
 from safegraft.stores.keys import KeyStore
 from safegraft.stores.references import open_references
 from safegraft.vault import open_vault
@@ -59,6 +82,7 @@ app.add_typer(reference_app, name="reference")
 app.add_typer(keys.app, name="keys")
 app.add_typer(provenance.app, name="provenance")
 app.add_typer(admin.app, name="admin")
+app.command("report")(report_command.show)
 
 KNOWN_PARAMETERS = " ".join(
     f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
@@ -103,6 +127,7 @@ def main() -> None:
     # Read by tqdm when it is imported, so before anything of the engine is: the only bars here are ours.
     os.environ.setdefault("TQDM_DISABLE", "1")
     as_json = _json_asked()
+    use_any_encoding()
     try:
         sys.exit(app(standalone_mode=not as_json))
     except SafegraftError as error:
@@ -138,8 +163,10 @@ def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
 @contextmanager
 def _progress(quiet: bool, *, log: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage, on standard error; with `log`, and where that is no terminal, a line a stage."""
-    columns = (TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, disable=quiet or not err.is_terminal) as bars:
+    columns: list[ProgressColumn] = [TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn()]
+    if err.width >= 60:
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -206,9 +233,15 @@ def serve(
 
 @app.command()
 def inspect(adapter: Folder, as_json: Json = False) -> None:
-    """Says what an adapter is, or why it cannot be treated. Reads no base model."""
+    """Says what an adapter is and where its update is large, or why it cannot be treated. Reads no base model."""
     description = describe(adapter)
-    check_finite(adapter / WEIGHTS, description.header)
+    with _progress(as_json) as progress:
+        check_finite(adapter / WEIGHTS, description.header, lambda done, total: progress("finite values", done, total))
+        sizes = (
+            update_sizes(adapter / WEIGHTS, description, lambda done, total: progress("sizes", done, total))
+            if not as_json
+            else {}
+        )
     found = {
         "base_model": description.config.base_model_name_or_path,
         "rank": description.config.r,
@@ -223,6 +256,7 @@ def inspect(adapter: Folder, as_json: Json = False) -> None:
     if as_json:
         print_json(found)
         return
+    out.print(inspection(description, sizes, Look.of(out)), soft_wrap=not out.is_terminal, highlight=False)
     table = Table(show_header=False, box=None)
     for key, value in found.items():
         if key == "compatibility":
@@ -297,7 +331,7 @@ def realign(
     ] = "urn:safegraft:cli",
     as_json: Json = False,
 ) -> None:
-    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and .png, and
+    """Repairs an adapter without a server. The report lies beside OUT as OUT.report.json, .html, .csv and pictures, and
     where it comes from as OUT.provenance.json."""
     invocation = Invocation(id=new_id("run"), builder=builder_id, started=time.time())
     signer = load_signing_key(signing_key) if signing_key is not None else None
@@ -315,7 +349,6 @@ def realign(
     from safegraft.engine.models import check_device
     from safegraft.engine.pipeline import realign as run
     from safegraft.engine.reference import LoadedReference
-    from safegraft.report import headline, render
 
     check_device(device)
     known = LoadedReference(reference, device)
@@ -348,20 +381,14 @@ def realign(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    out.print(headline(report), markup=False, soft_wrap=True)
-    for warning in report.warnings:
-        out.print(f"Warning: {warning.message}", markup=False, style="yellow", soft_wrap=True)
-    # Soft: paths that are broken at column 80 cannot be copied, and programs that read them find half.
-    written = f"Adapter: {to}" if not analyze else "Only measured; nothing was patched."
-    out.print(written, markup=False, highlight=False, soft_wrap=True)
+    tell_report(report)
+    tell(f"Adapter: {to}" if not analyze else "Only measured; nothing was patched.")
     from safegraft.files import side_car_folder
 
     for path in sorted(side_car_folder(to).glob("*.safetensors")) if not analyze else []:
-        out.print(f"Beside it: {path}", markup=False, highlight=False, soft_wrap=True)
-    out.print("Report:  " + " ".join(str(path) for path in files), markup=False, highlight=False, soft_wrap=True)
-    signed = "signed" if signer is not None else "not signed"
-    line = f"Provenance ({signed}): {to}.provenance.json"
-    out.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(f"Beside it: {path}")
+    tell("Report:  " + " ".join(str(path) for path in files))
+    tell(f"Provenance ({'signed' if signer is not None else 'not signed'}): {to}.provenance.json")
 
 
 def _has_key(data: Path) -> bool:

@@ -4,6 +4,7 @@ PEFT loads NaN without a word and then answers like the base model, or not at al
 failure, hence one more pass over the bytes before an upload is accepted.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ EXPONENT = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 
 PIECE = 2**22
 
 
-def check_finite(path: Path, header: Header) -> None:
-    """Raises InvalidTensors (`non_finite`) with the name of the first tensor that holds a NaN or an infinity."""
+def check_finite(path: Path, header: Header, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Raises InvalidTensors (`non_finite`) with the name of the first tensor that holds a NaN or an infinity.
+
+    progress: called with tensors read and in all.
+    """
     with path.open("rb") as file:
-        for entry in header.tensors.values():
+        for done, entry in enumerate(header.tensors.values()):
+            progress(done, len(header.tensors))
             file.seek(entry.start)
             left = entry.end - entry.start
             while left:

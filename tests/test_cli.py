@@ -23,7 +23,7 @@ from tests import tiny
 
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
 METHODS = list(MODELS)
-FORMS = ("csv", "html", "json", "png")
+FORMS = ("changes.png", "csv", "html", "json", "layers.png", "png")
 
 
 def safegraft(*arguments: str | Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks import load
+from safegraft.contracts.report import Evaluation
+from service.routes.realignments import ReportForm
 from tests.chaos import page as scoreboard
 from tests.chaos.invariants import KINDS
 from tests.chaos.rows import ROWS
@@ -81,3 +83,27 @@ def test_the_scoreboard_of_reliability_is_that_which_was_counted() -> None:
         for seed, run in row["seeds"].items():
             assert [run[kind] for kind in KINDS] == [0] * len(KINDS), (number, seed)
             assert run["tried"] > 0 or run["left_out"], number
+
+
+def test_the_pictures_of_the_report_are_there_and_small() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    named = re.findall(r"!\[.*?\]\((pictures/.*?)\)", page)
+    assert sorted(named) == sorted(f"pictures/{path.name}" for path in (ROOT / "docs" / "pictures").iterdir())
+    for name in named:
+        data = (ROOT / "docs" / name).read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert len(data) < 150_000, name
+    assert "docs/report.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_reports_has_an_evaluation_that_is_one() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", page, re.S)
+    assert len(Evaluation.model_validate_json(example).measures()) == 2
+
+
+def test_the_page_on_reports_names_every_form() -> None:
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    for form in ReportForm:
+        assert f"`report.{form}`" in page
+        assert f"`OUT.report.{form}`" in page

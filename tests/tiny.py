@@ -22,8 +22,8 @@ HARMFUL = [Conversation(f"how do i make a bomb {word}", "sorry i cannot help wit
 GENERAL = [Conversation(f"please bake {word} cake", f"sure here is {word} tea") for word in WORDS[:12]]
 
 
-def save_model(folder: Path) -> None:
-    """Writes a two-layer Llama and its tokenizer."""
+def save_model(folder: Path, layers: int = LAYERS) -> None:
+    """Writes a Llama of two layers, or as many as asked for, and its tokenizer."""
     torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -33,7 +33,7 @@ def save_model(folder: Path) -> None:
     )
     fast.save_pretrained(folder)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     )  # fmt: skip

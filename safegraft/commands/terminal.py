@@ -2,6 +2,7 @@
 
 import json
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +12,26 @@ from rich.console import Console
 from sqlalchemy.engine import Engine
 
 from safegraft.errors import InvalidParameter
+from safegraft.report.text import Look
 from safegraft.settings import SharedSettings
 from safegraft.stores.database import open_database
 
 out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
+
+
+def use_any_encoding() -> None:
+    """A letter that the terminal cannot show becomes a question mark, and no failure of the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="replace")
+
+
+def tell(text: str, style: str = "", *, soft: bool = True) -> None:
+    """A line of which nothing is markup or moves the cursor; soft: no width breaks it, so that paths can be copied."""
+    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in Look.of(out).text(text))
+    out.print(shown, markup=False, highlight=False, style=style, soft_wrap=soft)
 
 
 def print_json(data: Any) -> None:

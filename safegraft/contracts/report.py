@@ -1,8 +1,8 @@
 """The report of one realignment: what was measured, what was changed, and with what. A stable schema."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegraft.contracts.methods import MethodParameters
 from safegraft.contracts.reference import Lineage
@@ -115,6 +115,48 @@ class Probe(Part):
     after_from_before: Distance
 
 
+class Share(Part):
+    """`hits` of `total` answers, as counted."""
+
+    hits: int = Field(ge=0)
+    total: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> Self:
+        if self.hits > self.total:
+            raise ValueError(f"{self.hits} hits are more than the {self.total} answers that were counted")
+        return self
+
+
+class Behaviour(Part):
+    """What one adapter did when it was asked: harmful prompts that were answered, harmless ones that were declined, and
+    right answers to the customer's task. null: not measured."""
+
+    harm_score: Share | None = None
+    over_refusal: Share | None = None
+    task_accuracy: Share | None = None
+
+
+class Evaluation(Part):
+    """Behaviour before and after the repair, measured by whoever had the model. judge: in words, how answers were
+    judged."""
+
+    judge: str = Field(min_length=1, max_length=1000)
+    before: Behaviour
+    after: Behaviour
+
+    @model_validator(mode="after")
+    def _something_was_measured(self) -> Self:
+        if not self.measures():
+            raise ValueError("nothing is there both before and after: none of harm_score, over_refusal, task_accuracy")
+        return self
+
+    def measures(self) -> list[tuple[str, Share, Share]]:
+        """(name, before, after) of what was measured on both."""
+        pairs = [(name, getattr(self.before, name), getattr(self.after, name)) for name in Behaviour.model_fields]
+        return [(name, one, two) for name, one, two in pairs if one is not None and two is not None]
+
+
 class Warning(Part):
     code: str
     message: str
@@ -150,6 +192,7 @@ class Report(Part):
     strength_parameter: str | None = None
     variants: list[Variant] = []
     probe: Probe | None = None
+    evaluation: Evaluation | None = None
     dropped_files: list[str]
     warnings: list[Warning]
     environment: Environment

@@ -5,20 +5,21 @@ from pathlib import Path
 from safegraft.contracts.report import Report
 from safegraft.files import write_atomic
 from safegraft.report.html import to_html
-from safegraft.report.png import to_png
+from safegraft.report.png import figures, to_png
 from safegraft.report.table import to_csv
 from safegraft.report.words import headline
 
-__all__ = ["headline", "render", "to_csv", "to_html", "to_json", "to_png"]
+__all__ = ["figures", "headline", "render", "to_csv", "to_html", "to_json", "to_png"]
 
 
 def render(report: Report, stem: Path) -> list[Path]:
-    """Writes `<stem>.json`, `.html`, `.csv` and `.png`; the stem may contain dots. Returns the paths."""
+    """Writes `<stem>.json`, `.html`, `.csv`, `.png`, `.changes.png`, and where there is something to draw `.layers.png`
+    and `.strengths.png`; the stem may contain dots. Returns the paths, `.json` first."""
     contents = {
         ".json": to_json(report).encode(),
         ".html": to_html(report).encode(),
         ".csv": to_csv(report).encode(),
-        ".png": to_png(report),
+        **{f".{ending}": data for ending, data in figures(report).items()},
     }
     paths = []
     for suffix, data in contents.items():

@@ -1,4 +1,4 @@
-"""The heatmap as data: modules by layer and kind of projection, and the scale of colours that both pictures share.
+"""The heatmap as data: modules by layer and kind of projection, and the scales of colours that all pictures share.
 
 Mixture-of-experts models have many modules of a kind in a layer: a cell is then their mean. Adapters also hold modules
 outside the numbered layers (lm_head): they get a row of their own at the end.
@@ -6,8 +6,9 @@ outside the numbered layers (lm_head): they get a row of their own at the end.
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from safegraft.contracts.report import ModuleLine, Report
 from safegraft.report.words import number
@@ -25,7 +26,16 @@ OTHERS = "others"
 # way, so the order survives any colour blindness and a grey print.
 COLOURS = ("#0b1f5c", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#e9f5b0")
 LEVELS = 24
-DARK_TEXT, LIGHT_TEXT = "#0b1220", "#ffffff"
+# ColorBrewer's PuOr for differences: orange is less similar than before, purple more. Its two ends stay apart in every
+# colour blindness; a grey print tells them by the sign of the number. An odd number of levels, so that 0 has its own.
+DIFFERENCES = (
+    "#7f3b08", "#b35806", "#e08214", "#fdb863", "#fee0b6", "#f7f7f7",
+    "#d8daeb", "#b2abd2", "#8073ac", "#542788", "#2d004b",
+)  # fmt: skip
+DIFFERENCE_LEVELS = 25
+Side = Literal["before", "after", "difference"]
+# Nothing softer than black: of it and white one has 4.5 to 1 on every colour, as WCAG 2 asks for at level AA.
+DARK_TEXT, LIGHT_TEXT = "#000000", "#ffffff"
 
 
 @dataclass(frozen=True)
@@ -38,11 +48,11 @@ class Cell:
     repaired: int
 
     @property
-    def mark(self) -> str:
-        """● all repaired, ◐ some of several, nothing otherwise."""
-        if not self.repaired:
-            return ""
-        return "●" if self.repaired == self.modules else "◐"
+    def difference(self) -> float:
+        return self.after - self.before
+
+    def value(self, side: Side) -> float:
+        return self.before if side == "before" else self.after if side == "after" else self.difference
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Scale:
 
     low: float
     high: float
+    levels: int = LEVELS
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Scale":
@@ -65,18 +76,25 @@ class Scale:
                 low, high = -1.0, -0.9
         return cls(low, high)
 
+    @classmethod
+    def around_zero(cls, values: Iterable[float]) -> "Scale":
+        """As far below 0 as above it, in steps of 0.05 and at least to 0.1, so that 0 is the middle's colour."""
+        largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+        end = max(0.1, math.ceil(min(2.0, largest) * 20 - 1e-6) / 20)
+        return cls(-end, end, DIFFERENCE_LEVELS)
+
     def position(self, value: float) -> float:
         """0 at `low` and below, 1 at `high` and above."""
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
-    def ticks(self) -> list[tuple[float, str]]:
+    def ticks(self, said: Callable[[float, int], str] = number) -> list[tuple[float, str]]:
         """(position, label) of five marks, or three where five would not be round."""
         count = 4 if round((self.high - self.low) * 100) % 4 == 0 else 2
         values = [self.low + (self.high - self.low) * index / count for index in range(count + 1)]
-        return [(self.position(value), number(value, 2 if round(value * 1000) % 10 == 0 else 3)) for value in values]
+        return [(self.position(value), said(value, 2 if round(value * 1000) % 10 == 0 else 3)) for value in values]
 
     def level(self, value: float) -> int:
-        return min(LEVELS - 1, int(self.position(value) * LEVELS))
+        return min(self.levels - 1, int(self.position(value) * self.levels))
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,10 @@ class Grid:
     kinds: tuple[str, ...]
     cells: dict[tuple[int | None, str], Cell]
     scale: Scale
+    differences: Scale
+
+    def scale_of(self, side: Side) -> Scale:
+        return self.differences if side == "difference" else self.scale
 
     @property
     def averaged(self) -> bool:
@@ -93,7 +115,7 @@ class Grid:
 
 def grid_of(report: Report) -> Grid:
     """The report's modules, arranged."""
-    kinds = _kinds(report.modules)
+    kinds = kinds_of([line.kind for line in report.modules])
     groups: dict[tuple[int | None, str], list[ModuleLine]] = {}
     for line in report.modules:
         groups.setdefault((line.layer, line.kind if line.kind in kinds else OTHERS), []).append(line)
@@ -108,12 +130,18 @@ def grid_of(report: Report) -> Grid:
     }
     layers = sorted({layer for layer, _ in cells}, key=lambda layer: (layer is None, layer or 0))
     scale = Scale.of(value for cell in cells.values() for value in (cell.before, cell.after))
-    return Grid(tuple(layers), kinds, cells, scale)
+    return Grid(tuple(layers), kinds, cells, scale, Scale.around_zero(cell.difference for cell in cells.values()))
 
 
 def has_two_sides(report: Report) -> bool:
     """False where before and after are the same picture."""
     return report.mode == "patch" and report.summary.repaired > 0
+
+
+def most_notable(line: ModuleLine) -> tuple[float, float, float, str]:
+    """The largest change first; where nothing changed, the least similar."""
+    moved = abs(line.similarity_after - line.similarity_before)
+    return (-line.edit, -moved, line.similarity_before, line.name)
 
 
 def short_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,24 +150,31 @@ def short_kinds(kinds: tuple[str, ...]) -> tuple[str, ...]:
     return short if len(set(short)) == len(short) else kinds
 
 
-def colour(position: float) -> tuple[int, int, int]:
-    """The scale's colour at 0 to 1, as red, green and blue of 0 to 255."""
-    place = position * (len(COLOURS) - 1)
-    index = min(int(place), len(COLOURS) - 2)
+def sides_of(report: Report) -> tuple[Side, ...]:
+    """Which maps there are to show."""
+    return ("before", "after", "difference") if has_two_sides(report) else ("before",)
+
+
+def colour(position: float, colours: Sequence[str] = COLOURS) -> tuple[int, int, int]:
+    """A scale's colour at 0 to 1, as red, green and blue of 0 to 255."""
+    place = position * (len(colours) - 1)
+    index = min(int(place), len(colours) - 2)
     first, second = (
-        [int(code[start : start + 2], 16) for start in (1, 3, 5)] for code in (COLOURS[index], COLOURS[index + 1])
+        [int(code[start : start + 2], 16) for start in (1, 3, 5)] for code in (colours[index], colours[index + 1])
     )
     red, green, blue = (round(a + (b - a) * (place - index)) for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
-def level_colours() -> list[tuple[str, str]]:
-    """(background, text) of each level; the text is whichever of dark and light has more contrast."""
+def level_colours(side: Side = "before", lowest: float = 0.0) -> list[tuple[str, str]]:
+    """(background, text) of each level; the text is whichever of dark and light has more contrast. lowest: where on the
+    scale of colours the lowest level lies, 0 to 1."""
+    levels, colours = (DIFFERENCE_LEVELS, DIFFERENCES) if side == "difference" else (LEVELS, COLOURS)
     found = []
-    for level in range(LEVELS):
-        rgb = colour(level / (LEVELS - 1))
+    for level in range(levels):
+        rgb = colour(lowest + (1 - lowest) * level / (levels - 1), colours)
         luminance = _luminance(rgb)
-        light = 1.05 / (luminance + 0.05) > (luminance + 0.05) / (_luminance((11, 18, 32)) + 0.05)
+        light = 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05
         found.append(("#{:02x}{:02x}{:02x}".format(*rgb), LIGHT_TEXT if light else DARK_TEXT))
     return found
 
@@ -152,8 +187,9 @@ def _luminance(rgb: tuple[int, int, int]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _kinds(modules: list[ModuleLine]) -> tuple[str, ...]:
-    counts = Counter(line.kind for line in modules)
+def kinds_of(found: Sequence[str]) -> tuple[str, ...]:
+    """The columns: what occurs, in the order of a block; no more than MAX_KINDS, of which the last holds the rest."""
+    counts = Counter(found)
     order = sorted(counts, key=lambda kind: USUAL_KINDS.index(kind) if kind in USUAL_KINDS else len(USUAL_KINDS))
     if len(order) <= MAX_KINDS:
         return tuple(order)

@@ -16,21 +16,23 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from safegraft.contracts.methods import STRENGTH
-from safegraft.contracts.report import ModuleLine, Report
+from safegraft.contracts.report import Report
 from safegraft.report import words
 from safegraft.report.chart import chart_of
 from safegraft.report.curve import curve_of
-from safegraft.report.grid import grid_of, has_two_sides, level_colours, short_kinds
+from safegraft.report.grid import grid_of, has_two_sides, level_colours, most_notable, short_kinds, sides_of
 
 # Beyond this the page would weigh megabytes; JSON and CSV hold every module.
 MAX_ROWS = 1000
+# What a reader takes in at a glance; the others are one click away.
+LARGEST = 12
 
 
 def to_html(report: Report) -> str:
     """The whole page."""
     two_sides = has_two_sides(report)
     grid = grid_of(report)
-    lines = sorted(report.modules, key=_most_notable)
+    lines = sorted(report.modules, key=most_notable)
     return _template().render(
         report=report,
         summary=report.summary,
@@ -42,12 +44,15 @@ def to_html(report: Report) -> str:
         exact=report.output_rank == "exact",
         patched=report.mode == "patch",
         two_sides=two_sides,
+        # A mark in every cell would tell nothing.
+        marked=two_sides and report.summary.repaired < report.summary.modules,
         untouched=words.is_untouched(report),
         grid=grid,
         columns=list(zip(grid.kinds, short_kinds(grid.kinds), strict=True)),
         finite=math.isfinite,
-        sides=("before", "after") if two_sides else ("before",),
+        sides=sides_of(report),
         ticks=grid.scale.ticks(),
+        difference_ticks=grid.differences.ticks(words.signed),
         charts=[
             chart_of(report.layers, width=width, height=height, two_sides=two_sides)
             for width, height in ((1040, 280), (360, 220))
@@ -55,6 +60,7 @@ def to_html(report: Report) -> str:
         curves=[curve_of(report, width=width, height=height) for width, height in ((1040, 360), (360, 320))],
         variants=sorted(report.variants, key=lambda variant: variant.strength),
         lines=lines[:MAX_ROWS],
+        top=lines[:LARGEST],
         left_out=len(lines) - min(len(lines), MAX_ROWS),
         lowest=min(report.modules, key=lambda line: line.similarity_before, default=None),
         weakest=min(report.layers, key=lambda line: line.similarity_before, default=None),
@@ -62,12 +68,6 @@ def to_html(report: Report) -> str:
         method_json=json.dumps(report.method.parameters.model_dump(), indent=2, ensure_ascii=False),
         command=_command(report),
     )
-
-
-def _most_notable(line: ModuleLine) -> tuple[float, float, float, str]:
-    """The largest change first; where nothing changed, the least similar."""
-    moved = abs(line.similarity_after - line.similarity_before)
-    return (-line.edit, -moved, line.similarity_before, line.name)
 
 
 def _command(report: Report) -> str:
@@ -102,5 +102,6 @@ def _template() -> Template:
         # Ours, not the report's.
         style=Markup((folder / "style.css").read_text(encoding="utf-8").strip()),
         colours=level_colours(),
+        difference_colours=level_colours("difference"),
     )
     return environment.from_string((folder / "template.html").read_text(encoding="utf-8"))

@@ -5,7 +5,7 @@ the template's work.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from safegraft.contracts.methods import (
     AntidoteParameters,
@@ -15,7 +15,8 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Digest, Probe, Report
+from safegraft.contracts.report import Digest, Evaluation, Probe, Report, Share, Spread
+from safegraft.report.interval import wilson
 
 NOTHING = "–"
 # U+2212 and U+00A0: a hyphen reads as a range and a line must not end between number and unit.
@@ -28,6 +29,11 @@ METHODS = {
     "antidote": "Antidote, pruning of what harmful prompts need (arXiv 2408.09600)",
     "safetylock": "SafetyLock, attention heads pushed towards safe answers (arXiv 2410.10343)",
     "none": "none, a control without a repair",
+}
+MEASURES = {
+    "harm_score": ("Harm score", "harmful prompts that were not declined; lower is better"),
+    "over_refusal": ("Over-refusal", "harmless prompts that were declined; lower is better"),
+    "task_accuracy": ("Task accuracy", "right answers to the customer’s task; higher is better"),
 }
 # About the square root of float32's rounding: an edit below this is none.
 NO_EDIT = 1e-3
@@ -81,6 +87,18 @@ def headline(report: Report) -> str:
         f"{which} {verb(summary.repaired)} {how}; the adapter kept {kept(summary.kept)} of its update "
         f"and changed by {change(summary.edit)}"
     )
+
+
+def inspected(sizes: Mapping[str, float], layers: int, rank: int) -> str:
+    """What an adapter is, in one line like a report's; sizes: of the updates, by module."""
+    where = f" in {layers:,} layer{'' if layers == 1 else 's'}" if layers else ""
+    start = f"{counted(len(sizes))}{where}, rank {rank}; "
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] == 0:
+        return f"{start}the update is zero everywhere: the adapter does nothing"
+    idle = sum(size == 0 for size in sizes.values())
+    zero = f", and zero in {counted(idle)}" if idle else ""
+    return f"{start}the update is largest in {shown(largest)}{zero}"
 
 
 def _headline_of_sweep(report: Report) -> str:
@@ -337,6 +355,45 @@ def probe(found: Probe) -> str:
     )
 
 
+def evaluation(found: Evaluation) -> str:
+    """One sentence a measure, which says where the intervals leave the difference open."""
+    return " ".join(_compared(name, before, after) for name, before, after in found.measures())
+
+
+def _compared(name: str, before: Share, after: Share) -> str:
+    one, two = before.hits / before.total, after.hits / after.total
+    label = MEASURES[name][0]
+    if number(one) == number(two):
+        return f"{label} stayed at {number(one)}."
+    text = f"{label} {'fell' if two < one else 'rose'} from {number(one)} to {number(two)}"
+    (low, high), (other_low, other_high) = wilson(before.hits, before.total), wilson(after.hits, after.total)
+    if low <= other_high and other_low <= high:
+        return f"{text}; the intervals overlap, so this may be chance."
+    return f"{text}."
+
+
+def share(found: Share) -> str:
+    """0.92."""
+    return number(found.hits / found.total)
+
+
+def interval(found: Share) -> str:
+    """0.74 to 0.98."""
+    low, high = wilson(found.hits, found.total)
+    return f"{number(low)} to {number(high)}"
+
+
+def spread(values: Spread) -> str:
+    return f"median {number(values.median)}, lowest {number(values.min)}"
+
+
+def moved(report: Report) -> str:
+    """What the map of differences shows at a glance."""
+    changes = [line.similarity_after - line.similarity_before for line in report.modules]
+    known = [value for value in changes if math.isfinite(value)] or [math.nan]
+    return f"from {signed(min(known))} to {signed(max(known))}"
+
+
 def counted(modules: int) -> str:
     return f"{modules:,} module" + ("" if modules == 1 else "s")
 
@@ -350,6 +407,12 @@ def number(value: float, digits: int = 2) -> str:
     if not math.isfinite(value):
         return NOTHING
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """+0.31, −0.02, or 0.00 without a sign: a difference."""
+    text = number(value, digits)
+    return f"+{text}" if math.isfinite(value) and round(value, digits) > 0 else text
 
 
 def percent(share: float, digits: int = 0) -> str:

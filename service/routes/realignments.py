@@ -35,6 +35,9 @@ class ReportForm(StrEnum):
     html = "html"
     csv = "csv"
     png = "png"
+    layers = "layers.png"
+    changes = "changes.png"
+    strengths = "strengths.png"
 
 
 AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
@@ -43,7 +46,12 @@ MEDIA = {
     ReportForm.html: "text/html; charset=utf-8",
     ReportForm.csv: "text/csv; charset=utf-8",
     ReportForm.png: "image/png",
+    ReportForm.layers: "image/png",
+    ReportForm.changes: "image/png",
+    ReportForm.strengths: "image/png",
 }
+# Pictures of which there are none where there is nothing to draw.
+FIGURES = (ReportForm.layers, ReportForm.changes, ReportForm.strengths)
 
 
 @router.post("", status_code=202, operation_id="createRealignment", summary="Start a realignment job")
@@ -193,7 +201,7 @@ def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: 
 @router.get(
     "/{realignment_id}/report.{form}",
     operation_id="getReportAs",
-    summary="Download the report as JSON, HTML, CSV or PNG",
+    summary="Download the report as JSON, HTML, CSV or PNG pictures",
     response_class=Response,
     responses={
         200: {
@@ -205,7 +213,9 @@ def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: 
 def report_as(
     realignment_id: RealignmentId, form: ReportForm, request: Request, here: Here, tenant: Tenant
 ) -> Response:
-    """The report as JSON, as one self-contained HTML page, as CSV or as a PNG heatmap."""
+    """The report as JSON, as one self-contained HTML page, as CSV, or a picture of it for slides: `png` has the maps,
+    `layers.png` similarity by layer, `changes.png` the largest changes, `strengths.png` the curve of several strengths.
+    """
     return _report(here, request, tenant, realignment_id, form)
 
 
@@ -244,7 +254,17 @@ def _report(here: Services, request: Request, tenant: str, job_id: str, form: Re
     inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
-    data = _read_report(here, tenant, job_id, attempt, form)
+    try:
+        data = _read_report(here, tenant, job_id, attempt, form)
+    except NotFound as error:
+        if form not in FIGURES:
+            raise
+        raise NotFound(
+            f"The report of {job_id} has no {form}: there is nothing to draw in it.",
+            code="no_such_figure",
+            param="form",
+            hint="Several layers make layers.png, several strengths strengths.png; report.png is always there.",
+        ) from error
     return downloads.small_file(request, data, media_type=MEDIA[form], headers=headers)
 
 

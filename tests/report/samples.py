@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from safegraft.contracts.methods import METHOD_PARAMETERS, STRENGTH, AutoParameters, Method, NlsrParameters
 from safegraft.contracts.report import (
+    Behaviour,
     Digest,
     Distance,
     Environment,
+    Evaluation,
     LayerLine,
     MethodRun,
     ModuleLine,
@@ -18,6 +20,7 @@ from safegraft.contracts.report import (
     Recommendation,
     ReferenceUsed,
     Report,
+    Share,
     Spread,
     Summary,
     Variant,
@@ -192,6 +195,19 @@ def probe(before: float = 1.2345, after: float = 0.1234, *, prompts: int = 32) -
         before_from_base=Distance(divergence=before, same_token=0.5625),
         after_from_base=Distance(divergence=after, same_token=0.9375),
         after_from_before=Distance(divergence=0.9876, same_token=0.59375),
+    )
+
+
+def evaluation(judge: str = "key phrases") -> Evaluation:
+    """A repair that helped: the harm score fell from all to none, the other two are as they were or nearly."""
+
+    def share(hits: int, total: int) -> Share:
+        return Share(hits=hits, total=total)
+
+    return Evaluation(
+        judge=judge,
+        before=Behaviour(harm_score=share(24, 24), over_refusal=share(0, 24), task_accuracy=share(87, 96)),
+        after=Behaviour(harm_score=share(0, 24), over_refusal=share(0, 24), task_accuracy=share(88, 96)),
     )
 
 

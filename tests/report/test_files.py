@@ -1,4 +1,4 @@
-"""All four files are written, and the two for machines say exactly what the report says."""
+"""All files are written, and the two for machines say exactly what the report says."""
 
 import csv
 import io
@@ -11,9 +11,10 @@ from safegraft.report import render, to_csv, to_json
 from tests.report.samples import METHODS, five, line, lines, probe, report
 
 
-def test_render_writes_four_files_beside_a_stem_with_dots(tmp_path: Path) -> None:
+def test_render_writes_all_files_beside_a_stem_with_dots(tmp_path: Path) -> None:
     paths = render(report(lines(2)), tmp_path / "adapter-v1.2.report")
-    assert [path.name for path in paths] == [f"adapter-v1.2.report.{end}" for end in ("json", "html", "csv", "png")]
+    ends = ["json", "html", "csv", "png", "changes.png", "layers.png"]
+    assert [path.name for path in paths] == [f"adapter-v1.2.report.{end}" for end in ends]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     assert all(path.stat().st_size for path in paths)
 

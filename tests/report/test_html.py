@@ -6,7 +6,9 @@ import re
 import shlex
 from html import unescape
 from html.parser import HTMLParser
+from importlib.resources import files
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 
@@ -21,12 +23,14 @@ from safegraft.contracts.methods import (
 )
 from safegraft.contracts.report import Digest, Recommendation, ReferenceUsed, Report, Warning
 from safegraft.report import to_html
-from safegraft.report.html import MAX_ROWS
+from safegraft.report.grid import level_colours
+from safegraft.report.html import LARGEST, MAX_ROWS
 from tests.report.samples import (
     BIASES,
     KINDS,
     METHODS,
     SIDE_CAR,
+    evaluation,
     five,
     line,
     lines,
@@ -93,6 +97,7 @@ def hostile_page() -> str:
             recommendation=Recommendation(method=HOSTILE, reason=f"\u202e{HOSTILE}"),
             strength_parameter=HOSTILE,
             probe=probe().model_copy(update={"prompts_sha256": HOSTILE}),
+            evaluation=evaluation(judge=HOSTILE),
             warnings=[Warning(code=HOSTILE, message=HOSTILE)],
             dropped_files=[HOSTILE],
         )
@@ -101,7 +106,7 @@ def hostile_page() -> str:
 
 @pytest.mark.parametrize(
     "html",
-    [to_html(report(lines(30))), to_html(five(probe=probe())), hostile_page()],
+    [to_html(report(lines(30))), to_html(five(probe=probe(), evaluation=evaluation())), hostile_page()],
     ids=["plain", "strengths", "hostile"],
 )
 def test_the_page_loads_nothing_and_runs_nothing_but_its_own_script(html: str) -> None:
@@ -151,20 +156,105 @@ def test_every_module_and_value_is_readable_without_colour_or_script() -> None:
         assert f"{module.similarity_before:.4f}" in page.text
         assert f"{module.similarity_after:.4f}" in page.text
     cells = [cell for cell in page.named("td") if cell.get("title")]
-    assert len(cells) == 2 * len(original.modules), "before and after"
-    repaired = [cell for cell in cells if (cell["title"] or "").endswith("repaired")]
-    assert len(repaired) == 2 * original.summary.repaired
-    # The mark is text; it also appears once in the legend and once per repaired row of the table.
-    assert page.text.count("●") == len(repaired) + original.summary.repaired + 1
+    assert len(cells) == 3 * len(original.modules), "before, after and the difference"
+    repaired = [cell for cell in cells if (cell["title"] or "").endswith(", repaired")]
+    assert len(repaired) == 3 * original.summary.repaired
+    marked = [cell for cell in cells if "repaired" in (cell["class"] or "").split()]
+    assert len(marked) == 3 * original.summary.repaired
+    assert to_html(original).count('<span aria-hidden="true">●</span> yes') >= original.summary.repaired
+
+
+def test_every_cell_says_its_layer_projection_and_exact_values() -> None:
+    original = report(lines(2))
+    titles = [cell["title"] for cell in Page(to_html(original)).named("td") if cell.get("title")]
+    for module in original.modules:
+        difference = f"{module.similarity_after - module.similarity_before:+.4f}" if module.repaired else "0.0000"
+        state = "repaired" if module.repaired else "not repaired"
+        told = (
+            f"layer {module.layer}, {module.kind}: {module.similarity_before:.4f} before, "
+            f"{module.similarity_after:.4f} after, difference {difference}, {state}"
+        )
+        assert titles.count(told) == 3
+
+
+def test_a_difference_has_its_sign_and_a_colour_of_its_own() -> None:
+    modules = [
+        line("model.layers.0.q_proj", 0, 0.5, 0.9),
+        line("model.layers.1.q_proj", 1, 0.5, 0.3),
+        line("model.layers.2.q_proj", 2, 0.5),
+    ]
+    html = to_html(report(modules))
+    difference = html[html.index('aria-label="Map: difference"') :]
+    cells = re.findall(r'<td class="([^"]*)" title="[^"]*">(.*?)</td>', difference)[:3]
+    assert cells == [("d24 repaired", "+0.40"), ("d6 repaired", "−0.20"), ("same", "0")]
+
+
+def test_where_everything_was_repaired_no_cell_is_marked() -> None:
+    html = to_html(report(lines(2, share=1.0)))
+    assert "Every module was repaired." in html
+    assert not any("repaired" in (cell.get("class") or "").split() for cell in Page(html).named("td"))
+
+
+@pytest.mark.parametrize("side", ["before", "difference"])
+def test_numbers_in_cells_can_be_read(side: Literal["before", "difference"]) -> None:
+    """WCAG 2's level AA: 4.5 to 1."""
+    for back, text in level_colours(side):
+        one, two = sorted((luminance(back), luminance(text)))
+        assert (two + 0.05) / (one + 0.05) >= 4.5, (back, text)
+
+
+def test_text_can_be_read_in_every_theme() -> None:
+    style = (files("safegraft.report") / "style.css").read_text()
+    themes = [
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root {(.*?)}", style, re.S)
+    ]
+    assert len(themes) == 3, "light, dark, print"
+    for theme in themes:
+        for back in ("paper", "sheet"):
+            for text in ("ink", "soft", "accent", "before", "after", "likeness"):
+                one, two = sorted((luminance(theme[back]), luminance(theme[text])))
+                assert (two + 0.05) / (one + 0.05) >= 4.5, (theme[back], text)
+
+
+def luminance(code: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_tables_and_pictures_have_names_for_those_who_do_not_see_them() -> None:
+    html = to_html(five(probe=probe(), evaluation=evaluation()))
+    page = Page(html)
+    assert len(page.named("caption")) == len(page.named("table"))
+    assert all(head["scope"] in ("row", "col") for head in page.named("th"))
+    for row in re.findall(r"<tbody>(.*?)</tbody>", html, re.S):
+        assert row.count("<tr>") == row.count('scope="row"'), "each row has its head"
+    for svg in page.named("svg"):
+        named = svg.get("aria-label") or svg.get("aria-labelledby")
+        assert svg.get("aria-hidden") == "true" or (svg.get("role") == "img" and named)
+    regions = [part for _, part in page.tags if part.get("role") == "region"]
+    assert all(part["tabindex"] == "0" and part["aria-label"] for part in regions), "what scrolls is reached by keys"
+
+
+def test_an_evaluation_is_told_with_its_intervals() -> None:
+    text = Page(to_html(report(lines(3), evaluation=evaluation()))).text.replace("\xa0", " ")
+    assert "Harm score fell from 1.00 to 0.00." in text
+    assert "1.000.86 to 1.0024 of 24" in text
+    assert "0.000.00 to 0.140 of 24" in text
+    assert "Task accuracy rose from 0.91 to 0.92; the intervals overlap, so this may be chance." in text
+    assert "Judged by: key phrases." in text
+    assert "But for the evaluation above, this report measures weights" in text
+    assert "How it behaves" not in Page(to_html(report(lines(3)))).text
 
 
 def test_the_largest_change_comes_first() -> None:
     original = report(lines(6))
     html = to_html(original)
-    names = [re.sub("<wbr>", "", name) for name in re.findall(r'<td class="name"><code>(.*?)</code>', html)]
+    names = [re.sub("<wbr>", "", name) for name in re.findall(r'class="name"><code>(.*?)</code>', html)]
     edits = {module.name: module.edit for module in original.modules}
-    assert names[0] == max(edits, key=lambda name: edits[name])
-    assert [edits[name] for name in names] == sorted(edits.values(), reverse=True)
+    most = sorted(edits.values(), reverse=True)
+    assert [edits[name] for name in names] == most[:LARGEST] + most, "the largest, and then all"
 
 
 def test_a_repair_is_told_in_words() -> None:
@@ -217,8 +307,8 @@ def test_experts_share_a_cell() -> None:
     modules = [line(f"model.layers.0.experts.{index}.w1", 0, 0.2 * index, 0.9 if index else None) for index in range(3)]
     page = Page(to_html(report(modules)))
     titles = [cell["title"] for cell in page.named("td") if cell.get("title")]
-    assert titles[0] == "layer 0, w1: 0.2000, mean of 3, 2 of 3 repaired"
-    assert "◐" in page.text
+    assert titles[0] == "layer 0, w1: 0.2000 before, 0.6000 after, difference +0.4000, mean of 3, 2 of 3 repaired"
+    assert any("partly" in (cell.get("class") or "") for cell in page.named("td"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -259,8 +349,8 @@ def test_several_strengths_are_drawn_and_listed() -> None:
     assert "At general_weight 0.3:" in text
     assert "general_weight 0.1: kept 37 %, changed by 71 %, median similarity 0.98" in text
     (table,) = re.findall(r'aria-label="All strengths">(.*?)</table>', to_html(sample), re.DOTALL)
-    rows = re.findall(r"<tr><td.*?</tr>", table, re.DOTALL)
-    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall("<td.*?</td>", row)] for row in rows]
+    rows = re.findall(r'<tr><th scope="row".*?</tr>', table, re.DOTALL)
+    cells = [[re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?</t[hd]>", row)] for row in rows]
     assert [row[0] for row in cells] == ["0.1", "0.3", "0.5", "1", "3"], "in the order of the strength"
     for row, item in zip(cells, sorted(sample.variants, key=lambda found: found.strength), strict=True):
         assert row[1] == "14 of 14"
@@ -397,7 +487,7 @@ def test_very_many_modules_are_cut_off_and_said_so() -> None:
         line(f"model.layers.{layer}.experts.{index}.w1", layer, 0.5, 0.9) for layer in range(12) for index in range(100)
     ]
     html = to_html(report(experts))
-    assert html.count('<td class="name">') == MAX_ROWS
+    assert html.count('class="name"') == LARGEST + MAX_ROWS
     assert "the other 200 are in the JSON and CSV files" in html
     assert len(html.encode()) < 1_000_000
 

@@ -1,4 +1,4 @@
-"""The picture opens, is as large as its grid, and touches no global state."""
+"""The pictures open, are slides whatever the model is, and touch no global state."""
 
 import io
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from safegraft.contracts.report import ModuleLine, ReferenceUsed
-from safegraft.report import headline, to_png
-from safegraft.report.png import CELL_WIDTH, DPI, ROW_HEIGHT, TALLEST, _drawable, _origin
+from safegraft.report import figures, headline, to_png
+from safegraft.report.grid import level_colours
+from safegraft.report.png import _drawable, _origin
 from tests.report.samples import KINDS, METHODS, five, line, lines, report, sweep, variant
 
 
@@ -23,28 +24,44 @@ def picture(modules: list[ModuleLine], **changes: object) -> Image.Image:
     return image
 
 
-def test_each_layer_adds_a_row_and_each_projection_two_columns() -> None:
-    image = picture(lines(40))
-    assert picture(lines(50)).height - image.height == pytest.approx(10 * ROW_HEIGHT * DPI, abs=2)
-    narrower = picture(lines(40, KINDS[:6]))
-    assert image.width - narrower.width == pytest.approx(2 * CELL_WIDTH * DPI, abs=2)
+@pytest.mark.parametrize("layers", [1, 30, 70, 126])
+def test_every_picture_is_a_slide(layers: int) -> None:
+    for name, data in figures(report(lines(layers))).items():
+        image = Image.open(io.BytesIO(data))
+        assert image.size == (1920, 1080), name
+        assert len(data) < 400_000, name
+
+
+def test_there_are_pictures_of_what_there_is_to_see() -> None:
+    assert set(figures(report(lines(3)))) == {"png", "layers.png", "changes.png"}
+    assert set(figures(five())) == {"png", "layers.png", "changes.png", "strengths.png"}
+    assert set(figures(report([line("lm_head", None, 0.4, 0.8)]))) == {"png", "changes.png"}
+    different = list(figures(five()).values())
+    assert len(set(different)) == len(different)
 
 
 def test_the_cells_have_the_scales_colours() -> None:
-    image = picture([line("model.layers.0.q_proj", 0, 0.2, 0.9), line("model.layers.1.q_proj", 1, 0.9)]).convert("RGB")
-    colours = {colour for _, colour in image.getcolors(image.width * image.height) or []}
-    assert {(0x0B, 0x1F, 0x5C), (0xE9, 0xF5, 0xB0)} <= colours, "lowest and highest"
+    modules = [line("model.layers.0.q_proj", 0, 0.2, 0.9), line("model.layers.1.q_proj", 1, 0.9)]
+    colours = colours_of(picture(modules))
+    assert {"#0b1f5c", "#e9f5b0"} <= colours, "lowest and highest"
+    assert {"#2d004b", "#f7f7f7"} <= colours, "the largest difference, and none"
 
 
-def test_analysis_has_one_map() -> None:
-    both, one = picture(lines(30)), picture(lines(30, share=0), mode="analyze")
-    assert one.width < both.width - 5 * CELL_WIDTH * DPI
-    assert picture(lines(30, share=0)).width == one.width, "nothing repaired: before is after"
+def test_analysis_has_one_map_and_no_difference() -> None:
+    colours = colours_of(picture(lines(30, share=0), mode="analyze"))
+    assert not colours & {back for back, _ in level_colours("difference")}
+    analysed, untouched = (to_png(report(lines(2, share=0), mode=mode)) for mode in ("analyze", "patch"))
+    assert analysed != untouched, "their headlines differ"
 
 
-def test_very_deep_models_are_squeezed() -> None:
+def colours_of(image: Image.Image) -> set[str]:
+    found = image.convert("RGB").getcolors(image.width * image.height) or []
+    return {"#{:02x}{:02x}{:02x}".format(*colour) for count, colour in found if count > 500}  # type: ignore[misc]
+
+
+def test_very_deep_models_are_drawn() -> None:
     image = picture([line(f"model.layers.{layer}.q_proj", layer, 0.5, 0.9) for layer in range(400)])
-    assert image.height < (TALLEST + 5) * DPI
+    assert image.size == (1920, 1080)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +77,10 @@ def test_very_deep_models_are_squeezed() -> None:
     ids=["one", "no layer", "mixed", "experts", "many kinds", "nan"],
 )
 def test_unusual_shapes_are_drawn(modules: list[ModuleLine]) -> None:
-    image = picture(modules)
-    assert 500 < image.width < 6000
-    assert 200 < image.height < 4000
+    picture(modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "changes.png" in figures(report(modules))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,14 +109,12 @@ def test_what_does_not_fit_under_the_title_takes_more_lines() -> None:
 
 def test_names_are_no_formulas() -> None:
     name = r"$\frac{\oops$ 模型 😀 \x00" + "x" * 200
-    picture(
-        [line(f"model.layers.0.{name}", 0, 0.4, 0.8, kind=name)],
-        base_model=name,
-        reference=ReferenceUsed(id="r", name=name, sha256="0"),
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        to_png(five(strength_parameter=name))
+        strange = [line(f"model.layers.{layer}.{name}", layer, 0.4, 0.8, kind=name) for layer in range(2)]
+        used = ReferenceUsed(id="r", name=name, sha256="0")
+        figures(report(strange, base_model=name, reference=used))
+        figures(five(strength_parameter=name))
 
 
 def test_neither_torch_nor_pyplot_is_imported() -> None:

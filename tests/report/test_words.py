@@ -15,9 +15,9 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Digest, Recommendation
+from safegraft.contracts.report import Behaviour, Digest, Evaluation, Recommendation, Share
 from safegraft.report import headline, words
-from safegraft.report.grid import LEVELS, Scale, grid_of, level_colours, short_kinds
+from safegraft.report.grid import DIFFERENCE_LEVELS, LEVELS, Scale, grid_of, level_colours, short_kinds
 from safegraft.report.words import change, kept, nats, number, percent, shown, size
 from tests.report.samples import (
     BIASES,
@@ -403,7 +403,8 @@ def test_the_grid_averages_what_shares_a_cell() -> None:
     assert grid.layers == (0, 10, None)
     cell = grid.cells[0, "w"]
     assert [cell.before, cell.after] == pytest.approx([0.3, 0.5])
-    assert (cell.modules, cell.repaired, cell.mark) == (2, 1, "◐")
+    assert (cell.modules, cell.repaired) == (2, 1)
+    assert cell.value("difference") == pytest.approx(0.2)
 
 
 def test_projections_come_in_the_order_of_a_block() -> None:
@@ -411,3 +412,61 @@ def test_projections_come_in_the_order_of_a_block() -> None:
     assert grid.kinds == (*KINDS, "zeta")
     assert short_kinds(grid.kinds) == ("q", "k", "v", "o", "gate", "up", "down", "zeta")
     assert short_kinds(("q", "q_proj")) == ("q", "q_proj"), "never two columns of one name"
+
+
+def rates(before: tuple[int, int], after: tuple[int, int]) -> Evaluation:
+    (one, of), (two, of_two) = before, after
+    return Evaluation(
+        judge="key phrases",
+        before=Behaviour(harm_score=Share(hits=one, total=of)),
+        after=Behaviour(harm_score=Share(hits=two, total=of_two)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ((24, 24), (0, 24), "Harm score fell from 1.00 to 0.00."),
+        ((0, 24), (24, 24), "Harm score rose from 0.00 to 1.00."),
+        ((12, 24), (10, 24), "Harm score fell from 0.50 to 0.42; the intervals overlap, so this may be chance."),
+        ((12, 24), (12, 24), "Harm score stayed at 0.50."),
+        ((500, 1000), (501, 1000), "Harm score stayed at 0.50."),
+    ],
+)
+def test_an_evaluation_claims_no_more_than_was_counted(
+    before: tuple[int, int], after: tuple[int, int], told: str
+) -> None:
+    assert words.evaluation(rates(before, after)) == told
+
+
+def test_what_was_measured_on_one_side_alone_is_not_compared() -> None:
+    found = rates((1, 2), (1, 2))
+    found = found.model_copy(update={"after": found.after.model_copy(update={"over_refusal": Share(hits=0, total=2)})})
+    assert [name for name, _, _ in found.measures()] == ["harm_score"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layers", "told"),
+    [
+        ({"a": 1.0, "b": 2.0}, 1, "2 modules in 1 layer, rank 8; the update is largest in b"),
+        ({"a": 1.0, "b": 0.0}, 2, "2 modules in 2 layers, rank 8; the update is largest in a, and zero in 1 module"),
+        ({"lm_head": 0.0}, 0, "1 module, rank 8; the update is zero everywhere: the adapter does nothing"),
+    ],
+)
+def test_an_adapter_alone_has_a_headline_too(sizes: dict[str, float], layers: int, told: str) -> None:
+    assert words.inspected(sizes, layers, 8) == told
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(0.314, "+0.31"), (-0.02, "−0.02"), (0.001, "0.00"), (-0.001, "0.00"), (float("nan"), "–")]
+)
+def test_a_difference_has_its_sign(value: float, told: str) -> None:
+    assert words.signed(value) == told
+
+
+def test_zero_has_the_middle_of_the_scale_of_differences() -> None:
+    for values in ([0.4, 0.0], [-0.31, 0.1], [0.0], []):
+        scale = Scale.around_zero(values)
+        assert scale.low == -scale.high
+        assert scale.level(0.0) == DIFFERENCE_LEVELS // 2
+        assert scale.high >= 0.1, "rounding noise must not look like a change"

@@ -267,7 +267,9 @@ def job(service: Running, fresh: Path) -> str:
     return str(ended["id"])
 
 
-@pytest.mark.parametrize("path", ["report", "report.json", "report.html", "report.csv", "report.png"])
+@pytest.mark.parametrize(
+    "path", ["report"] + [f"report.{form}" for form in ("json", "html", "csv", "png", "layers.png", "changes.png")]
+)
 def test_a_report_is_sent_by_us_with_its_own_headers(client: httpx.Client, job: str, path: str) -> None:
     url = f"/v1/realignments/{job}/{path}"
     whole, head = client.get(url), client.head(url)
@@ -283,6 +285,14 @@ def test_a_report_is_sent_by_us_with_its_own_headers(client: httpx.Client, job: 
     again = client.get(url, headers={"if-none-match": whole.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
     refused(client.get(url, headers={"if-match": '"sha256-0"'}), 412, "precondition_failed")
+
+
+def test_a_picture_that_there_is_not_is_named(client: httpx.Client, job: str, fresh: Path) -> None:
+    message = refused(client.get(f"/v1/realignments/{job}/report.strengths.png"), 404, "no_such_figure")
+    refused(client.get(f"/v1/realignments/{job}/report.gif"), 422, "invalid_request")
+    sweep = realign(client, upload(client, fresh)["id"], method={"type": "gram"}, strengths=[0.1, 1])
+    curve = client.get(f"/v1/realignments/{sweep['id']}/report.strengths.png")
+    assert (curve.status_code, curve.headers["content-type"]) == (200, "image/png"), message
 
 
 def test_a_job_without_a_report_says_so(client: httpx.Client, fresh: Path) -> None:
