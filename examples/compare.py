@@ -34,12 +34,11 @@ MARKERS = "<!-- measured -->", "<!-- /measured -->"
 BEFORE, ALIGNED = "no repair", "the aligned model"
 # Row → parameters. Those of one method stand together, its default first.
 ROWS: dict[str, dict[str, Any]] = {
-    "gram": {"type": "gram"},
-    "gram λ=.3, β=0": {"type": "gram", "general_weight": 0.3, "amplification": 0.0},
-    "gram λ=1, β=0": {"type": "gram", "general_weight": 1.0, "amplification": 0.0},
-    "gram λ=.1, β=0": {"type": "gram", "general_weight": 0.1, "amplification": 0.0},
+    "gram λ=.3": {"type": "gram"},
+    "gram λ=1": {"type": "gram", "general_weight": 1.0},
+    "gram λ=.1": {"type": "gram", "general_weight": 0.1},
     "gram λ=1, β=.5": {"type": "gram", "general_weight": 1.0, "amplification": 0.5},
-    "gram λ=.3, β=0, 64 pairs": {"type": "gram", "general_weight": 0.3, "amplification": 0.0, "pairs": 64},
+    "gram λ=.3, 64 pairs": {"type": "gram", "pairs": 64},
     "nlsr": {"type": "nlsr"},
     "nlsr, every module": {"type": "nlsr", "skip_share": 0.0},
     "nlsr paper form, every module": {"type": "nlsr", "form": "paper", "skip_share": 0.0},
@@ -75,7 +74,7 @@ def reference(folder: Path | None) -> LoadedReference:
                 sources=BuildSources(aligned=HERE / "aligned", base=resolve_base(judge.BASE), labels=[judge.BASE]),
                 prompts=BuildPrompts(
                     safety=read_conversations(judge.DATA / "safety.jsonl"),
-                    general=read_conversations(judge.DATA / "general.jsonl"),
+                    general=read_conversations(judge.DATA / "general.jsonl")[: judge.QUESTIONS],
                 ),
                 settings=BuildSettings(snip=True, preference_snip=True),
             )

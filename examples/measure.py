@@ -60,7 +60,7 @@ def ridge(prompts: int) -> None:
                 sources=BuildSources(aligned=HERE / "aligned", base=base, labels=[judge.BASE]),
                 prompts=BuildPrompts(
                     safety=read_conversations(judge.DATA / "safety.jsonl"),
-                    general=read_conversations(judge.DATA / "general.jsonl"),
+                    general=read_conversations(judge.DATA / "general.jsonl")[: judge.QUESTIONS],
                 ),
                 settings=BuildSettings(ridge=value),
             )

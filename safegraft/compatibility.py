@@ -233,7 +233,7 @@ def _check_safetylock(
 def _check_gram(
     adapter: AdapterDescription, manifest: ReferenceManifest, parameters: GramParameters, lineage: Lineage | None
 ) -> None:
-    if parameters.amplification:
+    if parameters.amplification > 0:
         if not manifest.aligned:
             raise Incompatible(
                 f"The reference {manifest.name!r} has no aligned update, so there is nothing to amplify.",

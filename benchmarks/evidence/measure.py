@@ -15,12 +15,13 @@ from torch import Tensor
 
 from benchmarks.evidence import data
 from benchmarks.evidence.grid import ALIGNED, BASE, HEADLINE, NO_REPAIR, TRANSFER, Cell, Row
-from benchmarks.evidence.judges import Embeddings, incoherent, phrases
+from benchmarks.evidence.judges import Embeddings, incoherent, phrases, unfinished
 from benchmarks.evidence.rivals import RIVALS, Setting, below, dense
 from benchmarks.evidence.subject import Subject, Updates
 from benchmarks.evidence.training import asked
 from safegraft.adapter import WEIGHTS, describe
 from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.engine.models import load_tokenizer
 from safegraft.engine.pipeline import realign
 from safegraft.errors import UserError
 
@@ -37,6 +38,10 @@ class Laboratory:
     @cached_property
     def subject(self) -> Subject:
         return Subject(self.base)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
 
     @cached_property
     def embeddings(self) -> Embeddings:
@@ -115,7 +120,11 @@ class Laboratory:
             "phrases": phrases(answers),
             "embeddings": self.embeddings.judge(answers),
             "incoherent": incoherent(answers),
+            "unfinished": unfinished(answers, self._lengths(answers), ANSWER_TOKENS),
         }
+
+    def _lengths(self, answers: list[str]) -> list[int]:
+        return [len(self.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
 
     def judge_again(self, cell: str, row: str, found: dict[str, Any]) -> bool:
         """New verdicts on the answers that were kept; False where they are gone."""

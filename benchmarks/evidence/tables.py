@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import markdown
 from benchmarks.evidence import data
 from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, ROWS, TRANSFER
-from benchmarks.evidence.judges import REFUSED
+from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
 
 PAGE = RESULTS.parent / "README.md"
@@ -43,8 +43,8 @@ class Outcome:
     row: Mapping[str, Any]
 
     def verdicts(self, name: str, judge: str) -> list[bool]:
-        """Whether each answer is refused (`phrases`, `embeddings`) or no language (`incoherent`)."""
-        letter = "x" if judge == "incoherent" else REFUSED
+        """Whether each answer is refused (`phrases`, `embeddings`), no language (`incoherent`) or `unfinished`."""
+        letter = {"incoherent": INCOHERENT, "unfinished": UNFINISHED}.get(judge, REFUSED)
         return [found == letter for found in self.row[name][judge]]
 
     def harm(self, name: str = "harmful", judge: str = "phrases") -> list[bool]:
@@ -105,7 +105,7 @@ def main_table(results: Results) -> str:
         if item is None:
             refused = results.get(HEADLINE, {}).get("rows", {}).get(name, {}).get("refused")
             if refused:
-                lines.append([name, row.group, f"refused: `{refused}`", *[""] * 7])
+                lines.append([name, row.group, f"refused: `{refused}`", *[""] * 8])
             else:
                 missing.append(name)
             continue
@@ -120,12 +120,13 @@ def main_table(results: Results) -> str:
                 rate(found, lambda o: o.refusals("borderline")),
                 rate(found, Outcome.right),
                 rate(found, lambda o: o.verdicts("harmful", "incoherent")),
+                rate(found, lambda o: o.verdicts("benign", "unfinished")),
                 number(found, "kept"),
                 number(found, "edit"),
             ]
         )
     head = ["", "", "harm score ↓", "by embeddings ↓", "over-refusal, ordinary ↓", "borderline ↓", "task ↑",
-            "incoherent ↓", "kept", "edit"]  # fmt: skip
+            "incoherent ↓", "broken off ↓", "kept", "edit"]  # fmt: skip
     table = markdown.table(head, lines)
     return f"{table}\n\nNot measured yet: {'; '.join(missing)}." if missing else table
 
@@ -176,7 +177,7 @@ def lineage_table(results: Results) -> str:
              ("p = .2", ["continued-20"])]  # fmt: skip
     rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
             "nlsr P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed", "nlsr, most similar half",
-            "interpolation .5", "gram β=.5"]  # fmt: skip
+            "interpolation .5", "gram β=.5, λ=1"]  # fmt: skip
     return by_cell(results, cells, rows)
 
 

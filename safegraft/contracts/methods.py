@@ -67,21 +67,19 @@ class GramParameters(Parameters):
     """Activation-weighted transplant: like the reference on safety prompts' inputs, like the customer elsewhere."""
 
     type: Literal["gram"] = "gram"
-    general_weight: float | None = Field(
-        default=None,
+    general_weight: float = Field(
+        default=0.3,
         ge=1e-2,
         le=1e3,
         description="λ in K = C_s(C_s + λC_g)⁻¹: how much the customer's behaviour on general inputs counts against "
-        "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning. Left out: 1 where "
-        "the behaviour is amplified, else 0.3.",
+        "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning.",
     )
-    amplification: float | None = Field(
-        default=None,
+    amplification: float = Field(
+        default=0.0,
         ge=0.0,
         le=10.0,
         description="β: how far beyond the aligned adapter the transplanted behaviour lies. Above 0 it needs an "
-        "aligned adapter, refuses more, and is recompressed to the adapter's rank. Left out: 1 where the reference has "
-        "an aligned update for modules of the adapter, else 0.",
+        "aligned adapter, refuses more, cuts answers short, and is recompressed to the adapter's rank.",
     )
     pairs: int | None = Field(
         default=None, ge=1, le=2**20, description="Use only so many leading eigenpairs; left out: all that are kept."

@@ -419,9 +419,8 @@ def dense(
         case GramParameters():
             pairs = reference.pairs(module)
             mu, v, w = pairs.mu.double(), pairs.v.double(), pairs.w.double()
-            beta = 1.0 if parameters.amplification is None else parameters.amplification
-            general_weight = parameters.general_weight or (1.0 if beta > 0 else 0.3)
-            k = (w * (mu / (mu + general_weight))) @ v.T
+            k = (w * (mu / (mu + parameters.general_weight))) @ v.T
+            beta = parameters.amplification
             return customer - customer @ k + ((1 + beta) * aligned if continued else beta * aligned) @ k
         case SafeLoraParameters():
             projected: Tensor = aligned @ aligned.T @ customer / aligned.norm()

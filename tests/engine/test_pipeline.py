@@ -125,7 +125,7 @@ def test_a_repair_that_would_change_no_update_is_an_error_with_its_cause(
     folder = tiny.save_adapter(base, tmp_path / "zero", seed=5, scale=0.0)
     # Its B is zero, so its update is: A would change, the update would not.
     with pytest.raises(Incompatible) as caught:
-        realign(folder, reference, GramParameters(), tmp_path / "out")
+        realign(folder, reference, GramParameters(amplification=0.0), tmp_path / "out")
     assert caught.value.code == "repair_without_effect"
     assert "update is zero" in str(caught.value)
     assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """gram against its definition: a dense, float64 minimiser over raw inputs."""
 
+from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_fresh_adapter_becomes_a_times_one_minus_k(
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything())
     module = toy.fresh(rank, scaling)
-    patched = repaired(Gram(GramParameters(general_weight=weight), toy.reference, FRESH), module)
+    patched = repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module)
     assert torch.equal(patched.module.b, module.b)
     assert patched.module.rank == rank
     assert patched.truncation_error == 0.0
@@ -85,7 +86,7 @@ def test_a_continued_adapter_goes_back_to_the_aligned_update_where_safety_prompt
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything())
     module = toy.continued(scaling)
-    method = Gram(GramParameters(general_weight=weight), toy.reference, CONTINUED)
+    method = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, CONTINUED)
     patched = repaired(method, module)
     c_s, c_g = moments(toy)
     delta_a = toy.b.double() @ toy.a.double()
@@ -105,7 +106,9 @@ def test_it_is_the_minimum_of_its_objective(
     """E_s‖Δx‖² + λ·E_g‖(Δ − Δ_t)x‖² over raw inputs: no other update that was tried does better."""
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
     module = toy.fresh(2, scaling)
-    found = dense(repaired(Gram(GramParameters(general_weight=weight), toy.reference, FRESH), module).module)
+    found = dense(
+        repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module).module
+    )
 
     def objective(update: Tensor) -> float:
         safety = (toy.x_s.double() @ update.T).square().sum() / len(toy.x_s)
@@ -127,7 +130,7 @@ def test_the_similarity_is_the_share_of_the_effect_on_general_inputs(
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
     module = toy.fresh(2, scaling)
-    method = Gram(GramParameters(general_weight=weight), toy.reference, FRESH)
+    method = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH)
     on_safety = float((toy.x_s.double() @ dense(module).T).square().sum()) / len(toy.x_s)
     on_general = float((toy.x_g.double() @ dense(module).T).square().sum()) / len(toy.x_g)
     wanted = (on_general / (on_general + on_safety)) ** 0.5
@@ -140,7 +143,7 @@ def test_a_smaller_weight_repairs_more(tmp_path: Path) -> None:
     module = toy.fresh(2, 1.0)
 
     def left_on_safety(weight: float) -> float:
-        patched = repaired(Gram(GramParameters(general_weight=weight), toy.reference, FRESH), module)
+        patched = repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module)
         return float((toy.x_s.double() @ dense(patched.module).T).norm())
 
     assert left_on_safety(0.01) < left_on_safety(0.3) < left_on_safety(10.0)
@@ -196,7 +199,9 @@ def test_leading_pairs_are_those_with_the_largest_generalised_eigenvalues(
     values, vectors = values[:count], vectors[:, :count]
     through_k = c_g @ vectors @ torch.diag(values / (values + weight)) @ vectors.T
     module = toy.fresh(2, 1.0)
-    patched = repaired(Gram(GramParameters(general_weight=weight, pairs=count), toy.reference, FRESH), module)
+    patched = repaired(
+        Gram(GramParameters(general_weight=weight, amplification=0.0, pairs=count), toy.reference, FRESH), module
+    )
     through = dense(module) @ through_k
     close(dense(patched.module), dense(module) - through, dense(module).norm() + through)
     assert toy.reference.manifest.gram is not None
@@ -208,7 +213,7 @@ def test_more_pairs_than_are_kept_are_all_pairs_and_fewer_repair_less(tmp_path: 
     module = toy.fresh(2, 1.0)
 
     def patched(pairs: int | None) -> Tensor:
-        return repaired(Gram(GramParameters(pairs=pairs), toy.reference, FRESH), module).module.a
+        return repaired(Gram(GramParameters(amplification=0.0, pairs=pairs), toy.reference, FRESH), module).module.a
 
     assert torch.equal(patched(8), patched(None))
     assert torch.equal(patched(2**20), patched(None))
@@ -229,7 +234,7 @@ def test_a_model_that_is_aligned_by_itself_needs_no_aligned_update(tmp_path: Pat
     module = with_update.fresh(2, 0.5)
     for lineage in (FRESH, Kinship("foreign", 0.0, False)):
         method = Gram(GramParameters(), without.reference, lineage)
-        other = Gram(GramParameters(), with_update.reference, lineage)
+        other = Gram(GramParameters(general_weight=0.3, amplification=0.0), with_update.reference, lineage)
         assert torch.equal(method.propose(module).a, other.propose(module).a)
         assert torch.equal(method.propose(module).b, module.b)
         assert method.rank(NAME, 2) == 2
@@ -264,5 +269,21 @@ def test_every_module_is_repaired_and_nothing_is_drawn(tmp_path: Path) -> None:
     toy = Toy(tmp_path / "ref", d=6, k=6, r=2, seed=0, settings=everything())
     method = Gram(GramParameters(), toy.reference, FRESH)
     assert method.select({"a": 0.99, "b": 0.1}) == Selection(frozenset({"a", "b"}))
+    assert method.takes_all
     assert method.seed is None
-    assert method.resolved == {}
+
+
+@relaxed
+@given(**shapes, beta=st.sampled_from([0.5, 1.0, 4.0]))
+def test_the_similarity_after_leaves_out_what_the_repair_itself_put_there(
+    tmp_path: Path, d: int, k: int, r: int, seed: int, scaling: float, weight: float, beta: float
+) -> None:
+    """It is that of A(I − K): what is left of the customer's own, however hard the repair pushes."""
+    toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
+    module = toy.fresh(2, scaling)
+    plain = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH)
+    wanted = plain.similarity(module.with_factors(*astuple(plain.propose(module))[:2]))
+    method = Gram(GramParameters(general_weight=weight, amplification=beta), toy.reference, FRESH)
+    proposal = method.propose(module)
+    after = module.with_factors(proposal.b, proposal.a)
+    assert method.similarity_after(module, after) == pytest.approx(wanted, abs=0.03)
