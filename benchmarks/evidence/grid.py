@@ -97,8 +97,8 @@ def _rival(
 
 NO_REPAIR, ALIGNED, BASE = "no repair", "the aligned model", "the untouched model"
 DEFAULT = "gram"
-# Its reference as it was before prompts of many formats came with the package.
-QUESTIONS = "gram, 90 questions"
+# What it was before its gain became steeper and prompts of many formats came with the package.
+EARLIER = "gram p=1, λ=.3, 90 questions"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -110,18 +110,22 @@ ROWS: dict[str, Row] = {
         _method("safelora", "method", type="safelora"),
         _method("antidote", "method", type="antidote"),
         _method("safetylock", "method", type="safetylock"),
-        _gram("gram λ=.03", general_weight=0.03),
+        _gram("gram λ=.05", general_weight=0.05),
         _gram("gram λ=.1", general_weight=0.1),
+        _gram("gram λ=.5", general_weight=0.5),
         _gram("gram λ=1", general_weight=1.0),
-        _gram("gram λ=3", general_weight=3.0),
+        _gram("gram p=1, λ=.1", steepness=1.0, general_weight=0.1),
+        _gram("gram p=1, λ=.3", steepness=1.0, general_weight=0.3),
+        _gram("gram p=4", steepness=4.0),
         _gram("gram, 64 pairs", pairs=64),
-        _gram("gram β=.5, λ=1", amplification=0.5, general_weight=1.0),
-        _gram("gram β=1, λ=.3", amplification=1.0, general_weight=0.3),
-        _gram("gram β=1, λ=1", amplification=1.0, general_weight=1.0),
-        _gram("gram β=1, λ=3", amplification=1.0, general_weight=3.0),
-        _gram("gram β=1, λ=10", amplification=1.0, general_weight=10.0),
-        _gram(QUESTIONS, prompts="questions"),
-        _gram("gram, 90 questions, λ=.03", prompts="questions", general_weight=0.03),
+        _gram("gram, 90 questions", prompts="questions"),
+        _gram(EARLIER, prompts="questions", steepness=1.0, general_weight=0.3),
+        _gram("gram p=1, λ=.03, 90 questions", prompts="questions", steepness=1.0, general_weight=0.03),
+        _gram("gram β=.25, λ=.4", amplification=0.25, general_weight=0.4),
+        _gram("gram β=1, p=1, λ=.3", amplification=1.0, steepness=1.0, general_weight=0.3),
+        _gram("gram β=1, p=1, λ=1", amplification=1.0, steepness=1.0, general_weight=1.0),
+        _gram("gram β=1, p=1, λ=3", amplification=1.0, steepness=1.0, general_weight=3.0),
+        _gram("gram β=1, p=1, λ=10", amplification=1.0, steepness=1.0, general_weight=10.0),
         _method("nlsr P_L=.8", "sweep", type="nlsr", skip_share=0.8),
         _method("nlsr P_L=.2", "sweep", type="nlsr", skip_share=0.2),
         _method("nlsr P_L=0", "sweep", type="nlsr", skip_share=0.0),
@@ -163,14 +167,14 @@ ROWS: dict[str, Row] = {
         _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
     )
 }  # fmt: skip
-MAIN = (NO_REPAIR, DEFAULT, "gram β=1, λ=1", "nlsr", "safelora", "antidote", "safetylock")
+MAIN = (NO_REPAIR, DEFAULT, EARLIER, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
-TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, "gram β=1, λ=1", "nlsr", "nlsr P_L=0", "safelora")
+TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, EARLIER, "nlsr", "nlsr P_L=0", "safelora")
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
 # Further rows on a continued adapter, the case of the NLSR paper.
 ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
-                "nlsr P_L=0, P_SR=.2", "gram β=.5, λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
+                "nlsr P_L=0, P_SR=.2", "gram β=1, p=1, λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 
 
@@ -185,7 +189,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
                 seen.add((cell.name, name))
                 yield cell, ROWS[name]
 
-    yield from once(headline, NO_REPAIR, ALIGNED, *MAIN, "nlsr P_L=0")
+    yield from once(headline, NO_REPAIR, ALIGNED, *MAIN, "nlsr P_L=0", "gram λ=.1", "gram p=1, λ=.1")
     yield from once(CELLS["continued-1"], *MAIN)
     for name in ("poison-0", "poison-20", "news", "poison-01", "poison-10", "orders", "headline-2", "headline-3"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT, "nlsr", "safelora")

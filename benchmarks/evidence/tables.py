@@ -177,7 +177,7 @@ def lineage_table(results: Results) -> str:
              ("p = .2", ["continued-20"])]  # fmt: skip
     rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
             "nlsr P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed", "nlsr, most similar half",
-            "interpolation .5", "gram β=.5, λ=1"]  # fmt: skip
+            "interpolation .5", "gram β=1, p=1, λ=1"]  # fmt: skip
     return by_cell(results, cells, rows)
 
 

@@ -68,11 +68,18 @@ class GramParameters(Parameters):
 
     type: Literal["gram"] = "gram"
     general_weight: float = Field(
-        default=0.3,
+        default=0.2,
         ge=1e-2,
         le=1e3,
-        description="λ in K = C_s(C_s + λC_g)⁻¹: how much the customer's behaviour on general inputs counts against "
-        "the reference's on safety inputs. Smaller repairs more and costs more of the fine-tuning.",
+        description="λ: how much the customer's behaviour on general inputs counts against the reference's on safety "
+        "inputs. Smaller repairs more and costs more of the fine-tuning.",
+    )
+    steepness: float = Field(
+        default=2.0,
+        ge=1.0,
+        le=8.0,
+        description="p in the gain μᵖ/(μᵖ + λᵖ) with which a direction of inputs is taken over, μ being how much more "
+        "energy safety prompts have there than general ones. 1 is K = C_s(C_s + λC_g)⁻¹; larger spares what both do.",
     )
     amplification: float = Field(
         default=0.0,

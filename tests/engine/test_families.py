@@ -419,7 +419,7 @@ def dense(
         case GramParameters():
             pairs = reference.pairs(module)
             mu, v, w = pairs.mu.double(), pairs.v.double(), pairs.w.double()
-            k = (w * (mu / (mu + parameters.general_weight))) @ v.T
+            k = (w * (1 / (1 + (parameters.general_weight / mu) ** parameters.steepness))) @ v.T
             beta = parameters.amplification
             return customer - customer @ k + ((1 + beta) * aligned if continued else beta * aligned) @ k
         case SafeLoraParameters():

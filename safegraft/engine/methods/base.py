@@ -14,11 +14,10 @@ proposes to the customer's rank and dtype, measures what that did, and writes it
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from threading import Lock
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -31,7 +30,29 @@ from safegraft.engine.reference import EigenPairs, LoadedReference
 # wide inputs of down projections, which one module alone reads, are not worth keeping.
 RECENT_SITES, RECENT_ENTRIES = 3, 2**22
 
+Value = TypeVar("Value")
 Fidelity = Literal["paper", "authors' code", "variant"]
+
+
+class once(Generic[Value]):
+    """functools.cached_property without its lock, which in Python 3.11 is one for all instances: modules are worked on
+    in parallel, and each by one thread."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute = compute
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Value: ...
+    def __get__(self, instance: object | None, owner: type) -> Self | Value:
+        if instance is None:
+            return self
+        found = instance.__dict__[self._name] = self._compute(instance)
+        return found
 
 
 # What a module keeps of its factors once it is computed.
@@ -53,39 +74,39 @@ class Module:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
-    @cached_property
+    @once
     def update(self) -> tuple[Tensor, Tensor]:
         """(B, A) with the scaling folded into B, balanced: however the customer's factors share ΔW's size."""
         b, a = lowrank.balanced(self.b, self.a)
         return self._scaled_b if b is self.b else b * self.scaling, a
 
-    @cached_property
+    @once
     def gram(self) -> Tensor:
         """BᵀB (r, r) of `update`'s B: every norm and inner product of the update needs it."""
         b, _ = self.update
         return self._gram_b if b is self._scaled_b else b.T @ b
 
-    @cached_property
+    @once
     def gram_of_rows(self) -> Tensor:
         """AAᵀ (r, r) of `update`'s A."""
         _, a = self.update
         return self._gram_a if a is self.a else a @ a.T
 
-    @cached_property
+    @once
     def energy(self) -> float:
         """‖ΔW‖². Raises InvalidTensors."""
         b, a = self.update
         return max(lowrank.inner(b, a, b, a, of_b=self.gram, of_a=self.gram_of_rows), 0.0)
 
-    @cached_property
+    @once
     def _gram_a(self) -> Tensor:
         return self.a @ self.a.T
 
-    @cached_property
+    @once
     def _scaled_b(self) -> Tensor:
         return self.b if self.scaling == 1.0 else self.b * self.scaling
 
-    @cached_property
+    @once
     def _gram_b(self) -> Tensor:
         return self._scaled_b.T @ self._scaled_b
 

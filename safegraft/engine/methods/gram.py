@@ -8,6 +8,9 @@ Relative to the aligned model (Δ_a = 0 there), with β = 0, a fresh adapter bec
 keys, B untouched, no reference adapter needed. A continued adapter contains Δ_a, so Δ'' = Δ_t(I − K) + Δ_e·K, and
 β > 0 adds β(Δ_a − Δ₀)·K to a fresh one: both have a higher rank. With the eigenpairs of a reference,
 A·K = Σ μ/(μ+λ)·(A·w)·vᵀ, so that λ, β and the number of pairs are chosen per job.
+
+By default the gain is steeper, μᵖ/(μᵖ + λᵖ) with p = 2, which is the minimiser for C_s·C_g⁻¹·C_s in the place of C_s
+and λ² in that of λ: safety inputs count the more, the less general ones look like them (docs/decisions/0010).
 """
 
 from collections.abc import Mapping
@@ -63,12 +66,14 @@ class Gram(Method):
 
     def _push(self, module: Module) -> tuple[Tensor, Tensor] | None:
         """(B, A) of (Δ_e − Δ_a)·K, None where it is zero. Kept until the repaired module was measured."""
-        beta, weight = self.parameters.amplification, self.parameters.general_weight
-        key = "push", beta, weight, self.parameters.pairs
+        # Several strengths of one job share what is known of a module.
+        own = self.parameters
+        key = "push", own.amplification, own.general_weight, own.steepness, own.pairs
         if key not in module.known:
             pairs = self.pairs(module, self.parameters.pairs)
-            surplus = self.reference.surplus(module.name, beta)
-            module.known[key] = None if surplus is None else (surplus[0], _back(surplus[1] @ pairs.w, pairs, weight))
+            surplus = self.reference.surplus(module.name, self.parameters.amplification)
+            push = None if surplus is None else (surplus[0], _back(surplus[1] @ pairs.w, self._gain(pairs), pairs))
+            module.known[key] = push
         found: tuple[Tensor, Tensor] | None = module.known[key]
         return found
 
@@ -82,20 +87,24 @@ class Gram(Method):
 
     def propose(self, module: Module) -> Proposal:
         pairs = self.pairs(module, self.parameters.pairs)
-        weight = self.parameters.general_weight
+        gain = self._gain(pairs)
         p, unit = module.projected(pairs)
-        left = module.a - _back(p, pairs, weight) * unit
+        left = module.a - _back(p, gain, pairs) * unit
         if self.on_aligned:
             push = self._push(module)
         else:
             target = self.reference.amplified(module.name, self.parameters.amplification)
-            push = None if target is None else (target[0], _back(target[1] @ pairs.w, pairs, weight))
+            push = None if target is None else (target[0], _back(target[1] @ pairs.w, gain, pairs))
         if push is None:
             return Proposal(module.b, left)
         b, a = push
         return Proposal(*lowrank.stack((module.b, left), (b / module.scaling, a)))
 
+    def _gain(self, pairs: EigenPairs) -> Tensor:
+        """μᵖ/(μᵖ + λᵖ) (m,), as 1/(1 + (λ/μ)ᵖ): no power of a tiny or a huge μ leaves float32's range by itself."""
+        return 1.0 / (1.0 + (self.parameters.general_weight / pairs.mu.clamp_min(0.0)) ** self.parameters.steepness)
 
-def _back(p: Tensor, pairs: EigenPairs, general_weight: float) -> Tensor:
+
+def _back(p: Tensor, gain: Tensor, pairs: EigenPairs) -> Tensor:
     """A·K (r, k) from P = A·W (r, m)."""
-    return (p * (pairs.mu / (pairs.mu + general_weight))) @ pairs.v.T
+    return (p * gain) @ pairs.v.T

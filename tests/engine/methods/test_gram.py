@@ -14,6 +14,7 @@ from safegraft.contracts.methods import GramParameters
 from safegraft.engine.bundle import BuildSettings, generalized_eigenpairs
 from safegraft.engine.methods.base import Kinship, Selection
 from safegraft.engine.methods.gram import Gram
+from safegraft.engine.reference import EigenPairs
 from tests.engine.random_bundle import NAME, Toy, dense, repaired
 
 CONTINUED = Kinship("continued", 0.9, True)
@@ -70,7 +71,9 @@ def test_a_fresh_adapter_becomes_a_times_one_minus_k(
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything())
     module = toy.fresh(rank, scaling)
-    patched = repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module)
+    patched = repaired(
+        Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, FRESH), module
+    )
     assert torch.equal(patched.module.b, module.b)
     assert patched.module.rank == rank
     assert patched.truncation_error == 0.0
@@ -86,7 +89,7 @@ def test_a_continued_adapter_goes_back_to_the_aligned_update_where_safety_prompt
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything())
     module = toy.continued(scaling)
-    method = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, CONTINUED)
+    method = Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, CONTINUED)
     patched = repaired(method, module)
     c_s, c_g = moments(toy)
     delta_a = toy.b.double() @ toy.a.double()
@@ -107,7 +110,9 @@ def test_it_is_the_minimum_of_its_objective(
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
     module = toy.fresh(2, scaling)
     found = dense(
-        repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module).module
+        repaired(
+            Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, FRESH), module
+        ).module
     )
 
     def objective(update: Tensor) -> float:
@@ -130,7 +135,7 @@ def test_the_similarity_is_the_share_of_the_effect_on_general_inputs(
 ) -> None:
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
     module = toy.fresh(2, scaling)
-    method = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH)
+    method = Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, FRESH)
     on_safety = float((toy.x_s.double() @ dense(module).T).square().sum()) / len(toy.x_s)
     on_general = float((toy.x_g.double() @ dense(module).T).square().sum()) / len(toy.x_g)
     wanted = (on_general / (on_general + on_safety)) ** 0.5
@@ -138,12 +143,37 @@ def test_the_similarity_is_the_share_of_the_effect_on_general_inputs(
     assert method.similarity(repaired(method, module).module) >= method.similarity(module) - 0.01
 
 
+@relaxed
+@given(**shapes)
+def test_by_default_safety_inputs_count_the_more_the_less_general_ones_look_like_them(
+    tmp_path: Path, d: int, k: int, r: int, seed: int, scaling: float, weight: float
+) -> None:
+    """p = 2 is the minimiser with C_s·C_g⁻¹·C_s in the place of C_s and λ² in that of λ."""
+    toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything())
+    module = toy.fresh(2, scaling)
+    c_s, c_g = moments(toy)
+    steep = c_s @ torch.linalg.inv(c_g) @ c_s
+    through = dense(module) @ steep @ torch.linalg.inv(steep + weight**2 * c_g)
+    patched = repaired(Gram(GramParameters(general_weight=weight), toy.reference, FRESH), module)
+    close(dense(patched.module), dense(module) - through, dense(module).norm() + through)
+
+
+def test_no_gain_leaves_the_range(tmp_path: Path) -> None:
+    toy = Toy(tmp_path / "ref", d=8, k=8, r=2, seed=5, settings=everything())
+    method = Gram(GramParameters(general_weight=1000.0, steepness=8.0), toy.reference, FRESH)
+    mu = torch.tensor([3e38, 1e3, 1.0, 1e-38, 0.0, -1e-9])
+    gain = method._gain(EigenPairs(mu, torch.zeros(8, 6), torch.zeros(8, 6)))
+    assert gain.tolist() == pytest.approx([1.0, 0.5, 0.0, 0.0, 0.0, 0.0], abs=1e-6)
+
+
 def test_a_smaller_weight_repairs_more(tmp_path: Path) -> None:
     toy = Toy(tmp_path / "ref", d=8, k=8, r=2, seed=5, settings=everything())
     module = toy.fresh(2, 1.0)
 
     def left_on_safety(weight: float) -> float:
-        patched = repaired(Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH), module)
+        patched = repaired(
+            Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, FRESH), module
+        )
         return float((toy.x_s.double() @ dense(patched.module).T).norm())
 
     assert left_on_safety(0.01) < left_on_safety(0.3) < left_on_safety(10.0)
@@ -159,7 +189,7 @@ def test_amplification_adds_what_lies_beyond_the_aligned_update_on_safety_prompt
     through_k = c_s @ torch.linalg.inv(c_s + weight * c_g)
     delta_a = toy.b.double() @ toy.a.double()
     delta_0 = toy.weak[0].double() @ toy.weak[1].double() if toy.weak else torch.zeros_like(delta_a)
-    parameters = GramParameters(general_weight=weight, amplification=beta)
+    parameters = GramParameters(general_weight=weight, steepness=1.0, amplification=beta)
     identity = torch.eye(k, dtype=torch.float64)
 
     method, module = Gram(parameters, toy.reference, FRESH), toy.fresh(rank, scaling)
@@ -200,7 +230,10 @@ def test_leading_pairs_are_those_with_the_largest_generalised_eigenvalues(
     through_k = c_g @ vectors @ torch.diag(values / (values + weight)) @ vectors.T
     module = toy.fresh(2, 1.0)
     patched = repaired(
-        Gram(GramParameters(general_weight=weight, amplification=0.0, pairs=count), toy.reference, FRESH), module
+        Gram(
+            GramParameters(general_weight=weight, steepness=1.0, amplification=0.0, pairs=count), toy.reference, FRESH
+        ),
+        module,
     )
     through = dense(module) @ through_k
     close(dense(patched.module), dense(module) - through, dense(module).norm() + through)
@@ -234,7 +267,7 @@ def test_a_model_that_is_aligned_by_itself_needs_no_aligned_update(tmp_path: Pat
     module = with_update.fresh(2, 0.5)
     for lineage in (FRESH, Kinship("foreign", 0.0, False)):
         method = Gram(GramParameters(), without.reference, lineage)
-        other = Gram(GramParameters(general_weight=0.3, amplification=0.0), with_update.reference, lineage)
+        other = Gram(GramParameters(), with_update.reference, lineage)
         assert torch.equal(method.propose(module).a, other.propose(module).a)
         assert torch.equal(method.propose(module).b, module.b)
         assert method.rank(NAME, 2) == 2
@@ -281,9 +314,9 @@ def test_the_similarity_after_leaves_out_what_the_repair_itself_put_there(
     """It is that of A(I − K): what is left of the customer's own, however hard the repair pushes."""
     toy = Toy(tmp_path / "ref", d=d, k=k, r=r, seed=seed, settings=everything(1e-4))
     module = toy.fresh(2, scaling)
-    plain = Gram(GramParameters(general_weight=weight, amplification=0.0), toy.reference, FRESH)
+    plain = Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=0.0), toy.reference, FRESH)
     wanted = plain.similarity(module.with_factors(*astuple(plain.propose(module))[:2]))
-    method = Gram(GramParameters(general_weight=weight, amplification=beta), toy.reference, FRESH)
+    method = Gram(GramParameters(general_weight=weight, steepness=1.0, amplification=beta), toy.reference, FRESH)
     proposal = method.propose(module)
     after = module.with_factors(proposal.b, proposal.a)
     assert method.similarity_after(module, after) == pytest.approx(wanted, abs=0.03)
