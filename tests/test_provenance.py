@@ -124,7 +124,7 @@ def test_the_statement_says_what_was_made_from_what(made: Made, bundle: Path) ->
     definition = body["predicate"]["buildDefinition"]
     assert definition["buildType"] == "urn:safegraft:realignment:v1"
     assert definition["externalParameters"] == {
-        "method": {"type": "gram", "general_weight": 0.3, "amplification": 0.0, "pairs": None},
+        "method": {"type": "gram", "general_weight": 0.2, "steepness": 2.0, "amplification": 0.0, "pairs": None},
         "mode": "patch",
         "strengths": [],
         "output_rank": "customer",

@@ -40,7 +40,6 @@ def show(
         Path | None,
         typer.Option(
             "--out",
-            envvar="SAFEGRAFT_OUT",
             help="Writes OUT.json, .html, .csv and the pictures; replaces what is there.",
         ),
     ] = None,

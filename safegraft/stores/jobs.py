@@ -53,6 +53,8 @@ RETRY_WINDOW = 1800.0
 LAST_EVENT = 2**31 - 1
 # How a job's time is shared among its stages, roughly: what an estimate of its end needs.
 STAGES = {"fetch": 0.05, "compare": 0.3, "score": 0.15, "patch": 0.4, "publish": 0.1}
+# Methods that repair every module whatever it measures: they have no stage of scores.
+TAKES_ALL = ("gram", "antidote")
 Api = Literal["realignments", "fine_tuning"]
 # The event of an operator's requeue.
 REVIVED = "revived"
@@ -766,11 +768,12 @@ def _estimate(row: Row[Any]) -> int | None:
     progress = Progress.model_validate(row.progress)
     if row.attempt_started_at is None or progress.stage not in STAGES:
         return None
-    before = sum(
-        share for stage, share in STAGES.items() if list(STAGES).index(stage) < list(STAGES).index(progress.stage)
-    )
+    stages = list(STAGES)
+    if row.request["mode"] == "patch" and row.request["method"]["type"] in TAKES_ALL and progress.stage != "score":
+        stages.remove("score")
+    before = sum(STAGES[stage] for stage in stages[: stages.index(progress.stage)])
     within = progress.done / progress.total if progress.total else 0.0
-    share = before + STAGES[progress.stage] * within
+    share = (before + STAGES[progress.stage] * within) / sum(STAGES[stage] for stage in stages)
     elapsed = time.time() - row.attempt_started_at
     if share < 0.1 or elapsed <= 0:
         return None

@@ -471,7 +471,7 @@ def test_the_catalogue_says_what_is_installed(client: httpx.Client, bundle: Path
     assert [name for name, method in methods.items() if method["default"]] == ["gram"]
     assert methods["gram"]["strength_parameter"] == "general_weight"
     assert methods["none"]["strength_parameter"] is None
-    assert methods["gram"]["parameters"]["properties"]["general_weight"]["default"] == 0.3
+    assert methods["gram"]["parameters"]["properties"]["general_weight"]["default"] == 0.2
 
 
 def test_a_dead_worker_process_costs_one_attempt_and_nothing_else(

@@ -621,6 +621,17 @@ def test_the_end_is_extrapolated_from_the_progress(
         assert left == pytest.approx(wanted, rel=0.05, abs=3)
 
 
+def test_a_method_that_takes_all_modules_has_no_share_for_scores(store: JobStore, engine: Engine) -> None:
+    asked = store.create("t", REFERENCE, request(method={"type": "gram"})).job.id
+    claim = store.claim(asked, "w1")
+    assert claim is not None
+    shift(engine, claim.id, "attempt_started_at", -70)
+    store.heartbeat(claim.id, claim.attempt, Progress(stage="patch", done=0, total=14))
+    found = store.get("t", claim.id).estimated_finish
+    assert found is not None
+    assert found - time.time() == pytest.approx(70 / (0.35 / 0.85) - 70, rel=0.05, abs=3)
+
+
 def test_only_a_running_job_has_an_estimated_end(store: JobStore, engine: Engine) -> None:
     claim = claimed(store)
     shift(engine, claim.id, "attempt_started_at", -70)
