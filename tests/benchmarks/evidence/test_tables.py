@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import tables
-from benchmarks.evidence.grid import CELLS, ROWS
+from benchmarks.evidence.grid import CELLS, MAIN, ROWS
 from benchmarks.evidence.run import RESULTS
 
 
@@ -33,7 +33,7 @@ def test_what_was_measured_is_complete_a_prompt_a_letter() -> None:
             if "refused" in values:
                 continue
             assert len(values["task"]) == 200
-            for judge in ("phrases", "embeddings", "incoherent"):
+            for judge in ("phrases", "embeddings", "incoherent", "unfinished"):
                 assert len(values["harmful"][judge]) == 200
                 assert len(values["benign"][judge]) == 100
 
@@ -55,6 +55,6 @@ def test_no_answer_to_a_harmful_prompt_lies_in_the_repository() -> None:
 
 def test_a_table_says_what_is_missing(tmp_path: Path) -> None:
     assert tables.read(tmp_path) == {}
-    assert tables.poison_table({}).count(tables.DASH) == 30
+    assert tables.poison_table({}).count(tables.DASH) == 5 * len(MAIN)
     with pytest.raises(ValueError, match="no <!-- main -->"):
         tables.filled("nothing here", {})
