@@ -574,6 +574,7 @@ function filesSection(adapter, go) {
               bytes: file.bytes,
               sha256: file.sha256,
               onState: tell,
+              elsewhere: "Download the whole adapter, or use curl -L.",
             }),
           { class: "small", "aria-label": `Download ${shown(file.name)}` },
         );

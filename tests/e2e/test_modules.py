@@ -183,6 +183,23 @@ def test_numbers_read_as_in_the_report(module: Any) -> None:
         assert module("format.js", "(m, text) => m.shown(text)", text) == words.shown(text)
 
 
+def test_a_file_in_an_object_store_is_told_with_its_own_way_out(module: Any) -> None:
+    ask = """async ({downloadFile}, elsewhere) => {
+        const kept = window.fetch;
+        window.fetch = async () => ({ok: false, type: "opaqueredirect"});
+        try {
+            await downloadFile("v1/x", "x", elsewhere ? {elsewhere} : {});
+        } catch (error) {
+            return `${error.code}: ${error.message}`;
+        } finally {
+            window.fetch = kept;
+        }
+    }"""
+    told = "elsewhere: This file lies in an object store, which this page may not reach."
+    assert module("download.js", ask, "Take the stairs.") == f"{told} Take the stairs."
+    assert module("download.js", ask, "") == f"{told} Use curl -L."
+
+
 def test_times_read_as_people_say_them(module: Any) -> None:
     tell = "(m, away) => m.relative(1e9 + away, 1e9)"
     for away, wanted in (
