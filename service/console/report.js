@@ -75,7 +75,7 @@ export function reportView(report, { job, signal }) {
         "p",
         { class: "soft" },
         "A row is a layer, a column a kind of projection. Dark is the lowest similarity.",
-        twoSides ? " In the difference, pale is the largest gain." : null,
+        twoSides ? " In the difference, orange fell, white did not change and purple rose." : null,
         some ? " ● marks what was repaired, ◐ where only some modules of a cell were." : null,
       ),
       heatmaps(report, twoSides, some),

@@ -175,6 +175,8 @@ def test_numbers_read_as_in_the_report(module: Any) -> None:
         given,
     )
     assert found == [[words.number(one), words.percent(one), words.percent(one, 1)] for one in NUMBERS]
+    signed = "(m, all) => all.map((one) => m.signed(one ?? NaN, 2))"
+    assert module("format.js", signed, given) == [words.signed(one) for one in NUMBERS]
     for size in (0, 999, 1000, 4_939_072, 10**9, 8 * 10**9):
         assert module("format.js", "(m, size) => m.size(size)", size) == words.size(size)
     for value in (0.3, 1.0, 0.05, 10.0, 0.123456789):
@@ -222,6 +224,13 @@ def test_the_heatmap_has_the_reports_scale_and_colours(module: Any) -> None:
         assert found["high"] == pytest.approx(scale.high, abs=1e-9), values
     for position in (0.0, 0.1, 0.5, 0.77, 1.0):
         assert module("maps.js", "(m, position) => m.colour(position)", position) == list(grid.colour(position))
+        found = module("maps.js", "(m, position) => m.colour(position, m.DIFFERENCES)", position)
+        assert found == list(grid.colour(position, grid.DIFFERENCES))
+    for values in ([0.31, -0.02], [-0.7], [0.01], [], [3.0], [0.15]):
+        scale = grid.Scale.around_zero(values)
+        found = module("maps.js", "(m, values) => m.aroundZero(values)", values)
+        assert found["low"] == pytest.approx(scale.low, abs=1e-9), values
+        assert found["high"] == pytest.approx(scale.high, abs=1e-9), values
 
 
 def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
