@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from safegraft.adapter import is_companion
+from safegraft.engine.methods import METHODS
 from safegraft.report import grid, words
 from tests.e2e.conftest import Console
 
@@ -231,6 +232,23 @@ def test_the_heatmap_has_the_reports_scale_and_colours(module: Any) -> None:
         found = module("maps.js", "(m, values) => m.aroundZero(values)", values)
         assert found["low"] == pytest.approx(scale.low, abs=1e-9), values
         assert found["high"] == pytest.approx(scale.high, abs=1e-9), values
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "reached", "wanted"),
+    [
+        ("gram", "patch", False, False), ("antidote", "patch", False, False), ("auto", "patch", False, False),
+        ("auto", "patch", True, True), ("nlsr", "patch", False, True), ("none", "patch", False, True),
+        ("gram", "analyze", False, True), ("auto", "analyze", False, True),
+    ],
+)  # fmt: skip
+def test_only_jobs_that_measure_first_have_that_stage(
+    module: Any, method: str, mode: str, reached: bool, wanted: bool
+) -> None:
+    job = {"mode": mode, "method": {"type": method}}
+    assert module("realignments.js", "(m, [job, reached]) => m.isScored(job, reached)", [job, reached]) is wanted
+    if method != "auto" and mode == "patch" and not reached:
+        assert METHODS[method].takes_all.fget(None) is not wanted  # type: ignore[attr-defined]
 
 
 def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
