@@ -123,12 +123,14 @@ const STAGES = [
   ["done", "Done"],
 ];
 
-// They repair every module whatever its similarity, so that a repair by them does not measure it beforehand.
+// They repair every module whatever its similarity, so that a repair by them does not measure it beforehand. Antidote of
+// density 0 repairs none, and measures.
 const UNSCORED = ["gram", "antidote"];
 
 /** Whether a job has the stage "score". Which method runs for auto is only known once that stage was reached. */
 export function isScored({ mode, method }, reached) {
-  return reached || mode === "analyze" || ![...UNSCORED, "auto"].includes(method.type);
+  if (reached || mode === "analyze" || method.density === 0) return true;
+  return ![...UNSCORED, "auto"].includes(method.type);
 }
 
 /** #/realignments/{id}: live until it has ended, then its report. */

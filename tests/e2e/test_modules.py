@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from safegraft.adapter import is_companion
+from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.methods import METHODS
 from safegraft.report import grid, words
 from tests.e2e.conftest import Console
@@ -237,18 +239,22 @@ def test_the_heatmap_has_the_reports_scale_and_colours(module: Any) -> None:
 @pytest.mark.parametrize(
     ("method", "mode", "reached", "wanted"),
     [
-        ("gram", "patch", False, False), ("antidote", "patch", False, False), ("auto", "patch", False, False),
-        ("auto", "patch", True, True), ("nlsr", "patch", False, True), ("none", "patch", False, True),
-        ("gram", "analyze", False, True), ("auto", "analyze", False, True),
+        ({"type": "gram"}, "patch", False, False), ({"type": "antidote"}, "patch", False, False),
+        ({"type": "antidote", "density": 0}, "patch", False, True), ({"type": "nlsr"}, "patch", False, True),
+        ({"type": "safelora"}, "patch", False, True), ({"type": "none"}, "patch", False, True),
+        ({"type": "gram"}, "analyze", False, True), ({"type": "auto"}, "analyze", False, True),
+        ({"type": "auto"}, "patch", False, False), ({"type": "auto"}, "patch", True, True),
     ],
 )  # fmt: skip
-def test_only_jobs_that_measure_first_have_that_stage(
-    module: Any, method: str, mode: str, reached: bool, wanted: bool
+def test_only_jobs_that_measure_first_show_that_stage(
+    module: Any, method: dict[str, Any], mode: str, reached: bool, wanted: bool
 ) -> None:
-    job = {"mode": mode, "method": {"type": method}}
+    job = {"mode": mode, "method": method}
     assert module("realignments.js", "(m, [job, reached]) => m.isScored(job, reached)", [job, reached]) is wanted
-    if method != "auto" and mode == "patch" and not reached:
-        assert METHODS[method].takes_all.fget(None) is not wanted  # type: ignore[attr-defined]
+    if method["type"] != "auto" and mode == "patch":
+        parameters = METHOD_PARAMETERS.validate_python(method)
+        takes_all: Any = METHODS[method["type"]].takes_all
+        assert takes_all.fget(SimpleNamespace(parameters=parameters)) is not wanted
 
 
 def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
