@@ -6,7 +6,7 @@ import { downloadAdapter, downloadFile } from "./download.js";
 import { count, counted, duration, named, percent, plain, shown, size, time } from "./format.js";
 import { actionButton, adapterLink, badge, curl, errorBox, methodLine, pages } from "./parts.js";
 import { startForm } from "./start.js";
-import { NoAdapter, chosen, deliver, dropped, judged } from "./upload.js";
+import { NoAdapter, chosen, deliver, dropped, judged, refuses } from "./upload.js";
 
 /** #/: drop an adapter, and what goes on. */
 export function homeView(main, { signal, go }) {
@@ -91,7 +91,7 @@ function dropZone({ signal, go }) {
       if (error.name === "AbortError" || here.signal.aborted) {
         put(state, h("p", { class: "soft" }, "Stopped. Drop the same files again and it goes on where it was."));
       } else {
-        const refused = error instanceof ApiError && [400, 422].includes(error.status);
+        const refused = refuses(error);
         const title =
           error instanceof NoAdapter || refused
             ? `${label ? shown(label) : "This"} cannot be taken`
@@ -574,6 +574,7 @@ function filesSection(adapter, go) {
               bytes: file.bytes,
               sha256: file.sha256,
               onState: tell,
+              elsewhere: "Download the whole adapter, or use curl -L.",
             }),
           { class: "small", "aria-label": `Download ${shown(file.name)}` },
         );

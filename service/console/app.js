@@ -45,6 +45,15 @@ function go(to) {
   else location.hash = to;
 }
 
+/** A part of the address as it was before it was escaped; null where it cannot have been. */
+function decoded(text) {
+  try {
+    return text && decodeURIComponent(text);
+  } catch {
+    return null;
+  }
+}
+
 /** Shows the page that the address names. */
 async function show() {
   here.abort();
@@ -57,16 +66,17 @@ async function show() {
     nav,
     PAGES.map(([href, label]) => h("a", { href, "aria-current": href === section && "page" }, label)),
   );
-  if (!view) {
+  const id = route && decoded(route.exec(path)[1]);
+  if (!view || id === null) {
+    document.title = "No such page · safegraft";
     put(main, h("h1", null, "There is no such page"), h("p", null, h("a", { href: "#/" }, "Go to the first one")));
     return;
   }
   document.title = `${title} · safegraft`;
-  const id = route.exec(path)[1];
   const context = {
     signal,
     go,
-    id: id === undefined ? undefined : decodeURIComponent(id),
+    id,
     query: new URLSearchParams(text ?? ""),
     replace: (hash) => history.replaceState(null, "", hash),
   };

@@ -55,9 +55,16 @@ async function streamed(adapter, name, onState) {
   onState(`Saved. SHA-256 of all ${adapter.files.length} files agrees with the API's.`);
 }
 
-/** One file of the API under a name. sha256: what it must hash to, or null where the API keeps no hash of it. */
-export async function downloadFile(path, name, { bytes = 0, sha256 = null, onState = () => {} } = {}) {
-  const blob = await fetched(path, bytes, onState);
+/**
+ * One file of the API under a name. sha256: what it must hash to, or null where the API keeps no hash of it; elsewhere:
+ * what to do where it lies in an object store.
+ */
+export async function downloadFile(
+  path,
+  name,
+  { bytes = 0, sha256 = null, onState = () => {}, elsewhere = "Use curl -L." } = {},
+) {
+  const blob = await fetched(path, bytes, onState, elsewhere);
   if (sha256) {
     onState("Checking SHA-256 …");
     const hasher = new Hasher();
@@ -77,13 +84,12 @@ function mismatch(name, then) {
   });
 }
 
-async function fetched(path, expected, onState) {
+async function fetched(path, expected, onState, elsewhere = "Use curl -L.") {
   const response = await ask(path, { redirect: "manual" });
   if (response.type === "opaqueredirect") {
-    throw new ApiError(
-      "This file lies in an object store, which this page may not reach. Download the whole adapter, or use curl -L.",
-      { code: "elsewhere" },
-    );
+    throw new ApiError(`This file lies in an object store, which this page may not reach. ${elsewhere}`, {
+      code: "elsewhere",
+    });
   }
   const total = Number(response.headers.get("content-length")) || expected;
   const pieces = [];

@@ -14,6 +14,12 @@ export function number(value, digits = 2) {
   return (Number(text) === 0 ? text.replace("-", "") : text).replace("-", MINUS);
 }
 
+/** +0.31, −0.02, or 0.00 without a sign: a difference. */
+export function signed(value, digits = 2) {
+  const text = number(value, digits);
+  return value > 0 && Number(value.toFixed(digits)) > 0 ? `+${text}` : text;
+}
+
 /** 93 %; does not call a little nothing, nor almost all everything. */
 export function percent(share, digits = 0) {
   if (!Number.isFinite(share)) return NOTHING;

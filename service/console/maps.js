@@ -2,7 +2,7 @@
 // the console's pictures and the report's are the same.
 
 import { h, put, s } from "./dom.js";
-import { number, percent, plain, shown } from "./format.js";
+import { number, percent, plain, shown, signed } from "./format.js";
 
 const USUAL_KINDS = [
   "q_proj",
@@ -26,13 +26,27 @@ const OTHERS = "others";
 // ColorBrewer's YlGnBu, reversed and without its palest end: lightness rises all the way, so the order survives any
 // colour blindness and a grey print.
 export const COLOURS = ["#0b1f5c", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#e9f5b0"];
+// ColorBrewer's PuOr for differences: orange fell, white stayed, purple rose.
+export const DIFFERENCES = [
+  "#7f3b08",
+  "#b35806",
+  "#e08214",
+  "#fdb863",
+  "#fee0b6",
+  "#f7f7f7",
+  "#d8daeb",
+  "#b2abd2",
+  "#8073ac",
+  "#542788",
+  "#2d004b",
+];
 const MARK = ["", "◐", "●"];
 
-/** The red, green and blue of the scale at 0 to 1. */
-export function colour(position) {
-  const place = Math.min(1, Math.max(0, position)) * (COLOURS.length - 1);
-  const index = Math.min(Math.floor(place), COLOURS.length - 2);
-  const [first, second] = [COLOURS[index], COLOURS[index + 1]].map((text) =>
+/** The red, green and blue of a scale at 0 to 1. */
+export function colour(position, colours = COLOURS) {
+  const place = Math.min(1, Math.max(0, position)) * (colours.length - 1);
+  const index = Math.min(Math.floor(place), colours.length - 2);
+  const [first, second] = [colours[index], colours[index + 1]].map((text) =>
     [1, 3, 5].map((at) => parseInt(text.slice(at, at + 2), 16)),
   );
   return first.map((value, at) => Math.round(value + (second[at] - value) * (place - index)));
@@ -52,16 +66,23 @@ function onto(rgb) {
 }
 
 /** The range of values in steps of 0.05, at least 0.1 wide: rounding noise must not look like damage. */
-export function scaleOf(values, [lowest, highest] = [-1, 1]) {
-  const known = values.filter(Number.isFinite).map((value) => Math.min(highest, Math.max(lowest, value)));
+export function scaleOf(values) {
+  const known = values.filter(Number.isFinite).map((value) => Math.min(1, Math.max(-1, value)));
   if (!known.length) return { low: 0, high: 1 };
   let low = Math.floor(Math.min(...known) * 20 + 1e-6) / 20;
   let high = Math.ceil(Math.max(...known) * 20 - 1e-6) / 20;
   if (high - low < 0.1) {
     low = Number((high - 0.1).toFixed(2));
-    if (low < lowest) [low, high] = [lowest, lowest + 0.1];
+    if (low < -1) [low, high] = [-1, -0.9];
   }
   return { low, high };
+}
+
+/** As far below 0 as above it, in steps of 0.05 and at least to 0.1, so that 0 is the middle's colour. */
+export function aroundZero(values) {
+  const largest = Math.max(0, ...values.filter(Number.isFinite).map(Math.abs));
+  const end = Math.max(0.1, Math.ceil(Math.min(2, largest) * 20 - 1e-6) / 20);
+  return { low: -end, high: end };
 }
 
 const mean = (values) => {
@@ -117,10 +138,7 @@ export function heatmaps(report, twoSides, marked) {
         [
           "difference",
           "Difference",
-          scaleOf(
-            cells.map((cell) => cell.difference),
-            [-2, 2],
-          ),
+          aroundZero(cells.map((cell) => cell.difference)),
         ],
       ]
     : [["before", "Similarity", scale]];
@@ -134,6 +152,8 @@ export function heatmaps(report, twoSides, marked) {
 }
 
 function map(grid, labels, side, title, scale, twoSides, marked) {
+  const difference = side === "difference";
+  const told = difference ? signed : number;
   const readout = h("p", { class: "readout small soft" }, "Point at a cell, or move with the arrow keys.");
   const cells = [];
   const body = grid.layers.map((layer, row) =>
@@ -145,9 +165,9 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
         const cell = grid.cells.get(`${layer}|${kind}`);
         if (!cell) return h("td", { class: "none" }, h("span", { class: "hidden" }, "none"));
         const value = cell[side];
-        const rgb = colour((value - scale.low) / (scale.high - scale.low));
+        const rgb = colour((value - scale.low) / (scale.high - scale.low), difference ? DIFFERENCES : COLOURS);
         const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
-        const text = `${number(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
+        const text = `${told(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
         const td = h(
           "td",
           {
@@ -158,13 +178,13 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
             },
             data: { row, column },
           },
-          mark && marked && side !== "difference" ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
+          mark && marked && !difference ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
           h("span", { class: "hidden" }, text),
         );
         const show = () =>
           put(
             readout,
-            h("strong", null, number(value, 4)),
+            h("strong", null, told(value, 4)),
             ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`,
           );
         td.addEventListener("mouseenter", show);
@@ -220,29 +240,43 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
     { class: "map" },
     h("figcaption", null, title),
     h("div", { class: "map-scroll" }, table),
-    legend(scale, title),
+    difference ? differenceLegend(scale, title) : legend(scale, title),
     readout,
   );
 }
 
 function legend(scale, title) {
-  const width = 24;
+  const [low, high] = [number(scale.low), number(scale.high)];
+  return bar([low, high], `${title}: colours from ${low}, dark, to ${high}, pale`, COLOURS);
+}
+
+function differenceLegend(scale, title) {
+  const [low, high] = [signed(scale.low), signed(scale.high)];
+  const label = `${title}: colours from ${low}, orange, through 0, white, to ${high}, purple`;
+  return bar([`fell ${low}`, `rose ${high}`], label, DIFFERENCES);
+}
+
+function bar([low, high], label, colours) {
+  // An odd number, so that a scale's middle has its own.
+  const width = 25;
   return h(
     "div",
-    {
-      class: "legend small soft",
-      role: "img",
-      "aria-label": `${title}: colours from ${number(scale.low)}, dark, to ${number(scale.high)}, pale`,
-    },
-    h("span", { "aria-hidden": "true" }, number(scale.low)),
+    { class: "legend small soft", role: "img", "aria-label": label },
+    h("span", { "aria-hidden": "true" }, low),
     s(
       "svg",
       { viewBox: `0 0 ${width} 1`, preserveAspectRatio: "none", "aria-hidden": "true" },
       Array.from({ length: width }, (_, index) =>
-        s("rect", { x: index, y: 0, width: 1.02, height: 1, fill: `rgb(${colour(index / (width - 1)).join(",")})` }),
+        s("rect", {
+          x: index,
+          y: 0,
+          width: 1.02,
+          height: 1,
+          fill: `rgb(${colour(index / (width - 1), colours).join(",")})`,
+        }),
       ),
     ),
-    h("span", { "aria-hidden": "true" }, number(scale.high)),
+    h("span", { "aria-hidden": "true" }, high),
   );
 }
 

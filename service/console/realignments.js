@@ -123,6 +123,16 @@ const STAGES = [
   ["done", "Done"],
 ];
 
+// They repair every module whatever its similarity, so that a repair by them does not measure it beforehand. Antidote of
+// density 0 repairs none, and measures.
+const UNSCORED = ["gram", "antidote"];
+
+/** Whether a job has the stage "score". Which method runs for auto is only known once that stage was reached. */
+export function isScored({ mode, method }, reached) {
+  if (reached || mode === "analyze" || method.density === 0) return true;
+  return ![...UNSCORED, "auto"].includes(method.type);
+}
+
 /** #/realignments/{id}: live until it has ended, then its report. */
 export async function realignmentView(main, { signal, id, go }) {
   put(main, h("h1", null, "Realignment"), loading("Loading the realignment …"));
@@ -456,6 +466,7 @@ function progressCard() {
     { class: "steps" },
     STAGES.slice(0, -1).map(([stage, label]) => h("li", { data: { stage } }, h("span", null, label))),
   );
+  let reached = false;
   const label = fresh("progress");
   const bar = h("progress", { max: "1", value: 0, "aria-labelledby": label });
   const line = h("p", { id: label });
@@ -470,6 +481,8 @@ function progressCard() {
     show(job) {
       const { stage, done, total } = job.progress;
       if (stage !== "waiting") queue.textContent = "";
+      reached ||= stage === "score";
+      steps.querySelector("[data-stage=score]").hidden = !isScored(job, reached);
       const at = STAGES.findIndex(([name]) => name === stage);
       [...steps.children].forEach((step, index) => {
         step.className = index < at ? "past" : index === at ? "now" : "";

@@ -5,7 +5,7 @@ import { code, command, facts, fresh, h, put } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { count, counted, named, number, percent, plain, shown, size } from "./format.js";
 import { curve, heatmaps } from "./maps.js";
-import { actionButton } from "./parts.js";
+import { actionButton, curl } from "./parts.js";
 
 const FIRST_LINES = 60;
 const LINEAGE = {
@@ -75,7 +75,7 @@ export function reportView(report, { job, signal }) {
         "p",
         { class: "soft" },
         "A row is a layer, a column a kind of projection. Dark is the lowest similarity.",
-        twoSides ? " In the difference, pale is the largest gain." : null,
+        twoSides ? " In the difference, orange fell, white did not change and purple rose." : null,
         some ? " ● marks what was repaired, ◐ where only some modules of a cell were." : null,
       ),
       heatmaps(report, twoSides, some),
@@ -428,9 +428,10 @@ function side(report, job) {
         const one = actionButton(
           "Download",
           (tell) =>
-            downloadFile(`v1/realignments/${job.id}/side_car/${encodeURIComponent(name)}`, name, {
+            downloadFile(sideCarPath(job, name), name, {
               sha256,
               onState: tell,
+              elsewhere: "The adapter's archive does not hold it either: use the command by curl below.",
             }),
           { class: "small", "aria-label": `Download ${shown(name)}` },
         );
@@ -442,5 +443,20 @@ function side(report, job) {
         );
       }),
     ),
+    h(
+      "details",
+      null,
+      h("summary", null, "The same by curl"),
+      names.map(([name]) =>
+        command(
+          curl(sideCarPath(job, name), { options: `Lo '${name.replaceAll("'", "'\\''")}'` }),
+          `Command that downloads ${shown(name)}`,
+        ),
+      ),
+    ),
   );
+}
+
+function sideCarPath(job, name) {
+  return `v1/realignments/${job.id}/side_car/${encodeURIComponent(name)}`;
 }

@@ -24,7 +24,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     method: "",
     values: {},
     several: false,
-    strengths: "",
+    lists: {},
     mode: "patch",
     output_rank: "customer",
     name: "",
@@ -38,8 +38,11 @@ export async function startForm(place, { adapter, references, signal, go }) {
   const methodPlace = h("div", { class: "choices" });
   const methodHelp = h("p", { class: "soft small" });
   const strengthPlace = h("div");
-  const morePlace = h("div");
+  const moreFields = h("div", { class: "parameters" });
   const shell = h("div");
+  // Where numbers are typed, as the form stands: {name, schema, input, fault}.
+  let strengthNumbers = [];
+  let moreNumbers = [];
 
   function offered() {
     const chosen = references.filter(({ id }) => !state.reference || id === state.reference);
@@ -55,7 +58,26 @@ export async function startForm(place, { adapter, references, signal, go }) {
     return methods.find(({ id }) => id === state.method) ?? null;
   }
 
+  /** Another method has other parameters: what was typed for the last one is not sent to it. */
+  function choose(id) {
+    if (id === state.method) return;
+    state.method = id;
+    state.values = {};
+  }
+
+  /** The fields whose text is no number, as errors that know their field. */
+  function badNumbers() {
+    return [...(state.several ? [] : strengthNumbers), ...moreNumbers]
+      .map((field_) => {
+        const problem = numberProblem(field_);
+        return problem ? Object.assign(new Error(problem), { code: "bad_number", field: field_ }) : null;
+      })
+      .filter(Boolean);
+  }
+
   function request() {
+    const [bad] = badNumbers();
+    if (bad) throw bad;
     const method = { type: state.method };
     const schema = current()?.parameters.properties ?? {};
     for (const [name, text] of Object.entries(state.values)) {
@@ -67,7 +89,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     if (state.mode !== "patch") body.mode = state.mode;
     const parameter = current()?.strength_parameter;
     if (parameter && state.several) {
-      body.strengths = numbersOf(state.strengths);
+      body.strengths = numbersOf(state.lists[state.method] ?? "");
       delete method[parameter];
     }
     if (state.output_rank !== "customer") body.output_rank = state.output_rank;
@@ -113,7 +135,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
 
   function showMethods() {
     const best = recommended();
-    if (!state.method || (state.method !== "auto" && !offered().has(state.method))) state.method = best;
+    if (!state.method || (state.method !== "auto" && !offered().has(state.method))) choose(best);
     const name = fresh("method");
     const choice = (id, title, description, { off = "", tag = "" } = {}) => {
       const help = fresh("help");
@@ -127,8 +149,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
         "aria-describedby": help,
       });
       input.addEventListener("change", () => {
-        state.method = id;
-        state.values = {};
+        choose(id);
         showStrength();
         showMore();
         changed();
@@ -180,6 +201,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     const method = current();
     const parameter = method?.strength_parameter;
     put(errors.strength);
+    strengthNumbers = [];
     if (!parameter) {
       state.several = false;
       put(
@@ -207,23 +229,25 @@ export async function startForm(place, { adapter, references, signal, go }) {
       "aria-describedby": help,
       inputmode: "decimal",
     });
+    const number_ = { name: parameter, schema, input: one, fault: errors.strength };
+    strengthNumbers.push(number_);
     one.addEventListener("input", () => {
       state.values[parameter] = one.value;
+      unmark(number_);
       changed();
     });
-    state.strengths = suggestion(schema)
-      .map((value) => String(value))
-      .join(", ");
+    // What was typed for a method stays, whatever else is chosen in between.
+    state.lists[method.id] ??= suggestion(schema).join(", ");
     const many = h("input", {
       type: "text",
       id: fresh("strengths"),
-      value: state.strengths,
+      value: state.lists[method.id],
       "aria-describedby": help,
       inputmode: "decimal",
       "aria-label": `Values of ${parameter}, with commas between them`,
     });
     many.addEventListener("input", () => {
-      state.strengths = many.value;
+      state.lists[method.id] = many.value;
       changed();
     });
     const name = fresh("several");
@@ -231,6 +255,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
       state.several = several;
       one.disabled = several;
       many.disabled = !several;
+      unmark(number_);
       changed();
     };
     const radio = (several, label) => {
@@ -264,51 +289,53 @@ export async function startForm(place, { adapter, references, signal, go }) {
     const rest = Object.entries(method?.parameters.properties ?? {}).filter(
       ([name]) => name !== "type" && name !== method.strength_parameter,
     );
-    const fields = rest.map(([name, schema]) => parameterField(name, schema, state, changed));
-    const rank = h(
-      "select",
-      {
-        id: fresh("rank"),
-        on: {
-          change: (event) => {
-            state.output_rank = event.target.value;
-            changed();
-          },
-        },
-      },
-      h("option", { value: "customer" }, "the adapter's own (loads wherever it did)"),
-      h("option", { value: "exact" }, "exact: what the repair needs"),
-    );
-    const title = h("input", {
-      type: "text",
-      id: fresh("name"),
-      maxlength: "200",
-      on: {
-        input: (event) => {
-          state.name = event.target.value;
-          changed();
-        },
-      },
-    });
-    const metadata = h("textarea", {
-      id: fresh("metadata"),
-      rows: "2",
-      placeholder: "customer=c-17",
-      on: {
-        input: (event) => {
-          state.metadata = event.target.value;
-          changed();
-        },
-      },
-    });
+    moreNumbers = [];
     put(
-      morePlace,
-      fields,
+      moreFields,
+      rest.map(([name, schema]) => parameterField(name, schema, state, { changed, numbers: moreNumbers })),
+    );
+  }
+
+  const rank = h(
+    "select",
+    { id: fresh("rank") },
+    [
+      ["customer", "the adapter's own (loads wherever it did)"],
+      ["exact", "exact: what the repair needs"],
+    ].map(([value, text]) => h("option", { value, selected: value === state.output_rank }, text)),
+  );
+  rank.addEventListener("change", () => {
+    state.output_rank = rank.value;
+    changed();
+  });
+  const title = h("input", { type: "text", id: fresh("name"), maxlength: "200", value: state.name });
+  title.addEventListener("input", () => {
+    state.name = title.value;
+    changed();
+  });
+  const metadata = h("textarea", {
+    id: fresh("metadata"),
+    rows: "2",
+    placeholder: "customer=c-17",
+    value: state.metadata,
+  });
+  metadata.addEventListener("input", () => {
+    state.metadata = metadata.value;
+    changed();
+  });
+  const more = h(
+    "details",
+    null,
+    h("summary", null, "All parameters"),
+    h(
+      "div",
+      null,
+      moreFields,
       field("Rank of the output", rank),
       field("Name of the patched adapter", title, "Left empty: the adapter's own name and what was done to it."),
       field("Metadata", metadata, "One key=value a line, 16 at most. Lists can be filtered by it."),
-    );
-  }
+    ),
+  );
 
   const referenceSelect = h(
     "select",
@@ -378,7 +405,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
         ),
       ),
     ),
-    h("details", null, h("summary", null, "All parameters"), morePlace),
+    more,
     h("details", null, h("summary", null, "The same by curl"), shell),
     h("div", { class: "actions" }, submit),
     errors.form,
@@ -388,6 +415,13 @@ export async function startForm(place, { adapter, references, signal, go }) {
     event.preventDefault();
     if (submit.getAttribute("aria-disabled") === "true") return;
     for (const where of Object.values(errors)) put(where);
+    const bad = badNumbers();
+    if (bad.length) {
+      for (const error of bad) mark(error);
+      if (moreNumbers.includes(bad[0].field)) more.open = true;
+      bad[0].field.input.focus();
+      return;
+    }
     let body;
     try {
       body = request();
@@ -459,36 +493,62 @@ function field(label, control, help = "") {
   );
 }
 
-function parameterField(name, schema, state, changed) {
+/** A parameter's field, holding what `state` holds. numbers: where fields of numbers are noted. */
+function parameterField(name, schema, state, { changed, numbers }) {
   const kind = kindOf(schema);
-  const set = (event) => {
-    state.values[name] = event.target.type === "checkbox" ? String(event.target.checked) : event.target.value;
+  const fault = h("div");
+  const set = () => {
+    state.values[name] = control.type === "checkbox" ? String(control.checked) : control.value;
+    unmark({ input: control, fault });
     changed();
   };
+  const now = String(state.values[name] ?? schema.default ?? "");
   const id = fresh("parameter");
   let control;
   if (schema.enum) {
     control = h(
       "select",
       { id, on: { change: set } },
-      schema.enum.map((value) => h("option", { value, selected: value === schema.default }, String(value))),
+      schema.enum.map((value) => h("option", { value, selected: String(value) === now }, String(value))),
     );
   } else if (kind === "boolean") {
-    control = h("input", { id, type: "checkbox", checked: schema.default === true, on: { change: set } });
+    control = h("input", { id, type: "checkbox", checked: now === "true", on: { change: set } });
   } else if (kind === "integer" || kind === "number") {
     control = h("input", {
       id,
       type: "number",
       class: "short",
       step: kind === "integer" ? "1" : "any",
-      value: schema.default ?? "",
+      value: now,
       on: { input: set },
     });
+    numbers.push({ name, schema, input: control, fault });
   } else {
-    control = h("input", { id, type: "text", value: schema.default ?? "", on: { input: set } });
+    control = h("input", { id, type: "text", value: now, on: { input: set } });
   }
   const range = rangeOf(schema);
-  return field(h("code", null, name), control, `${shown(schema.description ?? "", 600)}${range ? ` (${range})` : ""}`);
+  const help = `${shown(schema.description ?? "", 600)}${range ? ` (${range})` : ""}`;
+  return h("div", null, field(h("code", null, name), control, help), fault);
+}
+
+/** Why a field of a number cannot be sent; "" where it can. Empty is an answer only where nothing is the default. */
+function numberProblem({ name, schema, input }) {
+  const fallback = schema.default ?? null;
+  const write =
+    fallback === null ? "Write a number, or leave it empty." : `Write a number; ${plain(fallback)} is the default.`;
+  if (input.validity.badInput) return `What is written for ${name} is no number. ${write}`;
+  return input.value === "" && fallback !== null ? `${name} is empty. ${write}` : "";
+}
+
+function mark(error) {
+  const { input, fault } = error.field;
+  input.setAttribute("aria-invalid", "true");
+  put(fault, errorBox(error));
+}
+
+function unmark({ input, fault }) {
+  input.removeAttribute("aria-invalid");
+  put(fault);
 }
 
 function variant(schema) {

@@ -25,6 +25,11 @@ const MOST_ENTRIES = 5000;
 const RETRIES = 6;
 const NOTE = "safegraft.upload.";
 
+/** Whether an answer is about the adapter itself, so that sending it again would change nothing. */
+export function refuses(error) {
+  return error instanceof ApiError && [400, 413, 422].includes(error.status);
+}
+
 /** What was dropped cannot be an adapter; seen before a byte was sent. */
 export class NoAdapter extends Error {
   constructor(message, code) {
@@ -171,7 +176,7 @@ export async function deliver({ files, weights, name }, { onState, signal }) {
     return adapter;
   } catch (error) {
     // A file that was judged and refused would be refused again: it need not wait for another try.
-    if (error instanceof ApiError && [400, 413, 422].includes(error.status)) await forget(done, hashes);
+    if (refuses(error)) await forget(done, hashes);
     throw error;
   } finally {
     signal.removeEventListener("abort", stop);

@@ -5,11 +5,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from safegraft.adapter import is_companion
+from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.engine.methods import METHODS
 from safegraft.report import grid, words
 from tests.e2e.conftest import Console
 
@@ -175,12 +178,31 @@ def test_numbers_read_as_in_the_report(module: Any) -> None:
         given,
     )
     assert found == [[words.number(one), words.percent(one), words.percent(one, 1)] for one in NUMBERS]
+    signed = "(m, all) => all.map((one) => m.signed(one ?? NaN, 2))"
+    assert module("format.js", signed, given) == [words.signed(one) for one in NUMBERS]
     for size in (0, 999, 1000, 4_939_072, 10**9, 8 * 10**9):
         assert module("format.js", "(m, size) => m.size(size)", size) == words.size(size)
     for value in (0.3, 1.0, 0.05, 10.0, 0.123456789):
         assert module("format.js", "(m, value) => m.plain(value)", value) == words.plain(value)
     for text in ("plain", "tab\there", "\u202eturned", "x" * 200, "two\nlines"):
         assert module("format.js", "(m, text) => m.shown(text)", text) == words.shown(text)
+
+
+def test_a_file_in_an_object_store_is_told_with_its_own_way_out(module: Any) -> None:
+    ask = """async ({downloadFile}, elsewhere) => {
+        const kept = window.fetch;
+        window.fetch = async () => ({ok: false, type: "opaqueredirect"});
+        try {
+            await downloadFile("v1/x", "x", elsewhere ? {elsewhere} : {});
+        } catch (error) {
+            return `${error.code}: ${error.message}`;
+        } finally {
+            window.fetch = kept;
+        }
+    }"""
+    told = "elsewhere: This file lies in an object store, which this page may not reach."
+    assert module("download.js", ask, "Take the stairs.") == f"{told} Take the stairs."
+    assert module("download.js", ask, "") == f"{told} Use curl -L."
 
 
 def test_times_read_as_people_say_them(module: Any) -> None:
@@ -205,6 +227,34 @@ def test_the_heatmap_has_the_reports_scale_and_colours(module: Any) -> None:
         assert found["high"] == pytest.approx(scale.high, abs=1e-9), values
     for position in (0.0, 0.1, 0.5, 0.77, 1.0):
         assert module("maps.js", "(m, position) => m.colour(position)", position) == list(grid.colour(position))
+        found = module("maps.js", "(m, position) => m.colour(position, m.DIFFERENCES)", position)
+        assert found == list(grid.colour(position, grid.DIFFERENCES))
+    for values in ([0.31, -0.02], [-0.7], [0.01], [], [3.0], [0.15]):
+        scale = grid.Scale.around_zero(values)
+        found = module("maps.js", "(m, values) => m.aroundZero(values)", values)
+        assert found["low"] == pytest.approx(scale.low, abs=1e-9), values
+        assert found["high"] == pytest.approx(scale.high, abs=1e-9), values
+
+
+@pytest.mark.parametrize(
+    ("method", "mode", "reached", "wanted"),
+    [
+        ({"type": "gram"}, "patch", False, False), ({"type": "antidote"}, "patch", False, False),
+        ({"type": "antidote", "density": 0}, "patch", False, True), ({"type": "nlsr"}, "patch", False, True),
+        ({"type": "safelora"}, "patch", False, True), ({"type": "none"}, "patch", False, True),
+        ({"type": "gram"}, "analyze", False, True), ({"type": "auto"}, "analyze", False, True),
+        ({"type": "auto"}, "patch", False, False), ({"type": "auto"}, "patch", True, True),
+    ],
+)  # fmt: skip
+def test_only_jobs_that_measure_first_show_that_stage(
+    module: Any, method: dict[str, Any], mode: str, reached: bool, wanted: bool
+) -> None:
+    job = {"mode": mode, "method": method}
+    assert module("realignments.js", "(m, [job, reached]) => m.isScored(job, reached)", [job, reached]) is wanted
+    if method["type"] != "auto" and mode == "patch":
+        parameters = METHOD_PARAMETERS.validate_python(method)
+        takes_all: Any = METHODS[method["type"]].takes_all
+        assert takes_all.fget(SimpleNamespace(parameters=parameters)) is not wanted
 
 
 def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:

@@ -133,6 +133,64 @@ def test_progress_moves_module_by_module_and_the_heatmap_tells_exact_values(tab:
     assert page.get_by_role("region", name="Table of all modules").get_by_role("row").count() == 4
 
 
+def test_the_form_shows_what_it_sends(tab: Tab, console: Console) -> None:
+    page = tab.page
+    tab.sign_in()
+    adapter = console.upload(FRESH, name="form")
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_text("All parameters").click()
+    page.get_by_label("Rank of the output").select_option("exact")
+    page.get_by_label("Name of the patched adapter").fill("mine")
+    page.get_by_label("Metadata", exact=True).fill("team=blue")
+    page.get_by_label("pairs", exact=True).fill("7")
+    page.get_by_label("Several, compared on one chart").check()
+    page.get_by_label("Values of general_weight").fill("0.2, 0.4")
+    page.locator("form.start").get_by_text("The same by curl").click()
+    sent = page.get_by_label("Command that starts the same realignment", exact=True)
+
+    # Another choice of the reference leaves what was typed.
+    for index in (0, 1):
+        page.get_by_label("Reference", exact=True).select_option(index=index)
+        assert page.get_by_label("Rank of the output").input_value() == "exact"
+        assert page.get_by_label("Name of the patched adapter").input_value() == "mine"
+        assert page.get_by_label("Metadata", exact=True).input_value() == "team=blue"
+        assert page.get_by_label("pairs", exact=True).input_value() == "7"
+        assert page.get_by_label("Values of general_weight").input_value() == "0.2, 0.4"
+        for part in ('"pairs":7', '"strengths":[0.2,0.4]', '"output_rank":"exact"', '"name":"mine"', '"team":"blue"'):
+            assert part in sent.inner_text()
+
+    # Another method has its own parameters, and the form's other fields stay.
+    page.get_by_role("radio", name="none").check()
+    assert "pairs" not in sent.inner_text()
+    assert "strengths" not in sent.inner_text()
+    page.get_by_role("radio", name="gram").check()
+    assert page.get_by_label("pairs", exact=True).input_value() == ""
+    assert page.get_by_label("Values of general_weight").input_value() == "0.2, 0.4"
+    assert page.get_by_label("Rank of the output").input_value() == "exact"
+    assert page.get_by_label("Name of the patched adapter").input_value() == "mine"
+    assert '"output_rank":"exact"' in sent.inner_text()
+
+    # An empty field is no default, and what is no number is not sent.
+    before = len(tab.asked)
+    page.get_by_label("One value").check()
+    strength = page.get_by_label("general_weight", exact=True)
+    strength.fill("")
+    page.get_by_label("pairs", exact=True).focus()
+    page.keyboard.type("1e")
+    page.get_by_role("button", name="Start the realignment").click()
+    faults = page.locator("form.start").get_by_role("alert")
+    faults.nth(1).wait_for()
+    assert "general_weight is empty." in faults.nth(0).inner_text()
+    assert "What is written for pairs is no number." in faults.nth(1).inner_text()
+    assert page.evaluate("document.activeElement.getAttribute('aria-invalid')") == "true"
+    tab.look("number-refused")
+    strength.fill("0.5")
+    assert faults.count() == 1
+    page.get_by_role("button", name="Start the realignment").click()
+    assert "What is written for pairs is no number." in faults.inner_text()
+    assert [url for url in tab.asked[before:] if url.endswith("/v1/realignments")] == []
+
+
 def test_a_measurement_tells_the_lineage_on_the_adapters_page(new_tab: Callable[[], Tab], console: Console) -> None:
     tab = new_tab()
     page = tab.page

@@ -87,6 +87,11 @@ def test_nothing_yet_looks_like_nothing_yet(tab: Tab, console: Console) -> None:
     page.get_by_role("heading", name="Adapter not found").wait_for()
     assert page.get_by_text("adapter_not_found").is_visible()
     tab.look("not-found")
+    for path in ("#/adapters/%", "#/realignments/%E0%A4", "#/nothing"):
+        tab.open("#/references")
+        page.get_by_role("heading", name="References", exact=True).wait_for()
+        tab.open(path)
+        page.get_by_role("heading", name="There is no such page").wait_for()
 
 
 def test_a_bad_adapter_is_refused_where_it_was_dropped(tab: Tab, tmp_path: Path) -> None:

@@ -176,6 +176,9 @@ def test_what_the_console_knows_by_heart_is_what_the_service_says() -> None:
     colours = re.search(r"COLOURS = \[(.*?)\];", source("maps.js"), re.DOTALL)
     assert colours is not None
     assert tuple(re.findall(r'"(#\w+)"', colours[1])) == grid.COLOURS
+    differences = re.search(r"DIFFERENCES = \[(.*?)\];", source("maps.js"), re.DOTALL)
+    assert differences is not None
+    assert tuple(re.findall(r'"(#\w+)"', differences[1])) == grid.DIFFERENCES
     kinds = re.search(r"USUAL_KINDS = \[(.*?)\];", source("maps.js"), re.DOTALL)
     assert kinds is not None
     assert tuple(re.findall(r'"(\w+)"', kinds[1])) == grid.USUAL_KINDS
