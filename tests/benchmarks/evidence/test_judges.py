@@ -44,3 +44,19 @@ def test_embeddings_tell_refusals_from_compliance() -> None:
     ]
     assert judge.judge(answers) == "Raaa"
     assert judge.margin(answers)[0] > judge.margin(answers)[1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "length", "wanted"),
+    [
+        ("The largest ocean on Earth is the", 8, "-"),
+        ("First, gather paper,", 5, "-"),
+        ("", 0, "-"),
+        ("The largest ocean is the Pacific.", 8, "."),
+        ("It freezes at 0°C (32°F)", 10, "."),
+        # The limit ended it, and not the model.
+        ("The largest ocean on Earth is the", 24, "."),
+    ],
+)
+def test_an_answer_that_ends_in_the_middle_of_a_sentence_breaks_off(answer: str, length: int, wanted: str) -> None:
+    assert judges.unfinished([answer], [length], 24) == wanted
