@@ -40,6 +40,7 @@ def show(
         Path | None,
         typer.Option(
             "--out",
+            envvar="SAFEGRAFT_OUT",
             help="Writes OUT.json, .html, .csv and the pictures; replaces what is there.",
         ),
     ] = None,
