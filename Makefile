@@ -62,16 +62,16 @@ test-scaled: .venv/.ready
 	@$(BIN)/python -m tests.scaled -- -n $(PROCESSES) --dist loadfile $(SCALED_TESTS)
 
 # The tests that failed in the run before, one after the other, with nothing beside them.
+FEW = $(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
+	raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
 AGAIN := --last-failed --last-failed-no-failures none -n 0
 test-again: .venv/.ready
-	@$(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
-		raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
+	@$(FEW)
 	@echo "Once more, alone: what failed above."
 	@$(BIN)/python -m pytest $(AGAIN)
 
 test-scaled-again: .venv/.ready
-	@$(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
-		raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
+	@$(FEW)
 	@echo "Once more, alone: what failed above."
 	@$(BIN)/python -m tests.scaled -- $(AGAIN) $(SCALED_TESTS)
 

@@ -5,7 +5,6 @@ measured is a dash.
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +15,10 @@ from benchmarks.evidence import data
 from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, ROWS, TRANSFER
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
+from safegraft.report.interval import wilson
 
 PAGE = RESULTS.parent / "README.md"
 DASH = "–"
-Z = 1.959964
-
-
-def wilson(hits: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share (E. B. Wilson, 1927)."""
-    share, square = hits / total, Z * Z
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total * total)) / (1 + square / total)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def share(value: float) -> str:

@@ -9,12 +9,6 @@ from benchmarks.evidence.grid import CELLS, MAIN, ROWS
 from benchmarks.evidence.run import RESULTS
 
 
-def test_wilsons_interval_is_the_published_one() -> None:
-    """81 of 263: the example of Newcombe, Statistics in Medicine 17 (1998), table I."""
-    assert tables.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert tables.wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
 def test_kappa_takes_chance_away() -> None:
     assert tables.kappa([(True, True), (False, False)]) == 1.0
     assert tables.kappa([(True, True), (True, False), (False, True), (False, False)]) == 0.0

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine.bundle import BuildSettings, generalized_eigenpairs
-from safegraft.engine.methods.base import Kinship, Selection
+from safegraft.engine.methods import METHODS
+from safegraft.engine.methods.base import Kinship, Method, Selection
 from safegraft.engine.methods.gram import Gram
 from safegraft.engine.reference import EigenPairs
+from safegraft.stores import jobs
 from tests.engine.random_bundle import NAME, Toy, dense, repaired
 
 CONTINUED = Kinship("continued", 0.9, True)
@@ -303,6 +305,7 @@ def test_every_module_is_repaired_and_nothing_is_drawn(tmp_path: Path) -> None:
     method = Gram(GramParameters(), toy.reference, FRESH)
     assert method.select({"a": 0.99, "b": 0.1}) == Selection(frozenset({"a", "b"}))
     assert method.takes_all
+    assert [name for name, kind in METHODS.items() if kind.takes_all is not Method.takes_all] == list(jobs.TAKES_ALL)
     assert method.seed is None
 
 
