@@ -7,6 +7,7 @@ gives other bytes on other machines: results of one adapter are never mixed with
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,11 +24,13 @@ from benchmarks.evidence.rivals import Setting
 from examples import train
 from examples.train import BASE_LABEL
 from safegraft.adapter import WEIGHTS
+from safegraft.contracts.methods import GramParameters
 from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
 from safegraft.engine.bundle import BuildSettings
 from safegraft.engine.conversations import read_conversations
 from safegraft.engine.evaluate import REFUSAL_PHRASES
 from safegraft.engine.models import cache_folder, resolve_base
+from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.files import sha256_file
 
@@ -87,6 +90,21 @@ class Workshop:
                 )
             self._references[key] = LoadedReference(folder)
         return self._references[key]
+
+    def similarity(self, cell: Cell) -> dict[str, Any]:
+        """What gram's report says of the adapter: how many modules act more on safety prompts than on general ones."""
+        with tempfile.TemporaryDirectory() as work:
+            reference = self.reference(cell.aligned, "formats")
+            report = realign(self.adapter(cell), reference, GramParameters(), Path(work) / "out")
+        even = report.method.break_even
+        assert even is not None, "gram's has one"
+        return {
+            "modules": report.summary.modules,
+            "below_before": sum(line.similarity_before < even for line in report.modules),
+            "below_after": sum(line.similarity_after < even for line in report.modules),
+            "median_before": round(report.summary.similarity_before.median, 4),
+            "median_after": round(report.summary.similarity_after.median, 4),
+        }
 
     def setting(self, cell: Cell, row: Row) -> Setting:
         return Setting(
@@ -163,6 +181,8 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         if known(cell, row) == recipe:
             continue
         results = load(cell, workshop.adapter(cell))
+        if "similarity" not in results:
+            results["similarity"] = workshop.similarity(cell)
         started = time.perf_counter()
         found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
         results["rows"][row.name] = found | {"recipe": recipe}

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import markdown
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, ROWS, TRANSFER
+from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, NO_REPAIR, ROWS, TRANSFER
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
 from safegraft.report.interval import wilson
@@ -229,6 +229,23 @@ def calibration_table(results: Results) -> str:
     return markdown.table(["", "harm score on 70 other prompts", "kept", "edit"], lines)
 
 
+def similarity_table(results: Results) -> str:
+    """What gram's report says of every adapter, before anything is asked of a model."""
+    lines = []
+    for name, cell in CELLS.items():
+        found = results.get(name, {}).get("similarity")
+        if found is None:
+            continue
+        before, after = (f"{found[f'below_{side}']} of {found['modules']}" for side in ("before", "after"))
+        harm = rate([item] if (item := outcome(results, name, NO_REPAIR)) else [], Outcome.harm)
+        lines.append(
+            [name, cell.task, share(cell.poison), harm, before, share(found["median_before"]), after,
+             share(found["median_after"])]
+        )  # fmt: skip
+    head = ["", "task", "poison", "harm score, no repair", "modules below .71", "median", "after `gram`", "median"]
+    return markdown.table(head, lines)
+
+
 def labels_table(results: Results) -> str:
     """Agreement of both judges with labels set by hand."""
     path = RESULTS / "labels.json"
@@ -270,6 +287,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "hidden": hidden_table,
     "transfer": transfer_table,
     "calibration": calibration_table,
+    "similarity": similarity_table,
     "labels": labels_table,
 }
 

@@ -20,6 +20,11 @@ class MethodRun(Part):
     resolved: dict[str, str] = {}
     seed: int | None
     similarity: str = Field(description="In words: what `similarity_before` and `similarity_after` measure here.")
+    break_even: float | None = Field(
+        None,
+        description="The similarity of a module that acts on safety prompts as much as on general ones; below it, it "
+        "acts more on safety prompts. `null` where a method's similarity says nothing of the kind.",
+    )
     explanation: str = Field(description="In words: what was done to a repaired module.")
 
 

@@ -449,6 +449,7 @@ def _report(
             resolved=method.resolved,
             seed=method.seed,
             similarity=method.similarity_meaning,
+            break_even=method.break_even,
             explanation=method.explanation,
         ),
         recommendation=recommendation,

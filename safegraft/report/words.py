@@ -35,6 +35,7 @@ MEASURES = {
     "over_refusal": ("Over-refusal", "harmless prompts that were declined; lower is better"),
     "task_accuracy": ("Task accuracy", "right answers to the customer’s task; higher is better"),
 }
+MORE_ON_SAFETY = "more on safety prompts than on general ones"
 # About the square root of float32's rounding: an edit below this is none.
 NO_EDIT = 1e-3
 SCORERS = {
@@ -61,11 +62,12 @@ def headline(report: Report) -> str:
     """The report in one line, without a full stop."""
     summary = report.summary
     if report.mode == "analyze":
+        measured = f"{counted(summary.modules)} {verb(summary.modules)} measured, nothing was changed; "
+        if (leaning := _leaning(report)) is not None:
+            act = "acts" if leaning[0] == 1 else "act"
+            return f"{measured}{leaning[0] or 'none'} {act} {MORE_ON_SAFETY}"
         middle, lowest = number(summary.similarity_before.median), number(summary.similarity_before.min)
-        return (
-            f"{counted(summary.modules)} {verb(summary.modules)} measured, nothing was changed; "
-            f"median similarity {middle}, lowest {lowest}"
-        )
+        return f"{measured}median similarity {middle}, lowest {lowest}"
     if is_sweep(report):
         return _headline_of_sweep(report)
     if summary.repaired == 0:
@@ -83,9 +85,25 @@ def headline(report: Report) -> str:
         given = "a bias" if summary.repaired == 1 else "biases"
         return f"{which} {verb(summary.repaired)} given {given}; the weights are as they came"
     how = "repaired, with biases" if has_biases(report) else "repaired"
+    cost = f"the adapter kept {kept(summary.kept)} of its update and changed by {change(summary.edit)}"
+    if (leaning := _leaning(report)) is not None and leaning[0]:
+        before, after = leaning
+        left = "none" if after == 0 else f"{after:,}"
+        return (
+            f"{before:,} of {counted(summary.modules)} acted {MORE_ON_SAFETY}, after the repair {left} "
+            f"{'do' if after > 1 else 'does'}; {cost}"
+        )
+    return f"{which} {verb(summary.repaired)} {how}; {cost}"
+
+
+def _leaning(report: Report) -> tuple[int, int] | None:
+    """How many modules acted more on safety prompts than on general ones, before and after; None where nobody knows."""
+    even = report.method.break_even
+    if even is None:
+        return None
     return (
-        f"{which} {verb(summary.repaired)} {how}; the adapter kept {kept(summary.kept)} of its update "
-        f"and changed by {change(summary.edit)}"
+        sum(line.similarity_before < even for line in report.modules),
+        sum(line.similarity_after < even for line in report.modules),
     )
 
 

@@ -138,9 +138,14 @@ function reason(title, text) {
   return h("div", null, h("h3", null, title), h("p", null, shown(text, 1200)));
 }
 
+const MORE_ON_SAFETY = "more on safety prompts than on general ones";
+
 function headline(report, sweep) {
   const { summary } = report;
+  const leaning = leaningOf(report);
   if (report.mode === "analyze") {
+    if (leaning)
+      return `${counted(summary.modules, "module")} measured, nothing was changed; ${leaning.before ? count(leaning.before) : "none"} ${leaning.before === 1 ? "acts" : "act"} ${MORE_ON_SAFETY}`;
     return `${counted(summary.modules, "module")} measured, nothing was changed; median similarity ${number(summary.similarity_before.median)}, lowest ${number(summary.similarity_before.min)}`;
   }
   if (sweep)
@@ -153,7 +158,18 @@ function headline(report, sweep) {
     summary.repaired === summary.modules
       ? `All ${counted(summary.modules, "module")}`
       : `${count(summary.repaired)} of ${counted(summary.modules, "module")}`;
-  return `${which} repaired; the adapter kept ${percent(Math.min(1, Math.max(0, summary.kept)))} of its update and changed by ${percent(summary.edit)}`;
+  const cost = `the adapter kept ${percent(Math.min(1, Math.max(0, summary.kept)))} of its update and changed by ${percent(summary.edit)}`;
+  if (leaning?.before)
+    return `${count(leaning.before)} of ${counted(summary.modules, "module")} acted ${MORE_ON_SAFETY}, after the repair ${leaning.after ? count(leaning.after) : "none"} ${leaning.after > 1 ? "do" : "does"}; ${cost}`;
+  return `${which} repaired; ${cost}`;
+}
+
+/** How many modules acted more on safety prompts than on general ones; null where the similarity does not say. */
+function leaningOf(report) {
+  const even = report.method.break_even ?? null;
+  if (even === null) return null;
+  const below = (side) => report.modules.filter((line) => line[side] < even).length;
+  return { before: below("similarity_before"), after: below("similarity_after") };
 }
 
 function recommendation(report) {

@@ -236,6 +236,7 @@ def report(
             resolved=RESOLVED.get(parameters.type, {}),
             seed=seed_of(parameters),
             similarity=TEXTS[parameters.type][0],
+            break_even=0.5**0.5 if parameters.type in ("gram", "antidote") else None,
             explanation=TEXTS[parameters.type][1],
         ),
         "recommendation": Recommendation(method="gram", reason="gram serves a fresh adapter of any rank."),

@@ -49,6 +49,33 @@ def test_headline_of_a_repair() -> None:
     assert headline(report([line("a", 0, 0.1, 0.9), line("b", 0, 0.9)])).startswith("1 of 2 modules was repaired; ")
 
 
+def test_headline_counts_what_acted_more_on_safety_prompts_where_the_similarity_says_so() -> None:
+    cost = "; the adapter kept 93 % of its update and changed by 27 %"
+    tilted = [line("a", 0, 0.3, 0.99), line("b", 0, 0.7, 0.6), line("c", 1, 0.71, 0.99)]
+    assert plain(headline(report(tilted, method="gram"))) == (
+        "2 of 3 modules acted more on safety prompts than on general ones, after the repair 1 does" + cost
+    )
+    assert "after the repair none does; " in headline(report([tilted[0], tilted[2]], method="antidote"))
+    both = [line("a", 0, 0.3, 0.4), line("b", 0, 0.5, 0.7)]
+    assert "2 of 2 modules acted more on safety prompts than on general ones, after the repair 2 do; " in headline(
+        report(both, method="gram")
+    )
+    sound = report([line("a", 0, 0.8, 0.99), line("b", 0, 0.9, 0.99)], method="gram")
+    assert plain(headline(sound)) == "All 2 modules were repaired" + cost, "nothing that would have to be told"
+    # A cosine says nothing of general prompts.
+    assert "safety prompts" not in headline(report(tilted, method="nlsr"))
+
+
+def test_headline_of_an_analysis_counts_them_too() -> None:
+    measured = "were measured, nothing was changed; "
+    some = report([line("a", 0, 0.3), line("b", 0, 0.7), line("c", 0, 0.9)], mode="analyze", method="gram")
+    assert headline(some) == f"3 modules {measured}2 act more on safety prompts than on general ones"
+    one = report([line("a", 0, 0.3), line("b", 0, 0.8)], mode="analyze", method="gram")
+    assert headline(one) == f"2 modules {measured}1 acts more on safety prompts than on general ones"
+    none = report([line("a", 0, 0.8), line("b", 0, 0.8)], mode="analyze", method="gram")
+    assert headline(none) == f"2 modules {measured}none act more on safety prompts than on general ones"
+
+
 def test_headline_where_nothing_changed() -> None:
     assert headline(report(lines(2, share=0))) == "Nothing was changed; the output is the input, byte for byte"
     other = report(lines(2, share=0), output=Digest(sha256=sha("other"), bytes=1))
@@ -78,7 +105,7 @@ def test_headline_of_several_strengths_spans_what_they_keep() -> None:
 
 def test_headline_of_a_single_strength_is_that_of_any_run() -> None:
     assert headline(sweep(variant(0.3, 0.52, 0.55))) == headline(
-        report(lines(2, share=1.0), summary=variant(0.3, 0.52, 0.55).summary)
+        report(lines(2, share=1.0), method="gram", summary=variant(0.3, 0.52, 0.55).summary)
     )
 
 

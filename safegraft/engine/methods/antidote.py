@@ -19,6 +19,7 @@ from torch import Tensor
 from safegraft.contracts.methods import AntidoteParameters
 from safegraft.engine import lowrank
 from safegraft.engine.methods.base import (
+    BREAK_EVEN,
     GENERAL_SHARE,
     Fidelity,
     Kinship,
@@ -36,6 +37,7 @@ class Antidote(Method):
     parameters: AntidoteParameters
     fidelity: ClassVar[Mapping[str, Fidelity]] = {"stored": "variant", "canonical": "variant", "rows": "variant"}
     similarity_meaning = GENERAL_SHARE
+    break_even = BREAK_EVEN
 
     def __init__(self, parameters: AntidoteParameters, reference: LoadedReference, kinship: Kinship) -> None:
         super().__init__(parameters, reference, kinship)

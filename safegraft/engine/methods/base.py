@@ -196,6 +196,8 @@ class Method(ABC):
     fidelity: ClassVar[Mapping[str, Fidelity]]
     parameters: Any
     similarity_meaning: str
+    # The similarity at which a module acts on safety prompts and on general ones alike, where it says so.
+    break_even: float | None = None
     explanation: str
 
     def __init__(self, parameters: Any, reference: LoadedReference, kinship: Kinship) -> None:
@@ -293,6 +295,7 @@ class Method(ABC):
         return (max(general, 0.0) / total) ** 0.5 if total > 0 else 1.0
 
 
+BREAK_EVEN = 0.5**0.5
 GENERAL_SHARE = (
     "how much of the fine-tuning's effect falls on general inputs rather than on safety prompts (square root of the "
     "share, in the directions of inputs that the reference keeps): 1 means that it does nothing to safety prompts, "

@@ -21,6 +21,7 @@ from torch import Tensor
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine import lowrank
 from safegraft.engine.methods.base import (
+    BREAK_EVEN,
     GENERAL_SHARE,
     Fidelity,
     Kinship,
@@ -38,6 +39,7 @@ class Gram(Method):
     parameters: GramParameters
     fidelity: ClassVar[Mapping[str, Fidelity]] = {"gram": "variant"}
     similarity_meaning = GENERAL_SHARE
+    break_even = BREAK_EVEN
 
     def __init__(self, parameters: GramParameters, reference: LoadedReference, kinship: Kinship) -> None:
         super().__init__(parameters, reference, kinship)

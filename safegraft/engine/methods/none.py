@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from safegraft.engine import lowrank
-from safegraft.engine.methods.base import GENERAL_SHARE, Fidelity, Kinship, Method, Module, Proposal, Selection
+from safegraft.engine.methods.base import (
+    BREAK_EVEN,
+    GENERAL_SHARE,
+    Fidelity,
+    Kinship,
+    Method,
+    Module,
+    Proposal,
+    Selection,
+)
 from safegraft.engine.reference import LoadedReference
 
 
@@ -19,6 +28,7 @@ class Nothing(Method):
         self.similarity_meaning = (
             GENERAL_SHARE if self._measures else "cosine between the reference's and the adapter's update"
         )
+        self.break_even = BREAK_EVEN if self._measures else None
 
     def reaches(self, name: str) -> bool:
         return self._measures or self.reference.reaches(name)

@@ -54,6 +54,7 @@ def test_its_similarity_is_that_of_gram_where_the_reference_has_general_prompts(
     assert method.similarity(module) == pytest.approx(wanted, abs=0.03)
     assert method.similarity(module) == gram.similarity(module)
     assert method.similarity_meaning == gram.similarity_meaning
+    assert method.break_even == gram.break_even
     assert method.reaches("a layer without an aligned update")
 
 
@@ -67,5 +68,6 @@ def test_its_similarity_is_a_cosine_with_the_aligned_update_elsewhere(toy: Toy, 
     wanted = float((aligned * served).sum() / (aligned.norm() * served.norm()))
     assert method.similarity(module) == pytest.approx(wanted, abs=1e-6)
     assert "cosine" in method.similarity_meaning
+    assert method.break_even is None
     assert method.reaches(NAME)
     assert not method.reaches("a layer without an aligned update")
