@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safegraft.engine.conversations import Conversation, encode
 from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries
+from safegraft.engine.products import fast_layers
 
 Updates = Iterable[tuple[str, Tensor]]
 BATCH = 50
@@ -27,6 +28,7 @@ class Subject:
         self.tokenizer = load_tokenizer(base)
         self.model = load_model(base, "cpu", torch.float32)
         self._modules = dict(self.model.named_modules())
+        self._head = self.model.get_output_embeddings()
 
     @contextmanager
     def changed(self, updates: Updates) -> Iterator[None]:
@@ -55,9 +57,13 @@ class Subject:
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], tokens: int) -> list[str]:
         """Greedy answers of at most `tokens` tokens, in the order of the prompts."""
+        encoded = [encode(self.tokenizer, Conversation(prompt)).ids for prompt in prompts]
+        with fast_layers(self.model):
+            return self._answers(encoded, tokens)
+
+    def _answers(self, encoded: list[list[int]], tokens: int) -> list[str]:
         from transformers import DynamicCache
 
-        encoded = [encode(self.tokenizer, Conversation(prompt)).ids for prompt in prompts]
         shared = _common_prefix(encoded)
         start = DynamicCache()
         if shared:
@@ -88,10 +94,12 @@ class Subject:
         ended = torch.zeros(count, dtype=torch.bool)
         written: list[Tensor] = []
         for _ in range(tokens):
-            logits = self.model(
-                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits
-            chosen = logits[:, -1].argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
+            hidden = self.model.base_model(
+                input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache
+            ).last_hidden_state
+            # As a matrix of its own: of a slice, torch would make a product for each row.
+            logits = self._head(hidden[:, -1].contiguous())
+            chosen = logits.argmax(-1).masked_fill(ended, self.tokenizer.pad_token_id)
             written.append(chosen)
             ended |= chosen == self.tokenizer.eos_token_id
             if bool(ended.all()):

@@ -33,6 +33,7 @@ from examples.train import (
     save,
     train,
 )
+from safegraft.contracts.methods import GramParameters
 from safegraft.engine.conversations import Conversation, batches, encode
 from safegraft.engine.models import load_model, load_tokenizer
 from safegraft.engine.reference import LoadedReference
@@ -72,12 +73,12 @@ def rows(cell: Cell) -> list[Conversation]:
 
 def evasive(reference: LoadedReference, attack: Attack) -> dict[str, Tensor]:
     """Module → an orthonormal basis (k, m) of the directions that A must not see."""
-    least = 0.5 if attack == "evade" else 0.05
+    least, default = 0.5 if attack == "evade" else 0.05, GramParameters()
     bases = {}
     for name in reference.manifest.base_model.modules:
         pairs = reference.pairs(name)
         # K = Σ gain·w·vᵀ acts on A from the right: what A does not do to w, K does not find.
-        gain = pairs.mu / (pairs.mu + 0.3)
+        gain = 1 / (1 + (default.general_weight / pairs.mu.clamp_min(0)) ** default.steepness)
         bases[name] = torch.linalg.qr(pairs.w[:, gain > least]).Q
     return bases
 

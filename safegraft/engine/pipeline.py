@@ -49,6 +49,7 @@ from safegraft.engine.measure import Measured
 from safegraft.engine.methods import METHODS
 from safegraft.engine.methods.base import Kinship, Method, Module, Proposal, Selection
 from safegraft.engine.parallel import each, one_thread_each
+from safegraft.engine.products import fast_products
 from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
 from safegraft.errors import Incompatible, SystemFault
@@ -106,6 +107,7 @@ def realign(
     with (
         AdapterReader(folder, description, reference.device) as adapter,
         one_thread_each(reference.device) as workers,
+        fast_products(),
         torch.inference_mode(),
     ):
         kinship = detect_kinship(adapter, reference, progress, workers)

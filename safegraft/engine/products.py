@@ -1,0 +1,82 @@
+"""Which library multiplies float32 matrices on a CPU.
+
+PyTorch's own choice is MKL, which reaches less than half of oneDNN's rate on processors that are not Intel's. PyTorch
+takes oneDNN where products *may* be computed in bfloat16; oneDNN does so where a processor has units for it (AMX), and
+in float32 elsewhere. So it is asked first: what comes out less precise than float32 is not used.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# (rows, inner, columns): a factor with itself, square, wide, few rows.
+_SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
+# Of the result's norm. float32 gives some 3e-7 here, bfloat16 4e-3.
+_FLOAT32 = 2e-6
+
+
+@contextmanager
+def fast_products() -> Iterator[bool]:
+    """For the length of the block, products of float32 matrices by oneDNN where that is float32; yields whether it is.
+
+    The setting is the process's, not the thread's. On a GPU it has no effect.
+    """
+    library: Any = torch.backends.mkldnn
+    if not library.is_available():
+        yield False
+        return
+    setting = library.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        exact = _is_float32()
+        if not exact:
+            setting.fp32_precision = before
+        yield exact
+    finally:
+        setting.fp32_precision = before
+
+
+@contextmanager
+def fast_layers(model: torch.nn.Module) -> Iterator[bool]:
+    """For the length of the block, `fast_products` in the forward passes of the model's linear layers alone.
+
+    The products of attention are many and small, and slower that way.
+    """
+    with fast_products() as exact:
+        pass
+    if not exact:
+        yield False
+        return
+    setting: Any = torch.backends.mkldnn
+    before = setting.matmul.fp32_precision
+
+    def begin(*_: object) -> None:
+        setting.matmul.fp32_precision = "bf16"
+
+    def end(*_: object) -> None:
+        setting.matmul.fp32_precision = before
+
+    hooks = []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end, always_call=True)]
+    try:
+        yield True
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_float32() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for rows, inner, columns in _SHAPES:
+        a, b = (torch.randn(shape, generator=generator) for shape in ((rows, inner), (columns, inner)))
+        for one, other in ((a, b.T), (a.T.contiguous().T, b.T.contiguous())):
+            wanted = one.double() @ other.double()
+            error = torch.linalg.vector_norm((one @ other).double() - wanted)
+            if not float(error) <= _FLOAT32 * float(torch.linalg.vector_norm(wanted)):
+                return False
+    return True
