@@ -143,6 +143,8 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
         children.append(broker)
     environment |= {"SAFEGRAFT_DATA": str(data), "SAFEGRAFT_REDIS_URL": url, "SAFEGRAFT_DEVICE": plan.device}
     environment |= {"SAFEGRAFT_DEV": "1" if plan.dev else "0"}
+    # `python -m` looks into the current folder first, where a `service` or `worker` of somebody else may lie.
+    environment |= {"PYTHONSAFEPATH": "1"}
     environment |= {"SAFEGRAFT_SIGNING_KEY": str(plan.signing_key.resolve())} if plan.signing_key is not None else {}
     folder = hashlib.sha256(f"{socket.gethostname()}:{data}".encode()).hexdigest()[:12]
     threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))

@@ -104,6 +104,14 @@ def energies(b: Tensor, p: Tensor, weight: Tensor, *, of_b: Tensor | None = None
     return inner(b, p, b, p), inner(b, p * weight, b, p)
 
 
+def with_gram(of_b: Tensor, a: Tensor, *others: Tensor) -> tuple[float, ...] | None:
+    """⟨BA, BA'⟩ for every A' of others (r, k), from BᵀB (r, r) in one product. None where float32's range is left."""
+    product = of_b @ a
+    if not (_usual(product) and _usual(of_b) and all(_usual(other) for other in (a, *others))):
+        return None
+    return tuple(float((product * other).sum(dtype=torch.float64)) for other in others)
+
+
 def norm(b: Tensor, a: Tensor) -> float:
     """‖BA‖_F."""
     return math.sqrt(max(inner(b, a, b, a), 0.0))

@@ -20,6 +20,30 @@ NO_EDIT = 1e-6
 CANCELLED = 1e-2
 # Likewise: what brings a module into the warning about truncation.
 ROUGH = 0.1
+# Share kept below which little is left of a fine-tuning, and edit above which it is a small part of what is there:
+# safelora at its published threshold keeps .00 of a fresh adapter, and safetylock's edit is 8 to 20 (docs/evidence).
+LITTLE, MUCH = 0.05, 5.0
+
+# (method, whether the adapter sits on the aligned model) → what docs/evidence and docs/methods.md found.
+MEASURED = {
+    (
+        "nlsr",
+        True,
+    ): "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
+    "however similar they became",
+    (
+        "safelora",
+        False,
+    ): "Of an adapter that was continued from the aligned one this found little to repair, because it lies "
+    "in the alignment's own subspace",
+    (
+        "antidote",
+        False,
+    ): "Of an adapter that was continued from the aligned one this pruned the alignment too, and the harm "
+    "score stayed high",
+    ("safetylock", True): "At the published strength a small model wrote no usable text any more",
+    ("safetylock", False): "At the published strength a small model wrote no usable text any more",
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +73,10 @@ def of_repaired(
     b, a = method.relative(before)
     energy = _energy(before, b, a)
     # relative(after) − relative(before), without Δ_a. Where only a bias came, it is zero.
-    difference = _difference(before, after, energy) if differs else 0.0
-    overlap = energy
-    if difference > 0:
+    difference, overlap = 0.0, energy
+    if differs and (found := _only_a(before, after, b)) is not None:
+        difference, overlap = found[0], energy + found[1]
+    elif differs and (difference := _difference(before, after, energy)) > 0:
         new_b, new_a = method.relative(after)
         overlap = lowrank.inner(
             new_b, new_a, b, a,
@@ -69,6 +94,16 @@ def of_repaired(
     return Measured(line, energy, overlap, difference, biased)
 
 
+def _only_a(before: Module, after: Module, b: Tensor) -> tuple[float, float] | None:
+    """(‖BC‖², ⟨BC, BA⟩) where only A became A + C and nothing is taken off: both from BᵀB·C. None elsewhere."""
+    (own_b, own_a), (new_b, new_a) = before.update, after.update
+    if not (b is own_b is new_b) or new_a.shape != own_a.shape:
+        return None
+    change = new_a - own_a
+    found = lowrank.with_gram(before.gram, change, change, own_a)
+    return None if found is None else (max(found[0], 0.0), found[1])
+
+
 def _energy(module: Module, b: Tensor, a: Tensor) -> float:
     """‖BA‖² of an update relative to the aligned model, which for what sits on it is the module's own."""
     return module.energy if b is module.update[0] else max(lowrank.inner(b, a, b, a), 0.0)
@@ -80,7 +115,8 @@ def _difference(before: Module, after: Module, energy: float) -> float:
     In float64 where the two updates are nearly the same: their difference is then what is left of cancellation.
     """
     (own_b, own_a), (new_b, new_a) = before.update, after.update
-    if own_b.shape == new_b.shape:
+    # Where one of them was balanced, the other has its factors in other units, and their differences say nothing.
+    if own_b.shape == new_b.shape and before.is_as_stored and after.is_as_stored:
         same_b, same_a = (mine is other or torch.equal(mine, other) for mine, other in ((own_b, new_b), (own_a, new_a)))
         if same_b and same_a:
             return 0.0
@@ -146,7 +182,7 @@ def summary(measured: Sequence[Measured]) -> Summary:
         similarity=_spread([line.similarity_after for line in lines]),
         similarity_before=_spread([line.similarity_before for line in lines]),
         similarity_after=_spread([line.similarity_after for line in lines]),
-        kept=kept(sum(item.overlap for item in measured), energy, difference),
+        kept=_share_kept(measured),
         edit=edit(difference, energy),
         truncation_error=max(line.truncation_error for line in lines),
     )
@@ -193,6 +229,8 @@ def warnings(
         _without_effect(measured, selection) if patched else None,
         _biases(measured, method) if patched else None,
         _truncated(lines),
+        _little_left(measured) if patched else None,
+        _overwhelmed(measured) if patched else None,
     ]
     return [item for item in found if item is not None]
 
@@ -210,13 +248,41 @@ def _label(description: AdapterDescription, manifest: ReferenceManifest) -> Warn
 
 
 def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
-    if method.type != "nlsr" or not method.on_aligned or "gram" not in manifest.methods:
+    measured = MEASURED.get((method.type, method.on_aligned))
+    if measured is None or "gram" not in manifest.methods:
         return None
     return Warning(
         code="method_may_not_help",
-        message="Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one "
-        "wherever this project measured it, however similar they became; the method gram did.",
+        message=f"{measured}, wherever this project measured it; the method gram did better.",
     )
+
+
+def _little_left(measured: Sequence[Measured]) -> Warning | None:
+    left = _share_kept(measured)
+    if left >= LITTLE or not any(item.line.repaired for item in measured):
+        return None
+    return Warning(
+        code="little_left",
+        message=f"Of the fine-tuning's update {max(left, 0.0):.1%} is left. An adapter that does nothing is as safe as "
+        "the model below it, and has not learnt the customer's task either: try the task before you serve it.",
+    )
+
+
+def _overwhelmed(measured: Sequence[Measured]) -> Warning | None:
+    energy, difference = (sum(values) for values in zip(*((m.energy, m.difference) for m in measured), strict=True))
+    size = edit(difference, energy)
+    if size <= MUCH:
+        return None
+    return Warning(
+        code="much_added",
+        message=f"The update changed by {size:.0f} times its own size. Adapters that were changed so much wrote no "
+        "usable text wherever this project measured it: read some answers before you serve it.",
+    )
+
+
+def _share_kept(measured: Sequence[Measured]) -> float:
+    energy = sum(item.energy for item in measured)
+    return kept(sum(item.overlap for item in measured), energy, sum(item.difference for item in measured))
 
 
 def _incomplete(description: AdapterDescription, manifest: ReferenceManifest) -> Warning | None:

@@ -61,6 +61,8 @@ OutputRank = Literal["customer", "exact"]
 # ones have between -.02 and .00; more training takes the former down (docs/decisions/0002-lineage.md).
 CONTINUED_COSINE = 0.2
 SAME_BASIS_COSINE = 0.5
+# So many modules are compared at first; all of them where their median is nearer to the threshold than UNCLEAR.
+COMPARED, UNCLEAR = 48, 0.1
 SIDE_CAR = "side_car.safetensors"
 
 
@@ -174,28 +176,39 @@ def detect_kinship(
     progress: Progress = lambda stage, done, total: None,
     workers: int = 1,
 ) -> Kinship:
-    """Compares updates, not factors: two adapters that were started from the same seed share A without being kin."""
-    description = adapter.description
+    """Compares updates, not factors: two adapters that were started from the same seed share A without being kin.
 
-    def compare(item: LoraModule) -> tuple[float, float | None] | None:
+    Of many modules some that are spread evenly, and all only where these do not tell (docs/decisions/0002-lineage.md).
+    """
+    description = adapter.description
+    shared = [item for item in description.modules if reference.reaches(item.name)]
+    same_ranks = all(item.rank == reference.manifest.aligned[item.name].rank for item in shared)
+
+    def compare(item: LoraModule) -> tuple[float, float | None]:
         aligned = reference.aligned(item.name)
-        if aligned is None:
-            return None
+        assert aligned is not None, "reached"
         module = adapter.module(item)
-        same = _same_entries(module.a, aligned[1]) if module.a.shape == aligned[1].shape else None
+        same = _same_entries(module.a, aligned[1]) if same_ranks else None
         scale = math.sqrt(module.energy) * reference.norm(item.name)
         return lowrank.clamped(lowrank.inner(*module.update, *aligned), scale), same
 
+    chosen = {round(place * len(shared) / COMPARED) for place in range(COMPARED)} if len(shared) > COMPARED else None
+    first, rest = (
+        (shared, [])
+        if chosen is None
+        else tuple([item for place, item in enumerate(shared) if (place in chosen) is taken] for taken in (True, False))
+    )
     found = []
-    for done, (_, compared) in enumerate(each(description.modules, compare, workers), start=1):
-        progress("compare", done, len(description.modules))
-        if compared is not None:
-            found.append(compared)
+    for done, (_, compared) in enumerate(each(first, compare, workers), start=1):
+        progress("compare", done, len(first))
+        found.append(compared)
     cosine = statistics.median(update for update, _ in found) if found else None
-    factors = [same for _, same in found if same is not None]
+    if rest and cosine is not None and abs(cosine - CONTINUED_COSINE) < UNCLEAR:
+        found += [compared for _, compared in each(rest, compare, workers)]
+        cosine = statistics.median(update for update, _ in found)
     if cosine is not None and cosine >= CONTINUED_COSINE:
-        same_basis = len(factors) == len(found) and statistics.median(factors) >= SAME_BASIS_COSINE
-        return Kinship("continued", cosine, same_basis)
+        factors = [same for _, same in found if same is not None]
+        return Kinship("continued", cosine, same_ranks and statistics.median(factors) >= SAME_BASIS_COSINE)
     known = description.config.base_model_name_or_path in reference.manifest.base_model.labels
     return Kinship("fresh" if known else "foreign", cosine, False)
 

@@ -1,5 +1,6 @@
 """The low-rank algebra against dense float64 matrices."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -85,3 +86,13 @@ def test_masks_hold_the_largest_entries_and_survive_packing(
         if not bool(chosen.all()):
             assert values[chosen].min() >= values[~chosen].max()
     assert torch.equal(lowrank.unpack_mask(lowrank.pack_mask(mask), (rows, columns)), mask)
+
+
+def test_products_with_one_gram_matrix_are_the_inner_products() -> None:
+    b, a, c = torch.randn(40, 6), torch.randn(6, 30), torch.randn(6, 30)
+    found = lowrank.with_gram(b.T @ b, c, c, a)
+    assert found is not None
+    assert found == pytest.approx((lowrank.inner(b, c, b, c), lowrank.inner(b, c, b, a)), rel=1e-5)
+    # Zeros and what leaves float32's range are the caller's to compute otherwise.
+    assert lowrank.with_gram(b.T @ b, torch.zeros(6, 30), a) is None
+    assert lowrank.with_gram(b.T @ b, a * 2.0**110, a) is None

@@ -1,8 +1,10 @@
 """Score → select → patch → write, on folders."""
 
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safegraft.adapter import describe
+from safegraft.adapter import LoraModule, describe
 from safegraft.contracts.methods import (
     AntidoteParameters,
     AutoParameters,
@@ -20,7 +22,10 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
+from safegraft.engine import measure, pipeline
 from safegraft.engine.adapter import AdapterReader
+from safegraft.engine.measure import Measured
+from safegraft.engine.methods.base import Kinship, Module
 from safegraft.engine.pipeline import detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
@@ -330,6 +335,74 @@ def test_a_zero_update_that_is_replaced_is_not_reported_as_kept(
     report = realign(folder, reference, NlsrParameters(form="neuron", skip_share=0.0), tmp_path / "out")
     assert report.summary.repaired > 0
     assert (report.summary.kept, report.summary.edit) == (0.0, 1.0)
+
+
+def test_of_many_modules_some_tell_the_lineage_and_all_where_these_do_not(
+    reference: LoadedReference, continued: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compared(folder: Path) -> tuple[Kinship, int]:
+        totals: list[int] = []
+        with AdapterReader(folder, describe(folder)) as reader:
+            read, module = [], reader.module
+
+            def counted(item: LoraModule) -> Module:
+                read.append(item.name)
+                return module(item)
+
+            monkeypatch.setattr(reader, "module", counted)
+            kinship = detect_kinship(reader, reference, lambda stage, done, total: totals.append(total))
+        assert len(set(read)) == len(read)
+        return kinship, len(read)
+
+    modules = len(describe(fresh).modules)
+    everything = {folder: compared(folder)[0] for folder in (continued, fresh)}
+    monkeypatch.setattr(pipeline, "COMPARED", 3)
+    for folder in (continued, fresh):
+        kinship, count = compared(folder)
+        assert count == 3
+        assert (kinship.lineage, kinship.same_basis) == (everything[folder].lineage, everything[folder].same_basis)
+    monkeypatch.setattr(pipeline, "UNCLEAR", 2.0)
+    for folder in (continued, fresh):
+        kinship, count = compared(folder)
+        assert count == modules
+        assert kinship.lineage == everything[folder].lineage
+        assert kinship.cosine == pytest.approx(everything[folder].cosine, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method", [SafeLoraParameters(threshold=1.0), GramParameters(), NlsrParameters(skip_share=0.0)]
+)
+def test_what_changed_does_not_depend_on_the_units_of_the_factors(
+    reference: LoadedReference, fresh: Path, tmp_path: Path, method: Any
+) -> None:
+    """A·2²⁰ and B·2⁻²⁰ are the same update; before and after may be balanced by other powers of two."""
+    other = tmp_path / "other"
+    shutil.copytree(fresh, other)
+    tiny.change_tensors(
+        other, lambda tensors: {k: t * (2.0**20 if "lora_A" in k else 2.0**-20) for k, t in tensors.items()}
+    )
+    one = realign(fresh, reference, method, tmp_path / "one")
+    two = realign(other, reference, method, tmp_path / "two")
+    assert two.summary.edit == pytest.approx(one.summary.edit, rel=1e-3)
+    assert two.summary.kept == pytest.approx(one.summary.kept, rel=1e-3, abs=1e-4)
+    for mine, theirs in zip(one.modules, two.modules, strict=True):
+        assert theirs.edit == pytest.approx(mine.edit, rel=1e-3), mine.name
+
+
+def test_what_is_nearly_deleted_or_outgrown_is_said(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    def codes(name: str, parameters: Any) -> set[str]:
+        return {warning.code for warning in realign(fresh, reference, parameters, tmp_path / name).warnings}
+
+    assert not {"little_left", "much_added"} & codes("gram", GramParameters())
+    deleted = [Measured(line, 1.0, 0.01, 0.98) for line in realign(fresh, reference, GramParameters(), None).modules]
+    deleted = [replace(item, line=item.line.model_copy(update={"repaired": True})) for item in deleted]
+    assert (found := measure._little_left(deleted)) is not None
+    assert "1.0% is left" in found.message
+    assert measure._overwhelmed(deleted) is None
+    outgrown = [replace(item, overlap=1.0, difference=100.0) for item in deleted]
+    assert measure._little_left(outgrown) is None
+    assert (found := measure._overwhelmed(outgrown)) is not None
+    assert "10 times its own size" in found.message
 
 
 def test_an_unknown_label_and_a_doubtful_method_are_said(

@@ -80,6 +80,11 @@ class Module:
         b, a = lowrank.balanced(self.b, self.a)
         return self._scaled_b if b is self.b else b * self.scaling, a
 
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether `update` has the factors as the file has them, the scaling apart: nothing had to be balanced."""
+        return self.update[1] is self.a
+
     @once
     def gram(self) -> Tensor:
         """BᵀB (r, r) of `update`'s B: every norm and inner product of the update needs it."""
