@@ -34,11 +34,12 @@ MARKERS = "<!-- measured -->", "<!-- /measured -->"
 BEFORE, ALIGNED = "no repair", "the aligned model"
 # Row → parameters. Those of one method stand together, its default first.
 ROWS: dict[str, dict[str, Any]] = {
-    "gram λ=.3": {"type": "gram"},
-    "gram λ=1": {"type": "gram", "general_weight": 1.0},
-    "gram λ=.1": {"type": "gram", "general_weight": 0.1},
-    "gram λ=1, β=.5": {"type": "gram", "general_weight": 1.0, "amplification": 0.5},
-    "gram λ=.3, 64 pairs": {"type": "gram", "pairs": 64},
+    "gram": {"type": "gram"},
+    "gram p=1, λ=.3": {"type": "gram", "steepness": 1.0, "general_weight": 0.3},
+    "gram p=1, λ=1": {"type": "gram", "steepness": 1.0, "general_weight": 1.0},
+    "gram p=1, λ=.1": {"type": "gram", "steepness": 1.0, "general_weight": 0.1},
+    "gram p=1, λ=1, β=.5": {"type": "gram", "steepness": 1.0, "general_weight": 1.0, "amplification": 0.5},
+    "gram p=1, λ=.3, 64 pairs": {"type": "gram", "steepness": 1.0, "general_weight": 0.3, "pairs": 64},
     "nlsr": {"type": "nlsr"},
     "nlsr, every module": {"type": "nlsr", "skip_share": 0.0},
     "nlsr paper form, every module": {"type": "nlsr", "form": "paper", "skip_share": 0.0},
