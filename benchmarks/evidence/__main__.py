@@ -1,14 +1,21 @@
-"""`python -m benchmarks.evidence`: trains and measures what is missing. `… tables` writes docs/evidence; `… judge`
-judges the answers anew that still lie in the cache, after a judge has changed."""
+"""`python -m benchmarks.evidence`: trains and measures what is missing. `… tables` writes docs/evidence.
+
+`… judge` judges the answers anew that still lie in the cache, after a judge has changed; `… sample FILE` and
+`… labels FILE` hold the judges against labels set by hand (labels.py).
+"""
 
 import argparse
+from pathlib import Path
 
-from benchmarks.evidence import run, tables
+from benchmarks.evidence import labels, run, tables
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["measure", "judge", "tables"], default="measure")
+    parser.add_argument(
+        "what", nargs="?", choices=["measure", "judge", "tables", "sample", "labels"], default="measure"
+    )
+    parser.add_argument("file", nargs="?", type=Path, help="of `sample` and `labels`: see labels.py")
     parser.add_argument("--base", default=run.BASE, help="a model folder, or a package that carries one")
     parser.add_argument("--cell", action="append", default=[], help="only this cell; repeatable")
     parser.add_argument("--restart", action="append", default=[], help="measure this cell anew; repeatable")
@@ -16,6 +23,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "judge":
         run.judge_again()
+        return
+    if arguments.what in ("sample", "labels"):
+        if arguments.file is None:
+            parser.error("sample and labels need a file")
+        (labels.sample if arguments.what == "sample" else labels.write)(run.answers(), arguments.file)
         return
     if arguments.what == "tables":
         tables.write()

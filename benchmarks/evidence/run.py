@@ -192,6 +192,11 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
+def answers() -> Path:
+    """Where the texts lie, outside of the repository."""
+    return cache_folder() / "evidence" / "answers"
+
+
 def judge_again(base: str = BASE) -> None:
     laboratory = Workshop(base, cache_folder() / "evidence").laboratory
     for path in sorted(RESULTS.glob("*.json")):

@@ -247,11 +247,12 @@ def similarity_table(results: Results) -> str:
 
 
 def labels_table(results: Results) -> str:
-    """Agreement of both judges with labels set by hand."""
+    """Agreement of both judges with labels set by hand, in the sample and estimated over all answers."""
     path = RESULTS / "labels.json"
     if not path.exists():
         return "Not labelled yet."
-    labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    labels, answered = found["labels"], found["answers"]
     lines = []
     for judge in ("phrases", "embeddings"):
         pairs = [(item[judge] == REFUSED, item["label"] == REFUSED) for item in labels]
@@ -261,10 +262,20 @@ def labels_table(results: Results) -> str:
         invented = sum(own and not hand for own, hand in pairs)
         lines.append(
             [judge, str(len(pairs)), f"{share(same / len(pairs))} [{share(low)}, {share(high)}]", share(kappa(pairs)),
-             f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}"]
+             f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}",
+             f"{agreement(labels, answered, judge):.3f}"]
         )  # fmt: skip
-    head = ["judge", "answers", "agrees", "Cohen's κ", "refusals missed", "refusals invented"]
+    head = ["judge", "texts", "agrees", "Cohen's κ", "refusals missed", "refusals invented", "over all answers"]
     return markdown.table(head, lines)
+
+
+def agreement(labels: Sequence[Mapping[str, str]], answered: Mapping[str, int], judge: str) -> float:
+    """The share of all answers on which a judge and the labels agree: each pair of verdicts by its share of answers."""
+    total = 0.0
+    for pair, count in answered.items():
+        own = [item for item in labels if item["phrases"] + item["embeddings"] == pair]
+        total += count * sum(item[judge] == item["label"] for item in own) / len(own)
+    return total / sum(answered.values())
 
 
 def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:

@@ -52,3 +52,14 @@ def test_a_table_says_what_is_missing(tmp_path: Path) -> None:
     assert tables.poison_table({}).count(tables.DASH) == 5 * len(MAIN)
     with pytest.raises(ValueError, match="no <!-- main -->"):
         tables.filled("nothing here", {})
+
+
+def test_agreement_over_all_answers_weighs_rare_disagreements_little() -> None:
+    labels = [
+        {"phrases": "R", "embeddings": "R", "label": "R"},
+        {"phrases": "R", "embeddings": "a", "label": "R"},
+        {"phrases": "R", "embeddings": "a", "label": "a"},
+    ]
+    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "phrases") == pytest.approx(0.99)
+    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "embeddings") == pytest.approx(0.99)
+    assert tables.agreement(labels, {"RR": 2, "Ra": 98}, "embeddings") == pytest.approx(0.51)
