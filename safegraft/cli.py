@@ -52,6 +52,7 @@ from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.files import read_bounded, sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
+from safegraft.ingest import companions_of
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.provenance import (
     Invocation,
@@ -346,6 +347,7 @@ def realign(
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     _bundle(reference)
+    companions_of(adapter)  # before a reference and models are loaded, which takes long
     from safegraft.engine.models import check_device
     from safegraft.engine.pipeline import realign as run
     from safegraft.engine.reference import LoadedReference

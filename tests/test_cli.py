@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,28 @@ def test_nothing_is_overwritten_and_no_half_result_is_left(fresh: Path, built: P
     assert "neuron" in message
     refused("realign", fresh, "--reference", tmp_path, "--out", out, code="not_a_reference")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "code"),
+    [
+        ("tokenizer.json", lambda path: path.symlink_to("/etc/passwd"), "link_leaves_folder"),
+        ("README.md", lambda path: path.symlink_to("/dev/zero"), "link_leaves_folder"),
+        ("tokenizer.json", os.mkfifo, "not_a_file"),
+        ("vocab.txt", lambda path: path.symlink_to("."), "not_a_file"),
+        ("merges.txt", lambda path: path.symlink_to("nowhere"), "not_a_file"),
+    ],
+    ids=["link-to-a-secret", "link-without-end", "pipe", "link-to-a-folder", "link-to-nothing"],
+)
+def test_a_strangers_folder_reads_nothing_but_its_own_files(
+    fresh: Path, built: Path, tmp_path: Path, name: str, make: Callable[[Path], None], code: str
+) -> None:
+    sent = tmp_path / "sent"
+    shutil.copytree(fresh, sent)
+    make(sent / name)
+    message = refused("realign", sent, "--reference", built, "--out", tmp_path / "out", "--method", "gram", code=code)
+    assert message.startswith(f"{code}: {name} ")
+    assert [path.name for path in tmp_path.iterdir()] == ["sent"]
 
 
 def test_several_strengths_make_a_folder_each(fresh: Path, built: Path, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
 from safegraft.errors import Incompatible, SystemFault
 from safegraft.files import atomic_folder, sha256_file, side_car_folder
+from safegraft.ingest import companions_of
 
 Progress = Callable[[str, int, int], None]
 OutputRank = Literal["customer", "exact"]
@@ -102,6 +103,8 @@ def realign(
     exists.
     """
     clock = _Clock()
+    # First of all: whoever sent the folder may have put anything into it, and a repair takes long.
+    companions = companions_of(folder)
     description = describe(folder)
     check_compatible(description, reference.manifest, parameters)
     with (
@@ -143,7 +146,7 @@ def realign(
                 for run in runs:
                     run.folder = beside if run.strength is None else beside / strength_name(run.strength)
                     run.folder.mkdir(exist_ok=True)
-                _patch(adapter, runs, similarities, folder, workers, progress)
+                _patch(adapter, runs, similarities, folder, companions, workers, progress)
                 clock.lap("patch")
                 for run in runs:
                     _check(run, folder, description)
@@ -288,6 +291,7 @@ def _patch(
     runs: list[Run],
     similarities: dict[str, float] | None,
     folder: Path,
+    companions: Sequence[str],
     workers: int,
     progress: Progress,
 ) -> None:
@@ -305,7 +309,7 @@ def _patch(
                 run.measured.append(measured)
             progress("patch", done, len(modules))
     for run in runs:
-        _finish(run, folder, adapter.description)
+        _finish(run, folder, companions, adapter.description)
 
 
 @contextmanager
@@ -331,7 +335,7 @@ def _patch_module(item: LoraModule, before: Module, run: Run, similarity: float,
     )  # fmt: skip
 
 
-def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
+def _finish(run: Run, folder: Path, companions: Sequence[str], description: AdapterDescription) -> None:
     """Companions, and the customer's very bytes where nothing changed. Raises Incompatible."""
     assert run.folder is not None, "a run that patches has a folder"
     cause = measure.no_effect(run.measured, run.selection, description.dtype)
@@ -345,9 +349,8 @@ def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
         # Header and configuration included, so that hashes agree.
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(folder / name, run.folder / name)
-    for path in folder.iterdir():
-        if is_companion(path.name):
-            shutil.copyfile(path, run.folder / path.name)
+    for name in companions:
+        shutil.copyfile(folder / name, run.folder / name)
 
 
 @contextmanager

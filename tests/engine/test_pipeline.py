@@ -1,6 +1,7 @@
 """Score → select → patch → write, on folders."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from safegraft.contracts.methods import (
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.pipeline import detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
+from safegraft.errors import Incompatible, InvalidAdapter, InvalidParameter, InvalidTensors
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -250,6 +251,34 @@ def test_companions_travel_and_pickles_do_not(reference: LoadedReference, fresh:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", WEIGHTS, "tokenizer_config.json"}
     assert report.dropped_files == ["checkpoint-10", "training_args.bin"]
+
+
+def test_what_a_folder_may_not_hold_is_refused_before_any_work(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(fresh, folder)
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+    stages: list[str] = []
+    for out in (tmp_path / "out", None):
+        with pytest.raises(InvalidAdapter) as caught:
+            realign(folder, reference, GramParameters(), out, progress=lambda stage, done, total: stages.append(stage))
+        assert (caught.value.code, caught.value.param) == ("link_leaves_folder", "tokenizer.json")
+    assert stages == []
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_snapshot_of_links_gives_files(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    blobs, snapshot = (tmp_path / "models--a--b" / name for name in ("blobs", "snapshots/r"))
+    shutil.copytree(fresh, blobs)
+    (blobs / "tokenizer_config.json").write_text("{}")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    realign(snapshot, reference, GramParameters(), tmp_path / "out")
+    found = list((tmp_path / "out").iterdir())
+    assert {path.name for path in found} == {"adapter_config.json", WEIGHTS, "tokenizer_config.json"}
+    assert not any(path.is_symlink() for path in found)
 
 
 def test_the_engine_knows_neither_web_nor_queue() -> None:
