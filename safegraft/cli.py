@@ -344,6 +344,7 @@ def realign(
             param="--probe",
             hint="Name the model by --base or --aligned, and leave out --analyze and --strengths.",
         )
+    _refuse_inside(to, adapter)
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     _bundle(reference)
@@ -391,6 +392,18 @@ def realign(
         tell(f"Beside it: {path}")
     tell("Report:  " + " ".join(str(path) for path in files))
     tell(f"Provenance ({'signed' if signer is not None else 'not signed'}): {to}.provenance.json")
+
+
+def _refuse_inside(to: Path, adapter: Path) -> None:
+    """What came must stay as it came: a result in it would be taken for a part of it, and reports beside it too."""
+    # By os.path, because pathlib raises RuntimeError for links that lead in circles.
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(adapter)):
+        raise InvalidParameter(
+            f"{to} is, or lies in, the folder of the adapter that is to be repaired.",
+            code="output_in_input",
+            param="--out",
+            hint="Name a folder elsewhere, for example beside it.",
+        )
 
 
 def _has_key(data: Path) -> bool:

@@ -301,6 +301,18 @@ def test_a_strangers_folder_reads_nothing_but_its_own_files(
     assert [path.name for path in tmp_path.iterdir()] == ["sent"]
 
 
+def test_what_came_stays_as_it_came(fresh: Path, built: Path, tmp_path: Path) -> None:
+    sent = tmp_path / "sent"
+    shutil.copytree(fresh, sent)
+    before = sorted(sent.rglob("*"))
+    (tmp_path / "link").symlink_to(sent)
+    for out in (sent, sent / "out", sent / "new" / "out", tmp_path / "link" / "out", sent / ".." / "sent" / "out"):
+        for mode in ([], ["--analyze"]):
+            message = refused("realign", sent, "--reference", built, "--out", out, *mode, code="output_in_input")
+            assert str(out) in message
+    assert sorted(sent.rglob("*")) == before
+
+
 def test_several_strengths_make_a_folder_each(fresh: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     common: list[str | Path] = ["realign", fresh, "--reference", built, "--out", out]
