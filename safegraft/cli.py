@@ -528,7 +528,8 @@ def verify_report(
         raise InvalidParameter(
             f"{report} is neither report nor provenance.", code="not_a_report", param="FILE"
         ) from error
-    folder = _find(reference or claimed.reference.id, data)
+    # Where it lies is for whoever checks to say: a path out of the report would be of its author's choice.
+    folder = _find(reference, data) if reference else open_references(settings_for(data)).folder(claimed.reference.id)
     from safegraft.engine.models import check_device
     from safegraft.engine.rerun import rerun
 

@@ -344,6 +344,21 @@ def test_a_report_is_verified_by_running_it_again(fresh: Path, continued: Path, 
     refused("verify", report, *given, fresh, code="not_a_report")
 
 
+def test_a_report_names_no_folder_as_its_reference(fresh: Path, built: Path, tmp_path: Path) -> None:
+    report, data = tmp_path / "out.report.json", tmp_path / "data"
+    safegraft("realign", fresh, "--reference", built, "--out", tmp_path / "out", "--method", "gram")
+    given: list[str | Path] = ["verify", report, "--adapter", fresh, "--data", data]
+    refused(*given, code="reference_not_found")
+    claimed = json.loads(report.read_text())
+    claimed["reference"]["id"] = str(built)
+    report.write_text(json.dumps(claimed))
+    assert repr(str(built))[1:60] in refused(*given, code="reference_not_found")
+    assert "reproduced" in safegraft(*given, "--reference", built).stdout
+    claimed["reference"]["id"] = safegraft("reference", "add", built, "--data", data).stdout.strip()
+    report.write_text(json.dumps(claimed))
+    assert "reproduced" in safegraft(*given).stdout
+
+
 def test_next_tokens_are_compared_where_a_model_is_given(
     fresh: Path, built: Path, base: Path, aligned: Path, tmp_path: Path
 ) -> None:
