@@ -41,6 +41,7 @@ from safegraft.commands.terminal import (
     database_of,
     err,
     out,
+    plain,
     print_json,
     settings_for,
     tell,
@@ -157,7 +158,9 @@ def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
         sys.stdout.write(json.dumps({"error": body}) + "\n")
     # Soft: a line broken at column 80 would break paths, and be two lines for those who search logs.
     err.print(f"[bold red]{error.code}[/]: ", end="")
-    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    # A message may quote a stranger's file; those of usage have lines of their own.
+    message = plain(re.sub(r"\s*[\n\t]\s*", " ", str(error)))
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
     sys.exit(2 if error.fault == "user" else 1)
 
 
@@ -540,9 +543,9 @@ def verify_report(
         print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
     else:
         for line in found.differences:
-            out.print(f"Note: {line}", markup=False, style="yellow", soft_wrap=True)
+            out.print(plain(f"Note: {line}"), markup=False, style="yellow", soft_wrap=True)
         for line in found.problems:
-            out.print(f"Differs: {line}", markup=False, style="red", soft_wrap=True)
+            out.print(plain(f"Differs: {line}"), markup=False, style="red", soft_wrap=True)
         if not found.problems:
             out.print("The report is reproduced: same input, same reference, same bytes out.", markup=False)
     sys.exit(1 if found.problems else 0)
@@ -749,8 +752,10 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
         return
     table = Table(Column("id", no_wrap=True), "name", "base model", "methods", box=None)
     for item in found:
-        table.add_row(item.id, item.manifest.name, item.manifest.base_model.labels[0], ", ".join(item.manifest.methods))
-    out.print(table)
+        # Names that whoever built the bundle gave.
+        name, base_model = plain(item.manifest.name), plain(item.manifest.base_model.labels[0])
+        table.add_row(item.id, name, base_model, plain(", ".join(item.manifest.methods)))
+    out.print(table, markup=False)
 
 
 @reference_app.command("show")
@@ -760,7 +765,9 @@ def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> Non
         raw = read_bounded(_bundle(Path(reference)) / MANIFEST, MAX_MANIFEST_BYTES)
     else:
         raw = open_references(settings_for(data)).manifest(reference)
-    sys.stdout.write(raw.decode("utf-8"))
+    text = raw.decode("utf-8", "replace")
+    # Programs get it as it is; a folder may hold anything under this name, which no terminal is to act on.
+    sys.stdout.write("\n".join(map(plain, text.split("\n"))) if sys.stdout.isatty() else text)
 
 
 @reference_app.command("verify")

@@ -190,6 +190,17 @@ def test_references_are_verified_installed_listed_and_shown(built: Path, tmp_pat
     assert [item.id for item in ReferenceRegistry(data / "references").installed()] == [added["id"]]
 
 
+def test_names_out_of_a_bundle_cannot_write_on_the_terminal(built: Path, tmp_path: Path) -> None:
+    bundle, data = tmp_path / "bundle", tmp_path / "data"
+    shutil.copytree(built, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["name"] = "\x1b[2J[/red] name"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    safegraft("reference", "add", bundle, "--data", data)
+    listed = safegraft("reference", "list", "--data", data, COLUMNS="200").stdout
+    assert "\ufffd[2J[/red] name" in listed
+
+
 def test_verify_names_the_file_that_changed(built: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(built, broken)
@@ -357,6 +368,39 @@ def test_a_report_names_no_folder_as_its_reference(fresh: Path, built: Path, tmp
     claimed["reference"]["id"] = safegraft("reference", "add", built, "--data", data).stdout.strip()
     report.write_text(json.dumps(claimed))
     assert "reproduced" in safegraft(*given).stdout
+
+
+def test_nothing_out_of_a_report_acts_on_the_terminal(fresh: Path, built: Path, tmp_path: Path) -> None:
+    report, escape = tmp_path / "out.report.json", "\x1b]0;owned\x07\x1b[2J\nThe report is reproduced"
+    safegraft("realign", fresh, "--reference", built, "--out", tmp_path / "out", "--method", "gram", "--analyze")
+    original = report.read_text()
+    given: list[str | Path] = ["verify", report, "--adapter", fresh, "--reference", built]
+
+    def change(*path: str) -> None:
+        claimed = json.loads(original)
+        part = claimed
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = escape
+        report.write_text(json.dumps(claimed))
+
+    for part in (("input", "sha256"), ("reference", "sha256"), ("input", "config_sha256")):
+        change(*part)
+        told = safegraft(*given, status=1).stdout
+        assert told.startswith("Differs: ")
+        assert "[2J" in told
+        assert told.count("\n") == 1
+        assert told[:-1].isprintable()
+    for name in (["device"], ["versions", "torch"], ["versions", "x"]):
+        change("environment", *name)
+        told = safegraft(*given).stdout
+        assert told.startswith("Note: ")
+        assert told.count("\n") == 2
+        assert told.replace("\n", "").isprintable()
+    change("reference", "id")
+    assert refused(*given[:4], "--data", tmp_path, code="reference_not_found")[:-1].isprintable()
+    change(escape)
+    assert refused("report", report, code="not_a_report")[:-1].isprintable()
 
 
 def test_next_tokens_are_compared_where_a_model_is_given(
