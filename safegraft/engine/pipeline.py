@@ -7,6 +7,7 @@ not at all.
 """
 
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -445,7 +446,7 @@ def _report(
 ) -> Report:
     first = runs[0]
     method: Any = first.method
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS))
+    others = [path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS)]
     return Report(
         mode="patch" if patched else "analyze",
         method=MethodRun(
@@ -475,7 +476,7 @@ def _report(
             for run in runs
             if run.strength is not None
         ],
-        dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
+        dropped_files=sorted({*dropped_files, *(_printable(name) for name in others if not is_companion(name))}),
         warnings=_warnings(runs, unreached, description, reference, patched=patched),
         environment=Environment(
             versions=versions(),
@@ -484,6 +485,12 @@ def _report(
         ),
         timings=timings,
     )
+
+
+def _printable(name: str) -> str:
+    """A file's name as JSON and pages can hold it: it may be any bytes, of which Python makes halves of letters."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _warnings(

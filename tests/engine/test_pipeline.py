@@ -1,6 +1,7 @@
 """Score → select → patch → write, on folders."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
+from safegraft.contracts.report import Report
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.pipeline import detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import Incompatible, InvalidAdapter, InvalidParameter, InvalidTensors
+from safegraft.report import to_json
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -251,6 +254,18 @@ def test_companions_travel_and_pickles_do_not(reference: LoadedReference, fresh:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", WEIGHTS, "tokenizer_config.json"}
     assert report.dropped_files == ["checkpoint-10", "training_args.bin"]
+
+
+def test_names_of_dropped_files_can_be_written_whatever_they_are(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(fresh, folder)
+    for name in (b"tok\xff.bin", b"a\x1b[2J\n.txt", "ü.txt".encode()):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"")
+    report = realign(folder, reference, GramParameters(), None)
+    assert report.dropped_files == ["a\\x1b[2J\\n.txt", "tok\\xff.bin", "ü.txt"]
+    assert Report.model_validate_json(to_json(report)).dropped_files == report.dropped_files
 
 
 def test_what_a_folder_may_not_hold_is_refused_before_any_work(
