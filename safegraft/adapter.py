@@ -132,6 +132,13 @@ def describe(folder: Path, *, own: bool = False) -> AdapterDescription:
 
     own: a result of this product, which may carry the biases that a customer's adapter may not.
     """
+    refuse_missing(folder)
+    config = read_config(folder / CONFIG, own=own)
+    return pair_modules(config, read_header(folder / WEIGHTS), own=own)
+
+
+def refuse_missing(folder: Path) -> None:
+    """Raises InvalidAdapter where configuration or weights are not there, or no files that could be read to an end."""
     if not (folder / CONFIG).is_file():
         raise InvalidAdapter(
             f"{CONFIG} is missing.", code="missing_config", param=CONFIG, hint="Send the whole folder that PEFT saved."
@@ -143,8 +150,6 @@ def describe(folder: Path, *, own: bool = False) -> AdapterDescription:
             param=WEIGHTS,
             hint="Save with `safe_serialization=True`; pickles (.bin, .pt) are never opened.",
         )
-    config = read_config(folder / CONFIG, own=own)
-    return pair_modules(config, read_header(folder / WEIGHTS), own=own)
 
 
 def read_config(path: Path, *, own: bool = False) -> PeftConfig:

@@ -41,6 +41,7 @@ from safegraft.commands.terminal import (
     database_of,
     err,
     out,
+    plain,
     print_json,
     settings_for,
     tell,
@@ -52,6 +53,7 @@ from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.files import read_bounded, sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
+from safegraft.ingest import companions_of
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.provenance import (
     Invocation,
@@ -156,7 +158,9 @@ def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
         sys.stdout.write(json.dumps({"error": body}) + "\n")
     # Soft: a line broken at column 80 would break paths, and be two lines for those who search logs.
     err.print(f"[bold red]{error.code}[/]: ", end="")
-    err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    # A message may quote a stranger's file; those of usage have lines of their own.
+    message = plain(re.sub(r"\s*[\n\t]\s*", " ", str(error)))
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
     sys.exit(2 if error.fault == "user" else 1)
 
 
@@ -343,9 +347,11 @@ def realign(
             param="--probe",
             hint="Name the model by --base or --aligned, and leave out --analyze and --strengths.",
         )
+    _refuse_inside(to, adapter)
     if to.exists():
         raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
     _bundle(reference)
+    companions_of(adapter)  # before a reference and models are loaded, which takes long
     from safegraft.engine.models import check_device
     from safegraft.engine.pipeline import realign as run
     from safegraft.engine.reference import LoadedReference
@@ -389,6 +395,18 @@ def realign(
         tell(f"Beside it: {path}")
     tell("Report:  " + " ".join(str(path) for path in files))
     tell(f"Provenance ({'signed' if signer is not None else 'not signed'}): {to}.provenance.json")
+
+
+def _refuse_inside(to: Path, adapter: Path) -> None:
+    """What came must stay as it came: a result in it would be taken for a part of it, and reports beside it too."""
+    # By os.path, because pathlib raises RuntimeError for links that lead in circles.
+    if Path(os.path.realpath(to)).is_relative_to(os.path.realpath(adapter)):
+        raise InvalidParameter(
+            f"{to} is, or lies in, the folder of the adapter that is to be repaired.",
+            code="output_in_input",
+            param="--out",
+            hint="Name a folder elsewhere, for example beside it.",
+        )
 
 
 def _has_key(data: Path) -> bool:
@@ -513,7 +531,8 @@ def verify_report(
         raise InvalidParameter(
             f"{report} is neither report nor provenance.", code="not_a_report", param="FILE"
         ) from error
-    folder = _find(reference or claimed.reference.id, data)
+    # Where it lies is for whoever checks to say: a path out of the report would be of its author's choice.
+    folder = _find(reference, data) if reference else open_references(settings_for(data)).folder(claimed.reference.id)
     from safegraft.engine.models import check_device
     from safegraft.engine.rerun import rerun
 
@@ -524,9 +543,9 @@ def verify_report(
         print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
     else:
         for line in found.differences:
-            out.print(f"Note: {line}", markup=False, style="yellow", soft_wrap=True)
+            out.print(plain(f"Note: {line}"), markup=False, style="yellow", soft_wrap=True)
         for line in found.problems:
-            out.print(f"Differs: {line}", markup=False, style="red", soft_wrap=True)
+            out.print(plain(f"Differs: {line}"), markup=False, style="red", soft_wrap=True)
         if not found.problems:
             out.print("The report is reproduced: same input, same reference, same bytes out.", markup=False)
     sys.exit(1 if found.problems else 0)
@@ -733,8 +752,10 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
         return
     table = Table(Column("id", no_wrap=True), "name", "base model", "methods", box=None)
     for item in found:
-        table.add_row(item.id, item.manifest.name, item.manifest.base_model.labels[0], ", ".join(item.manifest.methods))
-    out.print(table)
+        # Names that whoever built the bundle gave.
+        name, base_model = plain(item.manifest.name), plain(item.manifest.base_model.labels[0])
+        table.add_row(item.id, name, base_model, plain(", ".join(item.manifest.methods)))
+    out.print(table, markup=False)
 
 
 @reference_app.command("show")
@@ -744,7 +765,9 @@ def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> Non
         raw = read_bounded(_bundle(Path(reference)) / MANIFEST, MAX_MANIFEST_BYTES)
     else:
         raw = open_references(settings_for(data)).manifest(reference)
-    sys.stdout.write(raw.decode("utf-8"))
+    text = raw.decode("utf-8", "replace")
+    # Programs get it as it is; a folder may hold anything under this name, which no terminal is to act on.
+    sys.stdout.write("\n".join(map(plain, text.split("\n"))) if sys.stdout.isatty() else text)
 
 
 @reference_app.command("verify")

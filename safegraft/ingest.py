@@ -5,10 +5,12 @@ Everything here touches bytes that a stranger sent; the gateway runs it in a pro
 """
 
 import errno
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safegraft.adapter import CONFIG, WEIGHTS, describe, is_companion
+from safegraft.adapter import CONFIG, WEIGHTS, describe, is_companion, refuse_missing
 from safegraft.archive import unpack
 from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.errors import InvalidAdapter, InvalidParameter, StorageFault, TooLarge
@@ -115,6 +117,72 @@ def check_companion(size: int) -> None:
     """Raises TooLarge (`companion_too_large`) for a file beside the weights that no tokenizer is as large as."""
     if size > MAX_COMPANION_BYTES:
         raise TooLarge("A companion file is too large.", code="companion_too_large", param="files")
+
+
+def companions_of(folder: Path) -> list[str]:
+    """Names of the files that are kept byte for byte, of a folder on a disk that a stranger may have made: files of the
+    folder itself, reached by links or not, or of the Hugging Face cache that it is a snapshot of.
+
+    Raises InvalidAdapter (`missing_config`, `missing_weights`, `not_a_file`, `link_leaves_folder`) and TooLarge
+    (`companion_too_large`), which name the file.
+    """
+    refuse_missing(folder)
+    home = Path(os.path.realpath(folder))
+    names = sorted(path.name for path in folder.iterdir() if is_companion(path.name))
+    for name in (CONFIG, WEIGHTS, *names):
+        _refuse_foreign(name, home)
+        if name in names:
+            _refuse_large_or_endless(name, home)
+    return names
+
+
+def _refuse_foreign(name: str, home: Path) -> None:
+    """A link to another place would bring a file of whoever runs this into a result that is handed on."""
+    target = Path(os.path.realpath(home / name))
+    cached = _blobs(home)
+    if target.is_relative_to(home) or (cached is not None and target.is_relative_to(cached)):
+        return
+    raise InvalidAdapter(
+        f"{name} is a link that leads out of its folder, to {target}.",
+        code="link_leaves_folder",
+        param=name,
+        hint="If that file belongs to the adapter, put a copy of it in the place of the link.",
+    )
+
+
+def _blobs(home: Path) -> Path | None:
+    """Where the files of a snapshot in a Hugging Face cache lie: `models--…/snapshots/<revision>` links to
+    `models--…/blobs`, and to nothing else."""
+    for folder in home.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder.parent / "blobs"
+    return None
+
+
+def _refuse_large_or_endless(name: str, home: Path) -> None:
+    try:
+        found = (home / name).stat()
+    except OSError as error:
+        raise InvalidAdapter(
+            f"{name} cannot be read ({error.strerror}).",
+            code="not_a_file",
+            param=name,
+            hint="Remove it, or put the file there that it stands for.",
+        ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidAdapter(
+            f"{name} is no regular file.",
+            code="not_a_file",
+            param=name,
+            hint="Remove the folder, pipe or device of that name, or what links to it.",
+        )
+    if found.st_size > MAX_COMPANION_BYTES:
+        raise TooLarge(
+            f"{name} has {found.st_size} bytes; a file beside the weights may have {MAX_COMPANION_BYTES}.",
+            code="companion_too_large",
+            param=name,
+            hint="Remove it; no tokenizer is as large.",
+        )
 
 
 def _listed(names: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safegraft.adapter import CONFIG, WEIGHTS, is_companion
+from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.bundle import MANIFEST
 from safegraft.contracts.adapter import AdapterFile
 from safegraft.contracts.provenance import (
@@ -30,6 +30,7 @@ from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report
 from safegraft.dsse import SigningKey
 from safegraft.files import sha256_file, write_atomic
+from safegraft.ingest import companions_of
 
 PROVENANCE, REPORT = "provenance.json", "report.json"
 INPUT, REFERENCE, SOURCE, SIDE_CAR = "adapter/", "reference/", "reference_source/", "side_car/"
@@ -120,8 +121,7 @@ def input_digests(folder: Path, report: Report) -> dict[str, str]:
     Weights and configuration are those that the report names: the folder may have changed since.
     """
     known = {WEIGHTS: report.input.sha256, CONFIG: report.input.config_sha256}
-    names = sorted(path.name for path in folder.iterdir() if path.name in known or is_companion(path.name))
-    return {name: known.get(name) or sha256_file(folder / name) for name in names}
+    return {name: known.get(name) or sha256_file(folder / name) for name in sorted([*known, *companions_of(folder)])}
 
 
 def folder_digests(folder: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,17 @@ def test_references_are_verified_installed_listed_and_shown(built: Path, tmp_pat
     assert [item.id for item in ReferenceRegistry(data / "references").installed()] == [added["id"]]
 
 
+def test_names_out_of_a_bundle_cannot_write_on_the_terminal(built: Path, tmp_path: Path) -> None:
+    bundle, data = tmp_path / "bundle", tmp_path / "data"
+    shutil.copytree(built, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["name"] = "\x1b[2J[/red] name"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    safegraft("reference", "add", bundle, "--data", data)
+    listed = safegraft("reference", "list", "--data", data, COLUMNS="200").stdout
+    assert "\ufffd[2J[/red] name" in listed
+
+
 def test_verify_names_the_file_that_changed(built: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(built, broken)
@@ -278,6 +290,40 @@ def test_nothing_is_overwritten_and_no_half_result_is_left(fresh: Path, built: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "make", "code"),
+    [
+        ("tokenizer.json", lambda path: path.symlink_to("/etc/passwd"), "link_leaves_folder"),
+        ("README.md", lambda path: path.symlink_to("/dev/zero"), "link_leaves_folder"),
+        ("tokenizer.json", os.mkfifo, "not_a_file"),
+        ("vocab.txt", lambda path: path.symlink_to("."), "not_a_file"),
+        ("merges.txt", lambda path: path.symlink_to("nowhere"), "not_a_file"),
+    ],
+    ids=["link-to-a-secret", "link-without-end", "pipe", "link-to-a-folder", "link-to-nothing"],
+)
+def test_a_strangers_folder_reads_nothing_but_its_own_files(
+    fresh: Path, built: Path, tmp_path: Path, name: str, make: Callable[[Path], None], code: str
+) -> None:
+    sent = tmp_path / "sent"
+    shutil.copytree(fresh, sent)
+    make(sent / name)
+    message = refused("realign", sent, "--reference", built, "--out", tmp_path / "out", "--method", "gram", code=code)
+    assert message.startswith(f"{code}: {name} ")
+    assert [path.name for path in tmp_path.iterdir()] == ["sent"]
+
+
+def test_what_came_stays_as_it_came(fresh: Path, built: Path, tmp_path: Path) -> None:
+    sent = tmp_path / "sent"
+    shutil.copytree(fresh, sent)
+    before = sorted(sent.rglob("*"))
+    (tmp_path / "link").symlink_to(sent)
+    for out in (sent, sent / "out", sent / "new" / "out", tmp_path / "link" / "out", sent / ".." / "sent" / "out"):
+        for mode in ([], ["--analyze"]):
+            message = refused("realign", sent, "--reference", built, "--out", out, *mode, code="output_in_input")
+            assert str(out) in message
+    assert sorted(sent.rglob("*")) == before
+
+
 def test_several_strengths_make_a_folder_each(fresh: Path, built: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     common: list[str | Path] = ["realign", fresh, "--reference", built, "--out", out]
@@ -307,6 +353,54 @@ def test_a_report_is_verified_by_running_it_again(fresh: Path, continued: Path, 
     assert "torch 0.1 ran then" in told
     report.write_text("{}")
     refused("verify", report, *given, fresh, code="not_a_report")
+
+
+def test_a_report_names_no_folder_as_its_reference(fresh: Path, built: Path, tmp_path: Path) -> None:
+    report, data = tmp_path / "out.report.json", tmp_path / "data"
+    safegraft("realign", fresh, "--reference", built, "--out", tmp_path / "out", "--method", "gram")
+    given: list[str | Path] = ["verify", report, "--adapter", fresh, "--data", data]
+    refused(*given, code="reference_not_found")
+    claimed = json.loads(report.read_text())
+    claimed["reference"]["id"] = str(built)
+    report.write_text(json.dumps(claimed))
+    assert repr(str(built))[1:60] in refused(*given, code="reference_not_found")
+    assert "reproduced" in safegraft(*given, "--reference", built).stdout
+    claimed["reference"]["id"] = safegraft("reference", "add", built, "--data", data).stdout.strip()
+    report.write_text(json.dumps(claimed))
+    assert "reproduced" in safegraft(*given).stdout
+
+
+def test_nothing_out_of_a_report_acts_on_the_terminal(fresh: Path, built: Path, tmp_path: Path) -> None:
+    report, escape = tmp_path / "out.report.json", "\x1b]0;owned\x07\x1b[2J\nThe report is reproduced"
+    safegraft("realign", fresh, "--reference", built, "--out", tmp_path / "out", "--method", "gram", "--analyze")
+    original = report.read_text()
+    given: list[str | Path] = ["verify", report, "--adapter", fresh, "--reference", built]
+
+    def change(*path: str) -> None:
+        claimed = json.loads(original)
+        part = claimed
+        for key in path[:-1]:
+            part = part[key]
+        part[path[-1]] = escape
+        report.write_text(json.dumps(claimed))
+
+    for part in (("input", "sha256"), ("reference", "sha256"), ("input", "config_sha256")):
+        change(*part)
+        told = safegraft(*given, status=1).stdout
+        assert told.startswith("Differs: ")
+        assert "[2J" in told
+        assert told.count("\n") == 1
+        assert told[:-1].isprintable()
+    for name in (["device"], ["versions", "torch"], ["versions", "x"]):
+        change("environment", *name)
+        told = safegraft(*given).stdout
+        assert told.startswith("Note: ")
+        assert told.count("\n") == 2
+        assert told.replace("\n", "").isprintable()
+    change("reference", "id")
+    assert refused(*given[:4], "--data", tmp_path, code="reference_not_found")[:-1].isprintable()
+    change(escape)
+    assert refused("report", report, code="not_a_report")[:-1].isprintable()
 
 
 def test_next_tokens_are_compared_where_a_model_is_given(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from safegraft.commands.terminal import Json, err, out, print_json
+from safegraft.commands.terminal import Json, err, out, plain, print_json
 from safegraft.dsse import make_keys
 from safegraft.errors import InvalidParameter
 from safegraft.verification import Evidence, check_provenance
@@ -54,18 +54,13 @@ def check(body: bytes, evidence: Evidence, as_json: bool) -> int:
             }
         )
     else:
-        # Names come out of a file that somebody sent: nothing in them is markup.
+        # Names come out of a file that somebody sent: nothing in them is markup or moves the cursor.
         out.print(SIGNATURES[found.signature].format(keyid=keyid), markup=False, highlight=False, soft_wrap=True)
         for word, lines in (("As attested", found.checked), ("Not checked", found.unchecked)):
             for line in lines:
-                out.print(_plain(f"{word}: {line}"), markup=False, highlight=False, soft_wrap=True)
+                out.print(plain(f"{word}: {line}"), markup=False, highlight=False, soft_wrap=True)
         for line in found.problems:
-            out.print(_plain(f"Differs: {line}"), markup=False, highlight=False, style="red", soft_wrap=True)
+            out.print(plain(f"Differs: {line}"), markup=False, highlight=False, style="red", soft_wrap=True)
         if not found.problems:
             out.print(f"The provenance holds for {len(found.checked)} files.", markup=False, highlight=False)
     return 1 if found.problems else 0
-
-
-def _plain(line: str) -> str:
-    # Nor may it move the cursor or recolour what was said before.
-    return "".join(letter if letter.isprintable() else "?" for letter in line)

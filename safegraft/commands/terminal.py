@@ -28,10 +28,14 @@ def use_any_encoding() -> None:
             stream.reconfigure(errors="replace")
 
 
+def plain(text: str) -> str:
+    """A stranger's text as it may stand on a terminal: in one line, and nothing in it moves the cursor or recolours."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
 def tell(text: str, style: str = "", *, soft: bool = True) -> None:
     """A line of which nothing is markup or moves the cursor; soft: no width breaks it, so that paths can be copied."""
-    shown = "".join(letter if letter.isprintable() else "\ufffd" for letter in Look.of(out).text(text))
-    out.print(shown, markup=False, highlight=False, style=style, soft_wrap=soft)
+    out.print(plain(Look.of(out).text(text)), markup=False, highlight=False, style=style, soft_wrap=soft)
 
 
 def print_json(data: Any) -> None:

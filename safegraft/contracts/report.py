@@ -1,11 +1,19 @@
-"""The report of one realignment: what was measured, what was changed, and with what. A stable schema."""
+"""The report of one realignment: what was measured, what was changed, and with what. A stable schema.
 
-from typing import Literal, Self
+Reports are read back from files that anybody may have written. Counts and strengths are bounded here; what was measured
+is not, because the ratios of an extreme adapter may be any number, or none: whoever shows them has to cope.
+"""
+
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from safegraft.contracts.methods import MethodParameters
 from safegraft.contracts.reference import Lineage
+
+# No count is larger, and every reader of JSON holds it exactly.
+MAX_COUNT = 2**53
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class Part(BaseModel):
@@ -18,7 +26,7 @@ class MethodRun(Part):
     type: str
     parameters: MethodParameters
     resolved: dict[str, str] = {}
-    seed: int | None
+    seed: Count | None
     similarity: str = Field(description="In words: what `similarity_before` and `similarity_after` measure here.")
     break_even: float | None = Field(
         None,
@@ -45,7 +53,7 @@ class Digest(Part):
     """Of adapter_model.safetensors; config_sha256 of adapter_config.json, which holds the scaling."""
 
     sha256: str
-    bytes: int
+    bytes: Count
     config_sha256: str | None = None
 
 
@@ -60,8 +68,8 @@ class Summary(Part):
     aligned model. similarity: of the adapter that comes out (`similarity_after`, or what was measured in `analyze`).
     truncation_error: the largest of any module."""
 
-    modules: int
-    repaired: int
+    modules: Count
+    repaired: Count
     similarity: Spread
     similarity_before: Spread
     similarity_after: Spread
@@ -71,20 +79,20 @@ class Summary(Part):
 
 
 class LayerLine(Part):
-    layer: int | None
+    layer: Count | None
     similarity_before: float
     similarity_after: float
-    modules: int
-    repaired: int
+    modules: Count
+    repaired: Count
 
 
 class ModuleLine(Part):
     """`rank` is the customer's."""
 
     name: str
-    layer: int | None
+    layer: Count | None
     kind: str
-    rank: int
+    rank: Count
     similarity_before: float
     similarity_after: float
     repaired: bool
@@ -97,7 +105,7 @@ class ModuleLine(Part):
 class Variant(Part):
     """One of several strengths that were asked for at once."""
 
-    strength: float
+    strength: float = Field(ge=-1e6, le=1e6)
     output: Digest | None
     summary: Summary
 
@@ -113,7 +121,7 @@ class Distance(Part):
 class Probe(Part):
     """base: the model that the adapter sits on; before, after: with the customer's and with the patched adapter."""
 
-    prompts: int
+    prompts: Count
     prompts_sha256: str
     before_from_base: Distance
     after_from_base: Distance
@@ -123,8 +131,8 @@ class Probe(Part):
 class Share(Part):
     """`hits` of `total` answers, as counted."""
 
-    hits: int = Field(ge=0)
-    total: int = Field(ge=1)
+    hits: Count
+    total: int = Field(ge=1, le=MAX_COUNT)
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> Self:
@@ -192,7 +200,7 @@ class Report(Part):
     output: Digest | None
     summary: Summary
     layers: list[LayerLine]
-    modules: list[ModuleLine]
+    modules: list[ModuleLine] = Field(min_length=1)
     side_cars: dict[str, str] = Field(default={}, description="SHA-256 by name of the files delivered beside it.")
     strength_parameter: str | None = None
     variants: list[Variant] = []

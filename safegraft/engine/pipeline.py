@@ -7,6 +7,7 @@ not at all.
 """
 
 import math
+import os
 import platform
 import shutil
 import statistics
@@ -54,6 +55,7 @@ from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
 from safegraft.errors import Incompatible, SystemFault
 from safegraft.files import atomic_folder, sha256_file, side_car_folder
+from safegraft.ingest import companions_of
 
 Progress = Callable[[str, int, int], None]
 OutputRank = Literal["customer", "exact"]
@@ -104,6 +106,8 @@ def realign(
     exists.
     """
     clock = _Clock()
+    # First of all: whoever sent the folder may have put anything into it, and a repair takes long.
+    companions = companions_of(folder)
     description = describe(folder)
     check_compatible(description, reference.manifest, parameters)
     with (
@@ -145,7 +149,7 @@ def realign(
                 for run in runs:
                     run.folder = beside if run.strength is None else beside / strength_name(run.strength)
                     run.folder.mkdir(exist_ok=True)
-                _patch(adapter, runs, similarities, folder, workers, progress)
+                _patch(adapter, runs, similarities, folder, companions, workers, progress)
                 clock.lap("patch")
                 for run in runs:
                     _check(run, folder, description)
@@ -301,6 +305,7 @@ def _patch(
     runs: list[Run],
     similarities: dict[str, float] | None,
     folder: Path,
+    companions: Sequence[str],
     workers: int,
     progress: Progress,
 ) -> None:
@@ -318,7 +323,7 @@ def _patch(
                 run.measured.append(measured)
             progress("patch", done, len(modules))
     for run in runs:
-        _finish(run, folder, adapter.description)
+        _finish(run, folder, companions, adapter.description)
 
 
 @contextmanager
@@ -344,7 +349,7 @@ def _patch_module(item: LoraModule, before: Module, run: Run, similarity: float,
     )  # fmt: skip
 
 
-def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
+def _finish(run: Run, folder: Path, companions: Sequence[str], description: AdapterDescription) -> None:
     """Companions, and the customer's very bytes where nothing changed. Raises Incompatible."""
     assert run.folder is not None, "a run that patches has a folder"
     cause = measure.no_effect(run.measured, run.selection, description.dtype)
@@ -358,9 +363,8 @@ def _finish(run: Run, folder: Path, description: AdapterDescription) -> None:
         # Header and configuration included, so that hashes agree.
         for name in (WEIGHTS, CONFIG):
             shutil.copyfile(folder / name, run.folder / name)
-    for path in folder.iterdir():
-        if is_companion(path.name):
-            shutil.copyfile(path, run.folder / path.name)
+    for name in companions:
+        shutil.copyfile(folder / name, run.folder / name)
 
 
 @contextmanager
@@ -455,7 +459,7 @@ def _report(
 ) -> Report:
     first = runs[0]
     method: Any = first.method
-    others = sorted(path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS))
+    others = [path.name for path in folder.iterdir() if path.name not in (CONFIG, WEIGHTS)]
     return Report(
         mode="patch" if patched else "analyze",
         method=MethodRun(
@@ -485,7 +489,7 @@ def _report(
             for run in runs
             if run.strength is not None
         ],
-        dropped_files=sorted({*dropped_files, *(name for name in others if not is_companion(name))}),
+        dropped_files=sorted({*dropped_files, *(_printable(name) for name in others if not is_companion(name))}),
         warnings=_warnings(runs, unreached, description, reference, patched=patched),
         environment=Environment(
             versions=versions(),
@@ -494,6 +498,12 @@ def _report(
         ),
         timings=timings,
     )
+
+
+def _printable(name: str) -> str:
+    """A file's name as JSON and pages can hold it: it may be any bytes, of which Python makes halves of letters."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _warnings(

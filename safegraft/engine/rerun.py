@@ -11,6 +11,7 @@ from safegraft.contracts.report import Report
 from safegraft.engine.pipeline import realign, versions
 from safegraft.engine.reference import LoadedReference
 from safegraft.files import sha256_file
+from safegraft.ingest import companions_of
 
 
 @dataclass
@@ -29,6 +30,7 @@ def rerun(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Rerun:
     """Compares input, reference, measurements and output. Bytes are promised for one device type and torch version."""
+    companions_of(adapter)  # before anything of it is hashed: what is no file may have no end
     found = Rerun()
     here = versions()
     for name, version in claimed.environment.versions.items():

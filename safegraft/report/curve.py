@@ -89,12 +89,12 @@ def curve_of(report: Report, *, width: int, height: int) -> Curve | None:
     left, right, top, bottom = LEFT, width - RIGHT, TOP, height - BOTTOM
     first, last = min(runs), max(runs)
     # A decade on an even axis would leave the smallest strengths on top of each other.
-    logarithmic = first > 0 and last / first > 10
+    logarithmic = first > 0 and last > 10 * first
 
     def x(strength: float) -> float:
-        where = (
-            math.log(strength / first) / math.log(last / first) if logarithmic else (strength - first) / (last - first)
-        )
+        # Differences of logarithms: the ratio of the largest to the smallest number is infinite.
+        at, start, end = map(math.log, (strength, first, last)) if logarithmic else (strength, first, last)
+        where = (at - start) / (end - start)
         return left + INSET + where * (right - left - 2 * INSET)
 
     step = 0.2 if min(known) >= -0.2 and max(known) <= 1.4 else 0.5

@@ -199,4 +199,7 @@ def kinds_of(found: Sequence[str]) -> tuple[str, ...]:
 
 def _mean(values: Iterable[float]) -> float:
     known = [value for value in values if math.isfinite(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    try:
+        return math.fsum(known) / len(known) if known else math.nan
+    except OverflowError:  # of numbers that no similarity is
+        return math.nan

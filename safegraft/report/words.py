@@ -435,7 +435,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 def percent(share: float, digits: int = 0) -> str:
     """93 %; does not call a little nothing, nor almost all everything."""
-    if not math.isfinite(share):
+    if not math.isfinite(100 * share):
         return NOTHING
     rounded = round(100 * share, digits) + 0.0
     step = 10.0**-digits
@@ -455,8 +455,11 @@ def kept(share: float) -> str:
 
 def change(edit: float) -> str:
     """27 %, or 1.8 times its size: what an update changed by."""
-    if not math.isfinite(edit) or round(100 * edit) <= 100:
+    # A hundred times the largest numbers is infinite, which cannot be rounded.
+    if not math.isfinite(edit) or edit < 1 or round(100 * min(edit, 2.0)) <= 100:
         return percent(edit)
+    if edit > 1e6:
+        return "more than a million times its size"
     digits = 2 if edit < 10 else 1 if edit < 100 else 0
     text = f"{edit:,.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if digits else text} times its size"

@@ -1,14 +1,19 @@
 """`safegraft report`: the story of a report that lies there, and what an evaluation adds to it."""
 
+import itertools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from safegraft.contracts.report import Report
-from safegraft.report import headline, to_json
-from tests.report.samples import evaluation, five, lines, report
+from safegraft.report import headline, to_csv, to_html, to_json
+from safegraft.report.text import Look, story
+from tests.report.samples import evaluation, five, lines, probe, report
 from tests.test_cli import refused, safegraft
 
 
@@ -80,3 +85,87 @@ def test_a_bad_evaluation_is_refused_with_the_field_at_fault(made: Path, tmp_pat
 
 def test_what_is_no_report_is_refused(measured: Path) -> None:
     assert "mode: Field required" in refused("report", measured, code="not_a_report")
+
+
+def replaced(body: Any, path: tuple[str | int, ...], value: object) -> Any:
+    """A copy of a report's JSON with another value in one place."""
+    copy = json.loads(json.dumps(body))
+    part = copy
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("modules",), []),
+        (("modules", 0, "layer"), 10**400),
+        (("modules", 0, "rank"), -1),
+        (("input", "bytes"), 10**400),
+        (("summary", "repaired"), 10**400),
+        (("evaluation", "before", "harm_score", "total"), 10**400),
+        (("evaluation", "before", "harm_score", "total"), 0),
+        (("evaluation", "after", "harm_score", "hits"), -1),
+        (("variants", 1, "strength"), float("nan")),
+        (("variants", 1, "strength"), float("inf")),
+        (("variants", 1, "strength"), -1e308),
+    ],
+    ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else f"{value!s:.5}",
+)
+def test_a_report_of_what_cannot_be_is_refused_with_the_field_at_fault(
+    tmp_path: Path, path: tuple[str | int, ...], value: object
+) -> None:
+    sound = json.loads(to_json(five(evaluation=evaluation())))
+    made = tmp_path / "made.json"
+    made.write_text(json.dumps(replaced(sound, path, value)))
+    message = refused("report", made, "--out", tmp_path / "out", code="not_a_report")
+    assert f" {'.'.join(map(str, path))}: " in message
+    assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
+
+
+def test_measurements_of_any_size_are_told(tmp_path: Path) -> None:
+    """An extreme adapter may have them, so they are no reason to refuse a report."""
+    body = json.loads(to_json(report(lines(3), method="gram")))
+    made = tmp_path / "made.json"
+    made.write_text(json.dumps(replaced(body, ("summary", "edit"), 1e308)))
+    assert (
+        "changed by more than a million times its size" in safegraft("report", made, "--out", tmp_path / "out").stdout
+    )
+
+
+def numbers(body: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where numbers are, of lists in their first entry alone."""
+    if isinstance(body, dict):
+        for key, value in body.items():
+            yield from numbers(value, (*path, key))
+    elif isinstance(body, list) and body:
+        yield from numbers(body[0], (*path, 0))
+    elif isinstance(body, int | float) and not isinstance(body, bool):
+        yield path
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "value", [1e308, -1e308, 5e-324, NAN, INFINITY, -INFINITY, 10**400, -1, 0, 2**53], ids=lambda value: f"{value!s:.6}"
+)
+def test_no_number_in_a_report_stops_its_forms(value: float) -> None:
+    """Either it is refused when it is read, or every form can be made."""
+    bodies = [
+        json.loads(to_json(five(probe=probe(), evaluation=evaluation()))),
+        json.loads(to_json(report(lines(2), method="gram"))),
+    ]
+    told = 0
+    for body, path in itertools.chain.from_iterable(((body, path) for path in numbers(body)) for body in bodies):
+        try:
+            found = Report.model_validate_json(json.dumps(replaced(body, path, value)))
+        except ValidationError:
+            continue
+        assert re.search(r"\bnan\b", to_html(found)) is None, path
+        to_csv(found)
+        story(found, Look(80, True, True))
+        told += 1
+    assert told or value == 10**400

@@ -154,3 +154,10 @@ def test_inspect_for_programs_is_as_it_was(fresh: Path) -> None:
     assert list(json.loads(out)) == [
         "base_model", "rank", "alpha", "dtype", "modules", "target_modules", "parameters", "bytes", "compatibility",
     ]  # fmt: skip
+
+
+def test_what_lies_in_a_folder_as_a_manifest_does_not_act_on_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(b"\x1b[2J\xff\n{}\n")
+    text, _ = on_terminal("reference", "show", tmp_path)
+    assert text == "\ufffd[2J\ufffd\n{}\n"
+    assert safegraft("reference", "show", tmp_path).stdout == "\x1b[2J\ufffd\n{}\n", "programs get it as it is"

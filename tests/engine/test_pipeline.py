@@ -1,6 +1,7 @@
 """Score → select → patch → write, on folders."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from safegraft.contracts.methods import (
     SafetyLockParameters,
 )
 from safegraft.engine import measure, pipeline
+from safegraft.contracts.report import Report
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.measure import Measured
 from safegraft.engine.methods.base import Kinship, Module
 from safegraft.engine.pipeline import detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.errors import Incompatible, InvalidParameter, InvalidTensors
+from safegraft.errors import Incompatible, InvalidAdapter, InvalidParameter, InvalidTensors
+from safegraft.report import to_json
 from tests import tiny
 
 WEIGHTS = "adapter_model.safetensors"
@@ -255,6 +258,46 @@ def test_companions_travel_and_pickles_do_not(reference: LoadedReference, fresh:
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_config.json", WEIGHTS, "tokenizer_config.json"}
     assert report.dropped_files == ["checkpoint-10", "training_args.bin"]
+
+
+def test_names_of_dropped_files_can_be_written_whatever_they_are(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(fresh, folder)
+    for name in (b"tok\xff.bin", b"a\x1b[2J\n.txt", "ü.txt".encode()):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"")
+    report = realign(folder, reference, GramParameters(), None)
+    assert report.dropped_files == ["a\\x1b[2J\\n.txt", "tok\\xff.bin", "ü.txt"]
+    assert Report.model_validate_json(to_json(report)).dropped_files == report.dropped_files
+
+
+def test_what_a_folder_may_not_hold_is_refused_before_any_work(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(fresh, folder)
+    (folder / "tokenizer.json").symlink_to("/etc/passwd")
+    stages: list[str] = []
+    for out in (tmp_path / "out", None):
+        with pytest.raises(InvalidAdapter) as caught:
+            realign(folder, reference, GramParameters(), out, progress=lambda stage, done, total: stages.append(stage))
+        assert (caught.value.code, caught.value.param) == ("link_leaves_folder", "tokenizer.json")
+    assert stages == []
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_snapshot_of_links_gives_files(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    blobs, snapshot = (tmp_path / "models--a--b" / name for name in ("blobs", "snapshots/r"))
+    shutil.copytree(fresh, blobs)
+    (blobs / "tokenizer_config.json").write_text("{}")
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    realign(snapshot, reference, GramParameters(), tmp_path / "out")
+    found = list((tmp_path / "out").iterdir())
+    assert {path.name for path in found} == {"adapter_config.json", WEIGHTS, "tokenizer_config.json"}
+    assert not any(path.is_symlink() for path in found)
 
 
 def test_the_engine_knows_neither_web_nor_queue() -> None:

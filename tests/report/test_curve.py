@@ -111,6 +111,12 @@ def test_values_below_zero_have_an_axis_below_zero() -> None:
     assert curve.lines[0].dots[0].y > at(curve, "0.0")
 
 
+def test_strengths_of_any_size_lie_in_the_frame() -> None:
+    for strengths in ((5e-324, 1.0, 1e6), (-1e6, 0.0, 1e6), (1e-320, 1e-310, 1e-300)):
+        curve = drawn(sweep(*(variant(value, 0.5, 0.1 * index) for index, value in enumerate(strengths))))
+        assert all(curve.left < dot.x < curve.right for line in curve.lines for dot in line.dots), strengths
+
+
 def test_what_is_no_number_has_no_point() -> None:
     nan = float("nan")
     curve = drawn(sweep(variant(1, nan, 0.5), variant(2, 0.5, 0.4), variant(3, 0.6, 0.3)))

@@ -169,6 +169,7 @@ def test_headline_of_an_edit_larger_than_the_update() -> None:
     ("edit", "text"),
     [(0.27, "27 %"), (1.0, "100 %"), (1.004, "100 %"), (1.04, "1.04 times its size"), (1.8, "1.8 times its size"),
      (12.0, "12 times its size"), (100.2, "100 times its size"), (12345.6, "12,346 times its size"),
+     (1e6, "1,000,000 times its size"), (1e308, "more than a million times its size"), (-1e308, "–"),
      (float("inf"), "–"), (float("nan"), "–")],
 )  # fmt: skip
 def test_an_edit_is_a_share_up_to_the_whole_and_a_multiple_beyond(edit: float, text: str) -> None:
@@ -194,6 +195,7 @@ def test_what_is_kept_is_at_least_nothing_and_at_most_all(share: float, text: st
         (1.0, "100 %"),
         (1.2, "120 %"),
         (-0.05, "−5 %"),
+        (1e308, "–"),
         (float("nan"), "–"),
     ],
 )
@@ -432,6 +434,12 @@ def test_the_grid_averages_what_shares_a_cell() -> None:
     assert [cell.before, cell.after] == pytest.approx([0.3, 0.5])
     assert (cell.modules, cell.repaired) == (2, 1)
     assert cell.value("difference") == pytest.approx(0.2)
+
+
+def test_a_mean_that_no_number_holds_is_none() -> None:
+    large = [line("l.0.e.0.w", 0, 1e308, 0.5), line("l.0.e.1.w", 0, 1e308, 0.5)]
+    grid = grid_of(report(lines(1)).model_copy(update={"modules": large}))
+    assert [words.number(value) for value in (grid.cells[0, "w"].before, grid.cells[0, "w"].after)] == ["–", "0.50"]
 
 
 def test_projections_come_in_the_order_of_a_block() -> None:
