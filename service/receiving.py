@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,15 +24,13 @@ from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
 from service.auth import Principal
-from service.body import cut_off, object_of, unsupported_kind
+from service.body import cut_off, limited, object_of, paced, unsupported_kind
 from service.dependencies import Services
 
 MAX_FIELD_BYTES = 1024
 MAX_SEGMENTS = 64
 # What boundaries, headers and fields of a multipart body may take beside its files.
 FRAMING = 2**16
-# A client that keeps its connection open, or all but, would keep one of the few upload slots as well.
-IDLE_SECONDS, MIN_RATE = 60.0, 2**13
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -91,23 +88,10 @@ def allowance(here: Services, asking: Principal, most: int) -> Allowance:
 async def pieces(request: Request, size: int = 2**20) -> AsyncIterator[bytes]:
     """The body in pieces of about a mebibyte, so that switching to a thread costs little. Raises InvalidParameter."""
     waiting: list[bytes] = []
-    length = total = 0
-    began = time.monotonic()
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            break
-        except TimeoutError as error:
-            raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
+    length = 0
+    async for chunk in Request(request.scope, paced(request)).stream():
         waiting.append(chunk)
         length += len(chunk)
-        total += len(chunk)
-        elapsed = time.monotonic() - began
-        if elapsed > IDLE_SECONDS and total < MIN_RATE * elapsed:
-            raise InvalidParameter(f"Less than {MIN_RATE} bytes/s arrived.", code="upload_stalled")
         if length >= size:
             yield b"".join(waiting)
             waiting, length = [], 0
@@ -161,12 +145,8 @@ async def receive_raw(request: Request, sink: Sink) -> None:
 
 async def receive_json(request: Request, model: type[Body], max_bytes: int) -> Body:
     """A small body. Raises RequestValidationError, InvalidParameter, TooLarge (`request_too_large`)."""
-    raw = bytearray()
     try:
-        async for piece in pieces(request):
-            raw += piece
-            if len(raw) > max_bytes:
-                raise TooLarge(f"At most {max_bytes} bytes of JSON are accepted.", code="request_too_large")
+        raw = await Request(request.scope, limited(request, max_bytes)).body()
     except ClientDisconnect as error:
         raise cut_off() from error
     try:
