@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from safegraft.errors import InvalidParameter, TooLarge
+from safegraft.header import shown
 from service.dependencies import services
 
 # Every key has a colon, and every list and object its bracket. A hundred thousand of them would keep the reader of a
@@ -120,7 +122,7 @@ def object_of(raw: bytes | bytearray) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _no_json(f"byte {error.start + 1} is not UTF-8") from error
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
         raise _no_json(f"line {error.lineno}, column {error.colno}: {what[:1].lower()}{what[1:]}") from error
@@ -157,6 +159,15 @@ def _is_json(kind: str) -> bool:
 
 def _no_json(where: str) -> InvalidParameter:
     return InvalidParameter(f"The body is not JSON: {where}.", code="invalid_json", param="body", hint=AS_JSON)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object. Readers differ on which of two equal keys counts: what a proxy judged need not be what we do."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InvalidParameter(f"'{shown(twice)}' stands twice.", code="duplicate_field", param=shown(twice))
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -189,6 +189,20 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) 
     assert read(whole, 0.5) == whole
 
 
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        (b'{"adapter_id": "adp_1", "mode": "patch", "adapter_id": "adp_2"}', "adapter_id"),
+        (b'{"adapter_id": "adp_1", "metadata": {"a": "1", "\\u0061": "2"}}', "a"),
+        (b'{"file_ids": [], "\\ud800": 1, "\\ud800": 1}', "\\ud800"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(client: TestClient, upload: str, raw: bytes, name: str) -> None:
+    for path in ("/v1/realignments", "/v1/adapters", f"/v1/uploads/{upload}/parts"):
+        error = refused(client.post(path, content=raw, headers=JSON), 422, "duplicate_field")
+        assert (error["param"], error["message"]) == (name, f"'{name}' stands twice.")
+
+
 def test_a_form_without_a_boundary(client: TestClient) -> None:
     for path in ("/v1/adapters", "/v1/files"):
         answer = client.post(path, content=b"x", headers={"content-type": "multipart/form-data"})
