@@ -573,7 +573,8 @@ def test_files_that_travel_along_are_known(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["training_args.bin", "model.py", "tokenizer.py", "tokenizer/../../x.json", "chat_template/../../etc/cron.d/x",
-     "chat_template", "chat_template\n", "chat_template\\x", "tokenizer\u202e.json", "tokenizer" + "x" * 300 + ".json", "", ".."],
+     "chat_template", "chat_template\n", "chat_template\\x", "tokenizer\u202e.json",
+     "tokenizer" + "x" * 300 + ".json", "", ".."],
 )  # fmt: skip
 def test_other_files_and_names_that_hide_a_path_do_not_travel(name: str) -> None:
     assert not is_companion(name)

@@ -167,6 +167,32 @@ def test_our_own_failures_are_named_by_the_request_id(
         assert "a secret of ours" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/", "GET, HEAD"),
+        ("POST", "/livez", "GET"),
+        ("HEAD", "/livez", "GET"),
+        ("OPTIONS", "/v1/adapters", "GET, POST"),
+        ("HEAD", "/v1/adapters", "GET, POST"),
+        ("PATCH", "/v1/adapters/adp_0", "DELETE, GET"),
+        ("PUT", "/v1/adapters/adp_0/files/x", "GET, HEAD"),
+        ("PUT", "/v1/webhook_endpoints/we_0", "DELETE, GET, POST"),
+        ("PUT", "/v1/uploads/upload_0/parts", "GET, POST"),  # of two routers, one within the other
+        ("GET", "/v1/uploads/upload_0/complete", "POST"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("POST", "/docs/assets/swagger-ui.css", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_answered_with_the_right_ones(
+    client: httpx.Client, method: str, path: str, allowed: str
+) -> None:
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    if method != "HEAD":
+        refused(answer, 405, "method_not_allowed")
+
+
 def test_the_page_of_the_description_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
     page = client.get("/docs").text
     used = re.findall(r'(?:src|href)="([^"]+)"', page)
