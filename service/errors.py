@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from safegraft import errors
+from safegraft.stores.database import disk_is_full
 
 log = logging.getLogger("safegraft.gateway")
 
@@ -146,6 +147,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(InterfaceError)
     @app.exception_handler(PoolTimeout)
     async def away(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, OperationalError) and disk_is_full(error):
+            full = errors.StorageFault("The disk is full; nothing was kept.", code="disk_full")
+            full.__cause__ = error  # for the log
+            return await known(request, full)
         log.error("%s: the database did not answer", _named(request), exc_info=error)
         return problem(503, "database_unavailable", "The database did not answer. Try again in a few seconds.")
 

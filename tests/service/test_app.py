@@ -11,6 +11,8 @@ import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, STRENGTH, MethodParameters
 from safegraft.engine.methods import METHODS
@@ -20,6 +22,7 @@ from safegraft.vault import open_vault
 from service import export
 from service.app import create_app
 from service.settings import GatewaySettings
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import free_port, realign, upload
 
@@ -165,6 +168,41 @@ def test_our_own_failures_are_named_by_the_request_id(
         assert "secret" not in answer.text
         assert answer.headers["x-request-id"] in caplog.text
         assert "a secret of ours" in caplog.text
+
+
+@pytest.mark.skipif(SCALED, reason="of SQLite")
+def test_a_full_disk_of_the_database_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0"))
+    with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        # To SQLite a file that may not grow is a disk that is full.
+        database = app.state.services.database
+        event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
+        database.dispose()
+        given = {"purpose": "fine-tune", "filename": "x" * 255, "bytes": 3, "mime_type": "x"}
+        answer = client.post("/v1/uploads", json=given)
+        while answer.status_code == 200:  # there is room in the last page
+            answer = client.post("/v1/uploads", json=given)
+        assert refused(answer, 507, "disk_full")["message"] == "The disk is full; nothing was kept."
+        assert "database or disk is full" in caplog.text
+        assert client.get("/v1/uploads/upload_0").status_code == 404  # reading needs no room
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "code"), [("53100", 507, "disk_full"), ("57P01", 503, "database_unavailable")]
+)
+def test_what_postgres_says_of_its_disk_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, status: int, code: str
+) -> None:
+    class Said(Exception):
+        sqlstate = state
+
+    def fail(*_: object, **__: object) -> None:
+        raise OperationalError("INSERT", {}, Said())
+
+    app = create_app(GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0"))
+    with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        monkeypatch.setattr(app.state.services.adapters, "page", fail)
+        refused(client.get("/v1/adapters"), status, code)
 
 
 @pytest.mark.parametrize(
