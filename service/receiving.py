@@ -23,6 +23,7 @@ from safegraft import failpoints
 from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
+from safegraft.stores.uploads import check_part
 from service.auth import Principal
 from service.body import cut_off, limited, object_of, paced, unsupported_kind
 from service.dependencies import Services
@@ -53,14 +54,17 @@ async def scratch(here: Services) -> AsyncIterator[Path]:
 
 @dataclass
 class Allowance:
-    """How much a request may bring: `most`, and `room`, what is left of the tenant's `quota` bytes (None: no quota)."""
+    """How much a request may bring: `most`, and `room`, what is left of the tenant's `quota` bytes (None: no quota).
+    whole: bytes of the upload that it brings a part of."""
 
     most: int
     room: int | None = None
     quota: int = 0
+    whole: int | None = None
 
     def announced(self, request: Request, *, framing: int = 0) -> None:
-        """Before a byte is read. Raises TooLarge (`upload_too_large`), QuotaExceeded (`storage_quota_exceeded`)."""
+        """Before a byte is read. Raises TooLarge (`upload_too_large`, `part_too_large`), QuotaExceeded
+        (`storage_quota_exceeded`)."""
         length = request.headers.get("content-length", "")
         # A number of many digits would take long to read.
         if length.isdecimal() and len(length) < 20:
@@ -69,6 +73,8 @@ class Allowance:
     def check(self, size: int) -> None:
         if size > self.most:
             raise TooLarge(f"The body has {size} bytes; at most {self.most} are accepted.", code="upload_too_large")
+        if self.whole is not None:
+            check_part(size, self.whole)
         if self.room is not None and size > self.room:
             raise quotas.no_room(size, self.room, self.quota)
 
