@@ -234,7 +234,9 @@ class _Parts:
                 else:
                     self._write(event)
         except multipart.MultipartError as error:
-            raise InvalidParameter(f"The multipart body is broken ({error}).", code="invalid_multipart") from error
+            # What it says first is a sentence; what may follow is Python's own error.
+            said = "a part's header is not UTF-8" if isinstance(error.args[-1], UnicodeError) else error.args[0]
+            raise InvalidParameter(f"The multipart body is broken ({said}).", code="invalid_multipart") from error
         except OSError as error:
             raise storage_fault(error) from error
 
