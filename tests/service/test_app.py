@@ -122,6 +122,7 @@ def test_the_methods_are_the_same_everywhere(client: httpx.Client) -> None:
         b'{"adapter_id": "%s", "metadata": {"x": "\\ud800"}}',
         b'{"adapter_id": "%s", "\\ud800": 1}',
         b'{"adapter_id": "%s", "metadata": {"x": "' + b"y" * 513 + b'"}}',
+        b'{"adapter_id": "%s", "metadata": {"": "x"}}',
         b'{"adapter_id": "%s", "metadata": {"x": 1}}',
         b'{"adapter_id": "%s", "metadata": {"x": "a\\u0000b"}}',
         b'{"adapter_id": "%s", "metadata": {"\\u0000": "x"}}',
