@@ -145,6 +145,25 @@ def test_text_that_no_answer_could_hold_is_refused(client: httpx.Client, fresh: 
     assert client.get("/v1/realignments").json()["data"] == before
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("realignments", {"adapter_id": "adp_0"}),
+        ("fine_tuning/jobs", {"model": "auto", "training_file": "adp_0"}),
+        ("realignment_batches", {"reference_id": "ref_0", "adapter_ids": ["adp_0"]}),
+    ],
+)
+def test_an_idempotency_key_is_one_and_not_empty(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    def send(*keys: str) -> httpx.Response:
+        return client.post(f"/v1/{path}", json=body, headers=[("Idempotency-Key", key) for key in keys])
+
+    assert refused(send(""), 422, "invalid_request")["param"] == "header.idempotency-key"
+    assert refused(send("x" * 256), 422, "invalid_request")["param"] == "header.idempotency-key"
+    assert refused(send("a", "b"), 422, "invalid_request")["param"] == "Idempotency-Key"
+    for keys in ((), ("a",), ("a", "a")):
+        assert send(*keys).status_code == 404  # what it names is not there
+
+
 def test_metadata_comes_back_as_it_was_sent(client: httpx.Client, fresh: Path) -> None:
     metadata = {"ticket": "ü 漢 🙂 \u202e <script>", "k" * 64: "v" * 512}
     job = realign(client, upload(client, fresh)["id"], method={"type": "gram"}, metadata=metadata)
