@@ -23,10 +23,11 @@ from safegraft.errors import InvalidAdapter, UnsupportedAdapter
 from safegraft.header import Header, TensorEntry, read_header, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What travels with a patched adapter unchanged; everything else that is no adapter file is dropped and listed.
+# What travels with a patched adapter unchanged; everything else that is no adapter file is dropped and listed. Each
+# pattern ends in how the file does: code, pickles and a second .safetensors must not travel under a companion's name.
 COMPANIONS = (
-    "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template*",
-    "special_tokens_map.json", "added_tokens.json", "generation_config.json", "README.md",
+    "tokenizer*.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json",
+    "chat_template*.jinja", "special_tokens_map.json", "added_tokens.json", "generation_config.json", "README.md",
 )  # fmt: skip
 # fnmatch's `*` matches anything, also slashes.
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")

@@ -1,6 +1,9 @@
 """JSON bodies: small, and read after the key was looked at. FastAPI reads a body before any dependency runs."""
 
+import asyncio
 import json
+import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -10,11 +13,17 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from safegraft.errors import InvalidParameter, TooLarge
+from safegraft.header import shown
 from service.dependencies import services
 
-# Every key has one. A body of a hundred thousand keys would keep its judge busy for seconds.
-MAX_COLONS = 4096
+# Every key has a colon, and every list and object its bracket. A hundred thousand of them would keep the reader of a
+# body busy for seconds, and whoever judges its keys.
+COUNTED = (b":", b"[", b"{")
+MAX_COUNTED = 4096
+# A client that keeps its connection open, or all but, would keep one of the few upload slots as well.
+IDLE_SECONDS, MIN_RATE = 60.0, 2**13
 AS_JSON = "Send one JSON object, with the header `Content-Type: application/json`."
+Receive = Callable[[], Coroutine[Any, Any, Message]]
 NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
@@ -28,7 +37,7 @@ class JsonRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             here = services(request)
             await here.gatekeeper.require(request)
-            receive = _limited(request, here.settings.max_json_bytes)
+            receive = limited(request, here.settings.max_json_bytes)
             if field is None:
                 return await handle(Request(request.scope, receive))
             read = _Read(request.scope, receive)
@@ -60,6 +69,52 @@ class _Read(Request):
         return self._object
 
 
+def paced(request: Request) -> Receive:
+    """The request's `receive`, which raises InvalidParameter (`upload_stalled`) where the body does not come."""
+    read, began, ended = 0, 0.0, False
+
+    async def receive() -> Message:
+        nonlocal read, began, ended
+        if ended:  # what comes now is the client's going away, after however long
+            return await request.receive()
+        began = began or time.monotonic()
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                message = await request.receive()
+        except TimeoutError as error:
+            raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
+        ended = not message.get("more_body", False)
+        read += len(message.get("body", b""))
+        elapsed = time.monotonic() - began
+        if not ended and elapsed > IDLE_SECONDS and read < MIN_RATE * elapsed:
+            raise InvalidParameter(f"Less than {MIN_RATE} bytes/s arrived.", code="upload_stalled")
+        return message
+
+    return receive
+
+
+def limited(request: Request, most: int) -> Receive:
+    """`paced`, for a body of JSON: it raises TooLarge (`request_too_large`), too."""
+    came = paced(request)
+    read = counted = 0
+
+    async def receive() -> Message:
+        nonlocal read, counted
+        message = await came()
+        piece = message.get("body", b"")
+        read += len(piece)
+        counted += sum(piece.count(mark) for mark in COUNTED)
+        if counted > MAX_COUNTED:
+            raise TooLarge(
+                f"At most {MAX_COUNTED} keys, lists and objects are accepted in a body.", code="request_too_large"
+            )
+        if read > most:
+            raise TooLarge(f"At most {most} bytes of JSON are accepted.", code="request_too_large")
+        return message
+
+    return receive
+
+
 def object_of(raw: bytes | bytearray) -> dict[str, Any]:
     """The JSON object that a body holds. Raises InvalidParameter, which says where it stops to be one."""
     try:
@@ -67,7 +122,7 @@ def object_of(raw: bytes | bytearray) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise _no_json(f"byte {error.start + 1} is not UTF-8") from error
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
         raise _no_json(f"line {error.lineno}, column {error.colno}: {what[:1].lower()}{what[1:]}") from error
@@ -98,31 +153,21 @@ def cut_off() -> InvalidParameter:
     return InvalidParameter("The body was cut off.", code="upload_interrupted", hint="Send the request again.")
 
 
-def _limited(request: Request, most: int) -> Callable[[], Coroutine[Any, Any, Message]]:
-    """The request's `receive`, which raises TooLarge."""
-    read = colons = 0
-
-    async def receive() -> Message:
-        nonlocal read, colons
-        message = await request.receive()
-        piece = message.get("body", b"")
-        read += len(piece)
-        colons += piece.count(b":")
-        if colons > MAX_COLONS:
-            raise TooLarge(f"At most {MAX_COLONS} keys are accepted in a body.", code="request_too_large")
-        if read > most:
-            raise TooLarge(f"At most {most} bytes of JSON are accepted.", code="request_too_large")
-        return message
-
-    return receive
-
-
 def _is_json(kind: str) -> bool:
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def _no_json(where: str) -> InvalidParameter:
     return InvalidParameter(f"The body is not JSON: {where}.", code="invalid_json", param="body", hint=AS_JSON)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One JSON object. Readers differ on which of two equal keys counts: what a proxy judged need not be what we do."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InvalidParameter(f"'{shown(twice)}' stands twice.", code="duplicate_field", param=shown(twice))
+    return found
 
 
 def _no_constant(name: str) -> NoReturn:

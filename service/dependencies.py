@@ -9,6 +9,7 @@ from sqlalchemy.engine import Engine
 
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.provenance import ProvenanceKey
+from safegraft.errors import InvalidParameter
 from safegraft.stores.adapters import AdapterStore
 from safegraft.stores.audit import AuditLog
 from safegraft.stores.batches import BatchStore
@@ -101,4 +102,20 @@ RetryCount = Annotated[
         description="Sent by OpenAI's client: with more than 0, a job that the same request made before is returned.",
     ),
 ]
-IdempotencyKey = Annotated[str | None, Header(max_length=255, description="Repeats with the same key make one job.")]
+
+
+async def idempotency_key(
+    request: Request,
+    idempotency_key: Annotated[
+        str | None, Header(min_length=1, max_length=255, description="Repeats with the same key make one job.")
+    ] = None,
+) -> str | None:
+    """Raises InvalidParameter for several keys: whoever sent them means one, and nobody knows which."""
+    if len(set(request.headers.getlist("idempotency-key"))) > 1:
+        raise InvalidParameter(
+            "Idempotency-Key was sent twice, with different values.", code="invalid_request", param="Idempotency-Key"
+        )
+    return idempotency_key
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]

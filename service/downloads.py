@@ -6,6 +6,7 @@ presigned address. Reports are small, and their headers must be ours: they are r
 
 import base64
 import hashlib
+import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -30,6 +31,8 @@ FILE: dict[int | str, dict[str, Any]] = {
     307: {"description": "Where bytes lie in an object store: the file is at Location, for a few minutes."},
 }
 OCTETS = "application/octet-stream"
+# 14.1.2 of RFC 9110; numbers of more digits than any file has bytes are not read.
+RANGES = re.compile(rb"(?i:bytes)=\s*(\d{1,18}-\d{0,18}|-\d{1,18})(\s*,\s*(\d{1,18}-\d{0,18}|-\d{1,18}))*")
 PIECE = 4 * CHUNK  # of a tar; in an object store each is one request
 END = b"\0" * (2 * tarfile.BLOCKSIZE)
 
@@ -49,7 +52,7 @@ class StoredFile(FileResponse):
             await send(message)
 
         try:
-            await super().__call__(_without_unknown_range(scope), receive, checked)
+            await super().__call__(_without_invalid_range(scope), receive, checked)
         except RuntimeError as error:
             # Starlette's word for a file that was deleted after it was looked up.
             if "does not exist" not in str(error):
@@ -167,14 +170,17 @@ def _matches(values: list[str], etag: str, *, weak: bool) -> bool:
     return "*" in given or etag in ([item.removeprefix("W/") for item in given] if weak else given)
 
 
-def _without_unknown_range(scope: Scope) -> Scope:
-    """A Range of another unit than bytes is to be ignored (RFC 9110, 14.2)."""
-    kept = [
-        (key, value)
-        for key, value in scope["headers"]
-        if key != b"range" or value.partition(b"=")[0].strip().lower() == b"bytes"
-    ]
+def _without_invalid_range(scope: Scope) -> Scope:
+    """A Range of another unit than bytes is to be ignored, and one that is none may be (RFC 9110, 14.2)."""
+    kept = [(key, value) for key, value in scope["headers"] if key != b"range" or _is_range(value)]
     return {**scope, "headers": kept}
+
+
+def _is_range(value: bytes) -> bool:
+    if not RANGES.fullmatch(value.strip()):
+        return False
+    pairs = [part.strip().split(b"-") for part in value.partition(b"=")[2].split(b",")]
+    return all(not first or not last or int(first) <= int(last) for first, last in pairs)
 
 
 class Tar:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from pydantic import BaseModel
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -17,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from safegraft import errors
+from safegraft.stores.database import disk_is_full
 
 log = logging.getLogger("safegraft.gateway")
 
@@ -71,6 +73,8 @@ class RateLimited(errors.QuotaExceeded):
     default_code = "rate_limit_exceeded"
 
 
+# Methods of what is mounted.
+FILES = {"GET", "HEAD"}
 # So many of a request's faults are told.
 MAX_ERRORS = 20
 # Seconds after which it is worth to try again; never above the 120 that clients accept.
@@ -143,6 +147,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(InterfaceError)
     @app.exception_handler(PoolTimeout)
     async def away(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, OperationalError) and disk_is_full(error):
+            full = errors.StorageFault("The disk is full; nothing was kept.", code="disk_full")
+            full.__cause__ = error  # for the log
+            return await known(request, full)
         log.error("%s: the database did not answer", _named(request), exc_info=error)
         return problem(503, "database_unavailable", "The database did not answer. Try again in a few seconds.")
 
@@ -177,11 +185,11 @@ def install(app: FastAPI) -> None:
 def _methods(app: FastAPI, request: Request) -> set[str]:
     """All methods of the request's path. Starlette names those of one route, and each method here is a route."""
     found: set[str] = set()
-    for route in app.routes:
+    for route in iter_route_contexts(app.routes):  # those of included routers, too, which have no methods themselves
         matched, _ = route.matches(request.scope)
         if matched is not Match.NONE:
-            found |= getattr(route, "methods", None) or set()
-    return found
+            found |= route.methods or set()
+    return found or FILES  # where it is mounted, the path was shortened by the time that it was refused
 
 
 def _named(request: Request) -> str:

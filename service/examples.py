@@ -109,7 +109,14 @@ RESPONSES: dict[str, dict[str, Any]] = {
     },
     "readyz": {
         "status": "not ready",
-        "checks": {"database": True, "broker": True, "storage": True, "reference": True, "worker": False},
+        "checks": {
+            "database": True,
+            "broker": True,
+            "storage": True,
+            "space": True,
+            "reference": True,
+            "worker": False,
+        },
     },
 }
 

@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,16 +23,15 @@ from safegraft import failpoints
 from safegraft.errors import InvalidParameter, StorageFault, TooLarge
 from safegraft.files import NO_SPACE
 from safegraft.stores import quotas
+from safegraft.stores.uploads import check_part
 from service.auth import Principal
-from service.body import cut_off, object_of, unsupported_kind
+from service.body import cut_off, limited, object_of, paced, unsupported_kind
 from service.dependencies import Services
 
 MAX_FIELD_BYTES = 1024
 MAX_SEGMENTS = 64
 # What boundaries, headers and fields of a multipart body may take beside its files.
 FRAMING = 2**16
-# A client that keeps its connection open, or all but, would keep one of the few upload slots as well.
-IDLE_SECONDS, MIN_RATE = 60.0, 2**13
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -56,14 +54,17 @@ async def scratch(here: Services) -> AsyncIterator[Path]:
 
 @dataclass
 class Allowance:
-    """How much a request may bring: `most`, and `room`, what is left of the tenant's `quota` bytes (None: no quota)."""
+    """How much a request may bring: `most`, and `room`, what is left of the tenant's `quota` bytes (None: no quota).
+    whole: bytes of the upload that it brings a part of."""
 
     most: int
     room: int | None = None
     quota: int = 0
+    whole: int | None = None
 
     def announced(self, request: Request, *, framing: int = 0) -> None:
-        """Before a byte is read. Raises TooLarge (`upload_too_large`), QuotaExceeded (`storage_quota_exceeded`)."""
+        """Before a byte is read. Raises TooLarge (`upload_too_large`, `part_too_large`), QuotaExceeded
+        (`storage_quota_exceeded`)."""
         length = request.headers.get("content-length", "")
         # A number of many digits would take long to read.
         if length.isdecimal() and len(length) < 20:
@@ -72,6 +73,8 @@ class Allowance:
     def check(self, size: int) -> None:
         if size > self.most:
             raise TooLarge(f"The body has {size} bytes; at most {self.most} are accepted.", code="upload_too_large")
+        if self.whole is not None:
+            check_part(size, self.whole)
         if self.room is not None and size > self.room:
             raise quotas.no_room(size, self.room, self.quota)
 
@@ -91,23 +94,10 @@ def allowance(here: Services, asking: Principal, most: int) -> Allowance:
 async def pieces(request: Request, size: int = 2**20) -> AsyncIterator[bytes]:
     """The body in pieces of about a mebibyte, so that switching to a thread costs little. Raises InvalidParameter."""
     waiting: list[bytes] = []
-    length = total = 0
-    began = time.monotonic()
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout(IDLE_SECONDS):
-                chunk = await anext(stream)
-        except StopAsyncIteration:
-            break
-        except TimeoutError as error:
-            raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
+    length = 0
+    async for chunk in Request(request.scope, paced(request)).stream():
         waiting.append(chunk)
         length += len(chunk)
-        total += len(chunk)
-        elapsed = time.monotonic() - began
-        if elapsed > IDLE_SECONDS and total < MIN_RATE * elapsed:
-            raise InvalidParameter(f"Less than {MIN_RATE} bytes/s arrived.", code="upload_stalled")
         if length >= size:
             yield b"".join(waiting)
             waiting, length = [], 0
@@ -161,12 +151,8 @@ async def receive_raw(request: Request, sink: Sink) -> None:
 
 async def receive_json(request: Request, model: type[Body], max_bytes: int) -> Body:
     """A small body. Raises RequestValidationError, InvalidParameter, TooLarge (`request_too_large`)."""
-    raw = bytearray()
     try:
-        async for piece in pieces(request):
-            raw += piece
-            if len(raw) > max_bytes:
-                raise TooLarge(f"At most {max_bytes} bytes of JSON are accepted.", code="request_too_large")
+        raw = await Request(request.scope, limited(request, max_bytes)).body()
     except ClientDisconnect as error:
         raise cut_off() from error
     try:
@@ -248,7 +234,9 @@ class _Parts:
                 else:
                     self._write(event)
         except multipart.MultipartError as error:
-            raise InvalidParameter(f"The multipart body is broken ({error}).", code="invalid_multipart") from error
+            # What it says first is a sentence; what may follow is Python's own error.
+            said = "a part's header is not UTF-8" if isinstance(error.args[-1], UnicodeError) else error.args[0]
+            raise InvalidParameter(f"The multipart body is broken ({said}).", code="invalid_multipart") from error
         except OSError as error:
             raise storage_fault(error) from error
 

@@ -19,7 +19,16 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from safegraft import adapter
-from safegraft.adapter import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, Targets, describe, is_companion, parse_config
+from safegraft.adapter import (
+    COMPANIONS,
+    CONFIG,
+    MAX_CONFIG_BYTES,
+    WEIGHTS,
+    Targets,
+    describe,
+    is_companion,
+    parse_config,
+)
 from safegraft.contracts.adapter import Origin
 from safegraft.errors import InvalidAdapter, UnsupportedAdapter, UserError
 from safegraft.records import adapter_record, compatibility
@@ -552,7 +561,11 @@ def test_the_record_says_which_servers_can_load_it(
 # --- companions ---
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template_tools.jinja",
+     "chat_template.json", "README.md"],
+)  # fmt: skip
 def test_files_that_travel_along_are_known(name: str) -> None:
     assert is_companion(name)
 
@@ -560,7 +573,17 @@ def test_files_that_travel_along_are_known(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["training_args.bin", "model.py", "tokenizer.py", "tokenizer/../../x.json", "chat_template/../../etc/cron.d/x",
-     "chat_template\n", "tokenizer\u202e.json", "tokenizer" + "x" * 300 + ".json", "chat_template\\x", "", ".."],
+     "chat_template", "chat_template\n", "chat_template\\x", "tokenizer\u202e.json",
+     "tokenizer" + "x" * 300 + ".json", "", ".."],
 )  # fmt: skip
 def test_other_files_and_names_that_hide_a_path_do_not_travel(name: str) -> None:
     assert not is_companion(name)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin", "pt", "pth", "pkl", "ckpt", "gguf", "py", "so", "html", "sh"])
+def test_nothing_that_is_loaded_or_run_travels_under_the_name_of_a_companion(suffix: str) -> None:
+    for pattern in COMPANIONS:
+        for name in (pattern, pattern.rpartition(".")[0]):
+            assert not is_companion(f"{name.replace('*', '')}.{suffix}")
+            assert not is_companion(f"{name.replace('*', '_x')}.{suffix}")
+            assert not is_companion(f"{name.replace('*', '.jinja.json')}.{suffix}")

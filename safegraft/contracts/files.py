@@ -12,6 +12,8 @@ Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "ev
 UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
 MAX_PART_BYTES = 2**26
 MAX_PARTS = 10_000
+# So many times an upload's announced bytes may be sent: answers are lost, and parts are sent again.
+MAX_SENT = 4
 # What a client writes as `expires_after.seconds`: an hour to 30 days.
 MIN_KEPT, MAX_KEPT = 3600, 30 * 24 * 3600
 

@@ -15,7 +15,7 @@ Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "canc
 NO_NUL = r"^[^\x00]*$"
 Metadata = Annotated[
     dict[
-        Annotated[str, Field(max_length=64, pattern=NO_NUL)],
+        Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)],
         Annotated[str, Field(max_length=512, pattern=NO_NUL)],
     ],
     Field(max_length=16),

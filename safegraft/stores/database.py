@@ -7,6 +7,7 @@ What is changed here needs a revision in `migrations/versions`: see CONTRIBUTING
 
 import fcntl
 import logging
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.engine import Connection, Engine, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
@@ -37,6 +39,7 @@ Upgrade = Literal["auto", "always", "never"]
 metadata = MetaData()
 CREATING = 0x5AFE62AF7  # any number that no other program locks
 SQLITE_CONNECTIONS = 40
+DISK_FULL = "53100"  # among Postgres's codes
 
 adapters = Table(
     "adapters",
@@ -479,6 +482,12 @@ def reading(engine: Engine) -> Iterator[Connection]:
     """A transaction that only reads: on SQLite it neither takes the write lock nor waits for it."""
     with engine.connect().execution_options(reading=True) as connection, connection.begin():
         yield connection
+
+
+def disk_is_full(error: DBAPIError) -> bool:
+    """Whether a statement failed because there was no room for what it writes."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    return code == sqlite3.SQLITE_FULL or getattr(error.orig, "sqlstate", None) == DISK_FULL
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import delete, func, insert, or_, select, update
 from sqlalchemy.engine import Connection, Engine, Row
 
-from safegraft.contracts.files import MAX_PARTS, Upload, UploadCreate, UploadPart
+from safegraft.contracts.files import MAX_PARTS, MAX_SENT, Upload, UploadCreate, UploadPart
 from safegraft.errors import Conflict, InvalidParameter, NotFound, TooLarge
 from safegraft.ids import new_id
 from safegraft.stores.database import files, now, reading, upload_parts, uploads
@@ -31,6 +31,14 @@ PART = "data"
 def part_prefix(tenant: str, upload_id: str, part_id: str) -> str:
     """Where a part's bytes lie, as one object named PART."""
     return f"{upload_prefix(tenant, upload_id)}/{part_id}"
+
+
+def check_part(size: int, announced: int) -> None:
+    """Raises TooLarge (`part_too_large`) for a part with more bytes than its whole upload: it cannot be completed."""
+    if size > announced:
+        raise TooLarge(
+            f"The part has {size} bytes; {announced} were announced for the whole upload.", code="part_too_large"
+        )
 
 
 class UploadStore:
@@ -76,14 +84,23 @@ class UploadStore:
     ) -> UploadPart:
         """Adds a part of `size` bytes. max_bytes: what the tenant may store in all; 0: no limit.
 
-        Raises Conflict, QuotaExceeded, TooLarge (`too_many_parts`).
+        Raises Conflict, QuotaExceeded, TooLarge (`part_too_large`, `too_many_parts`).
         """
         with self._engine.begin() as connection:
-            _require_pending(_find(connection, tenant, upload_id, lock=True))
+            row = _find(connection, tenant, upload_id, lock=True)
+            _require_pending(row)
+            check_part(size, row.bytes)
             of_upload = upload_parts.c.upload_id == upload_id
-            count = connection.execute(select(func.count()).select_from(upload_parts).where(of_upload)).scalar_one()
+            total = func.coalesce(func.sum(upload_parts.c.bytes), 0)
+            count, sent = connection.execute(select(func.count(), total).where(of_upload)).one()
             if count >= MAX_PARTS:
                 raise TooLarge(f"An upload has at most {MAX_PARTS} parts.", code="too_many_parts")
+            if int(sent) + size > MAX_SENT * row.bytes:
+                raise TooLarge(
+                    f"The parts of {upload_id} have {sent} bytes, many times the {row.bytes} that were announced.",
+                    code="too_many_parts",
+                    hint="Complete the upload with those that have arrived, or create a new one.",
+                )
             claim_room(connection, tenant, size, max_bytes)
             connection.execute(
                 insert(upload_parts).values(

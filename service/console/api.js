@@ -26,6 +26,7 @@ const ADVICE = {
   too_many_jobs: "Wait until one of the open jobs has ended, or cancel one.",
   storage_quota_exceeded: "Delete adapters that are no longer needed, or ask the operator for more room.",
   database_unavailable: "Try again in a few seconds.",
+  disk_full: "Tell the operator, who must make room; then try again.",
   internal_error: "Give the request id to the operator: it names the cause in their log.",
   adapter_not_found: "It may have been deleted, or belong to another tenant.",
   realignment_not_found: "It may have been deleted, or belong to another tenant.",

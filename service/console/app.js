@@ -192,6 +192,7 @@ const MISSING = {
   broker: "The broker does not answer: realignments start late.",
   database: "The database does not answer.",
   storage: "The storage does not answer.",
+  space: "The service's disk is full.",
 };
 
 /** What the service says of itself, in one chip. */

@@ -17,14 +17,14 @@ BatchId = Annotated[str, Path(max_length=80, pattern=PRINTABLE)]
 
 @router.post("", status_code=202, operation_id="createRealignmentBatch", summary="Start a batch of realignments")
 def create(
-    request: BatchCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey = None
+    request: BatchCreate, response: Response, here: Here, tenant: Tenant, idempotency_key: IdempotencyKey
 ) -> RealignmentBatch:
     """Realigns many adapters against one reference: a canary first, the rest if the stop rule holds.
 
     Adapters are named, or selected: those whose last patch used another reference. Its jobs are listed by
     `GET /v1/realignments?batch_id=`. An adapter that does not fit the reference counts as failed.
     """
-    batch = open_batch(here, tenant, request, idempotency_key or None)
+    batch = open_batch(here, tenant, request, idempotency_key)
     response.headers["location"] = f"/v1/realignment_batches/{batch.id}"
     return batch
 

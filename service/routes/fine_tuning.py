@@ -24,7 +24,7 @@ def create(
     response: Response,
     here: Here,
     asking: Asking,
-    idempotency_key: IdempotencyKey = None,
+    idempotency_key: IdempotencyKey,
     retry_count: RetryCount = 0,
 ) -> FineTuningJob:
     """Queues a realignment, asked for as OpenAI's client asks for a fine-tuning: the training file is the adapter.
@@ -32,7 +32,7 @@ def create(
     Nothing is trained: `hyperparameters`, `validation_file`, `integrations` and `seed` are refused unless they ask for
     nothing, and `method` is one of `GET /v1/methods`.
     """
-    created = fine_tuning.start(here, asking, body, idempotency_key=idempotency_key or None, retried=retry_count > 0)
+    created = fine_tuning.start(here, asking, body, idempotency_key=idempotency_key, retried=retry_count > 0)
     if created.replayed:
         response.headers["idempotent-replayed"] = "true"
     return fine_tuning.job_of(created.job, asking.tenant)

@@ -1,5 +1,6 @@
 """/livez and /readyz: is the process alive, and can it serve."""
 
+import shutil
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
@@ -11,6 +12,8 @@ from safegraft.stores.database import reading
 from service.dependencies import Here, Services
 
 router = APIRouter(tags=["health"])
+# Below it, no upload of any use arrives, and SQLite soon cannot even write that something was deleted.
+MIN_FREE_BYTES = 2**25
 
 
 class Health(BaseModel):
@@ -34,7 +37,8 @@ def readyz(
     response: Response,
     ignore: Annotated[Literal["worker"] | None, Query(description="What may be missing all the same.")] = None,
 ) -> Health:
-    """503 while database, broker, storage, every reference or every worker is missing; `checks` says which.
+    """503 while database, broker, storage, space on the disk, every reference or every worker is missing; `checks` says
+    which.
 
     A balancer in front of gateways asks with `?ignore=worker`: without workers they still take jobs, which wait.
     """
@@ -42,6 +46,7 @@ def readyz(
         "database": _database(here),
         "broker": here.queue.ping(),
         "storage": here.objects.ping(),
+        "space": _space(here),
         "reference": bool(here.references.installed()),
         "worker": _worker(here),
     }
@@ -55,6 +60,15 @@ def _worker(here: Services) -> bool:
         return here.workers.any_alive()
     except SQLAlchemyError:
         return False
+
+
+def _space(here: Services) -> bool:
+    """Whether this machine's disks have room: SQLite's, and the uploads', which pass through it wherever bytes lie."""
+    try:
+        free = [shutil.disk_usage(path).free for path in (here.settings.data, here.objects.scratch)]
+    except OSError:
+        return False
+    return min(free) >= MIN_FREE_BYTES
 
 
 def _database(here: Services) -> bool:

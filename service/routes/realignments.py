@@ -60,11 +60,11 @@ def create(
     response: Response,
     here: Here,
     asking: Asking,
-    idempotency_key: IdempotencyKey = None,
+    idempotency_key: IdempotencyKey,
     retry_count: RetryCount = 0,
 ) -> Realignment:
     """Queues a realignment. Adapter, reference and method are checked against each other before the answer."""
-    created = submit(here, asking, request, idempotency_key=idempotency_key or None, retried=retry_count > 0)
+    created = submit(here, asking, request, idempotency_key=idempotency_key, retried=retry_count > 0)
     response.headers["location"] = f"/v1/realignments/{created.job.id}"
     if created.replayed:
         response.headers["idempotent-replayed"] = "true"

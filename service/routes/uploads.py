@@ -71,12 +71,13 @@ async def create_part(upload_id: UploadId, request: Request, here: Here, asking:
     """Adds a part: as the form field `data`, as a stream of bytes, or as JSON `{"bytes": n}`, which is answered with an
     `upload_url` for the bytes where the storage has such addresses.
     """
-    await asyncio.to_thread(here.uploads.require_pending, asking.tenant, upload_id)
+    upload = await asyncio.to_thread(here.uploads.require_pending, asking.tenant, upload_id)
     with here.upload_slots.place(asking.tenant):
         if kind_of(request) == "application/json":
             wanted = await receiving.receive_json(request, PartCreate, here.settings.max_json_bytes)
             return await asyncio.to_thread(_promise, here, asking, upload_id, wanted)
         allowed = await asyncio.to_thread(receiving.allowance, here, asking, MAX_PART_BYTES)
+        allowed.whole = upload.bytes
         async with receiving.scratch(here) as folder:
             sink = await _receive(request, folder, allowed)
             return await asyncio.to_thread(_keep, here, asking, upload_id, sink)

@@ -128,6 +128,7 @@ def test_files_are_cut_into_parts(module: Any) -> None:
 
 def test_what_travels_is_what_the_service_keeps(module: Any) -> None:
     names = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.txt",
+             "chat_template.json", "chat_template.py", "chat_template.safetensors", "chat_template_x.jinja",
              "README.md", "readme.md", "optimizer.pt", "training_args.bin", "adapter_model.bin", "tokenizer.py",
              "xREADME.md", "merges.txt", "special_tokens_map.json", "rng_state.pth", "config.json"]  # fmt: skip
     for name in names:

@@ -23,8 +23,8 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.engine import measure, pipeline
 from safegraft.contracts.report import Report
+from safegraft.engine import measure, pipeline
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.measure import Measured
 from safegraft.engine.methods.base import Kinship, Module

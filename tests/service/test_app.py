@@ -11,6 +11,8 @@ import httpx
 import pytest
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from safegraft.contracts.methods import DEFAULT_METHOD, MODELS, STRENGTH, MethodParameters
 from safegraft.engine.methods import METHODS
@@ -20,6 +22,7 @@ from safegraft.vault import open_vault
 from service import export
 from service.app import create_app
 from service.settings import GatewaySettings
+from tests.scaled import SCALED
 from tests.service.answers import refused
 from tests.service.conftest import free_port, realign, upload
 
@@ -119,6 +122,7 @@ def test_the_methods_are_the_same_everywhere(client: httpx.Client) -> None:
         b'{"adapter_id": "%s", "metadata": {"x": "\\ud800"}}',
         b'{"adapter_id": "%s", "\\ud800": 1}',
         b'{"adapter_id": "%s", "metadata": {"x": "' + b"y" * 513 + b'"}}',
+        b'{"adapter_id": "%s", "metadata": {"": "x"}}',
         b'{"adapter_id": "%s", "metadata": {"x": 1}}',
         b'{"adapter_id": "%s", "metadata": {"x": "a\\u0000b"}}',
         b'{"adapter_id": "%s", "metadata": {"\\u0000": "x"}}',
@@ -139,6 +143,25 @@ def test_text_that_no_answer_could_hold_is_refused(client: httpx.Client, fresh: 
     assert answer.status_code in (400, 422), answer.text
     refused(answer, answer.status_code, answer.json()["error"]["code"])
     assert client.get("/v1/realignments").json()["data"] == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("realignments", {"adapter_id": "adp_0"}),
+        ("fine_tuning/jobs", {"model": "auto", "training_file": "adp_0"}),
+        ("realignment_batches", {"reference_id": "ref_0", "adapter_ids": ["adp_0"]}),
+    ],
+)
+def test_an_idempotency_key_is_one_and_not_empty(client: httpx.Client, path: str, body: dict[str, Any]) -> None:
+    def send(*keys: str) -> httpx.Response:
+        return client.post(f"/v1/{path}", json=body, headers=[("Idempotency-Key", key) for key in keys])
+
+    assert refused(send(""), 422, "invalid_request")["param"] == "header.idempotency-key"
+    assert refused(send("x" * 256), 422, "invalid_request")["param"] == "header.idempotency-key"
+    assert refused(send("a", "b"), 422, "invalid_request")["param"] == "Idempotency-Key"
+    for keys in ((), ("a",), ("a", "a")):
+        assert send(*keys).status_code == 404  # what it names is not there
 
 
 def test_metadata_comes_back_as_it_was_sent(client: httpx.Client, fresh: Path) -> None:
@@ -165,6 +188,67 @@ def test_our_own_failures_are_named_by_the_request_id(
         assert "secret" not in answer.text
         assert answer.headers["x-request-id"] in caplog.text
         assert "a secret of ours" in caplog.text
+
+
+@pytest.mark.skipif(SCALED, reason="of SQLite")
+def test_a_full_disk_of_the_database_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0"))
+    with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        # To SQLite a file that may not grow is a disk that is full.
+        database = app.state.services.database
+        event.listen(database, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
+        database.dispose()
+        given = {"purpose": "fine-tune", "filename": "x" * 255, "bytes": 3, "mime_type": "x"}
+        answer = client.post("/v1/uploads", json=given)
+        while answer.status_code == 200:  # there is room in the last page
+            answer = client.post("/v1/uploads", json=given)
+        assert refused(answer, 507, "disk_full")["message"] == "The disk is full; nothing was kept."
+        assert "database or disk is full" in caplog.text
+        assert client.get("/v1/uploads/upload_0").status_code == 404  # reading needs no room
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "code"), [("53100", 507, "disk_full"), ("57P01", 503, "database_unavailable")]
+)
+def test_what_postgres_says_of_its_disk_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, status: int, code: str
+) -> None:
+    class Said(Exception):
+        sqlstate = state
+
+    def fail(*_: object, **__: object) -> None:
+        raise OperationalError("INSERT", {}, Said())
+
+    app = create_app(GatewaySettings(dev=True, data=tmp_path, redis_url=f"redis://127.0.0.1:{free_port()}/0"))
+    with TestClient(app, client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        monkeypatch.setattr(app.state.services.adapters, "page", fail)
+        refused(client.get("/v1/adapters"), status, code)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/", "GET, HEAD"),
+        ("POST", "/livez", "GET"),
+        ("HEAD", "/livez", "GET"),
+        ("OPTIONS", "/v1/adapters", "GET, POST"),
+        ("HEAD", "/v1/adapters", "GET, POST"),
+        ("PATCH", "/v1/adapters/adp_0", "DELETE, GET"),
+        ("PUT", "/v1/adapters/adp_0/files/x", "GET, HEAD"),
+        ("PUT", "/v1/webhook_endpoints/we_0", "DELETE, GET, POST"),
+        ("PUT", "/v1/uploads/upload_0/parts", "GET, POST"),  # of two routers, one within the other
+        ("GET", "/v1/uploads/upload_0/complete", "POST"),
+        ("POST", "/openapi.json", "GET, HEAD"),
+        ("POST", "/docs/assets/swagger-ui.css", "GET, HEAD"),
+    ],
+)
+def test_a_wrong_method_is_answered_with_the_right_ones(
+    client: httpx.Client, method: str, path: str, allowed: str
+) -> None:
+    answer = client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    if method != "HEAD":
+        refused(answer, 405, "method_not_allowed")
 
 
 def test_the_page_of_the_description_loads_nothing_from_elsewhere(client: httpx.Client) -> None:

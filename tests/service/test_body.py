@@ -1,5 +1,7 @@
 """Bodies that are no JSON, or do not say that they are: what was wrong, where, and what to do, on every route."""
 
+import asyncio
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -9,9 +11,14 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from starlette.requests import Request
+from starlette.types import Message
 
+from safegraft.errors import InvalidParameter
+from service import body
 from service.app import create_app
-from service.body import object_of
+from service.body import MAX_COUNTED, object_of
+from service.errors import MAX_ERRORS
 from service.settings import GatewaySettings
 from tests.service.answers import refused
 from tests.service.conftest import free_port
@@ -44,10 +51,10 @@ def json_operations(client: TestClient, upload: str) -> list[tuple[str, str, boo
     """(method, path, whether it takes nothing but JSON) of every operation that takes a JSON body."""
     paths: dict[str, dict[str, Any]] = client.get("/openapi.json").json()["paths"]
     return [
-        (method, path.replace("{upload_id}", upload).replace("{", "").replace("}", ""), len(body["content"]) == 1)
+        (method, path.replace("{upload_id}", upload).replace("{", "").replace("}", ""), len(asked["content"]) == 1)
         for path, operations in paths.items()
         for method, operation in operations.items()
-        if "application/json" in (body := operation.get("requestBody", {"content": {}}))["content"]
+        if "application/json" in (asked := operation.get("requestBody", {"content": {}}))["content"]
     ]
 
 
@@ -92,7 +99,7 @@ def test_every_operation_says_what_content_type_it_wants(client: TestClient, upl
         ('{"a": 1}'.encode("utf-16"), "byte 1 is not UTF-8"),
         (b'{"a": NaN}', "NaN is no number there"),
         (b'{"a": -Infinity}', "-Infinity is no number there"),
-        (b"[" * 50_000, "its values are nested too deeply"),
+        (b"[" * 4000, "its values are nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "a number has too many digits"),
     ],
     ids=lambda value: str(value)[:30],
@@ -120,14 +127,80 @@ def test_what_is_no_object(client: TestClient, raw: bytes, said: str) -> None:
 
 
 def test_what_is_json_is_read(client: TestClient) -> None:
-    body = {"adapter_id": "adp_0"}
+    given = {"adapter_id": "adp_0"}
     assert object_of(b'\xef\xbb\xbf{"a": [1, 2.5, null]}') == {"a": [1, 2.5, None]}
     for kind in ("application/json", "APPLICATION/JSON; charset=utf-8", "application/vnd.acme+json"):
-        answer = client.post("/v1/realignments", json=body, headers={"content-type": kind})
+        answer = client.post("/v1/realignments", json=given, headers={"content-type": kind})
         refused(answer, 404, "adapter_not_found")
     # A body that may be left out, and one that nobody asked for.
     refused(client.post("/v1/webhook_endpoints/we_0/rotate_secret"), 404, "webhook_endpoint_not_found")
     refused(client.post("/v1/realignments/rlg_0/cancel", content=b"a=b"), 404, "realignment_not_found")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps({f"{number:x}": 1 for number in range(80_000)}).encode(),
+        b'{"a": [' + b"[]," * 200_000 + b"1]}",
+        b'{"a": [' + b"{}," * 200_000 + b"1]}",
+        b"[" * 50_000,
+    ],
+    ids=["keys", "lists", "objects", "nested"],
+)
+def test_a_body_of_very_many_things_is_refused_unread(client: TestClient, upload: str, raw: bytes) -> None:
+    for method, path, _ in json_operations(client, upload):
+        error = refused(client.request(method, path, content=raw, headers=JSON), 413, "request_too_large")
+        assert error["message"] == f"At most {MAX_COUNTED} keys, lists and objects are accepted in a body.", path
+
+
+def test_of_many_faults_some_are_told(client: TestClient, upload: str) -> None:
+    raw = json.dumps({f"{number:x}": 1 for number in range(MAX_COUNTED - 1)}).encode()
+    for path in ("/v1/realignments", "/v1/adapters", f"/v1/uploads/{upload}/parts"):
+        answer = client.post(path, content=raw, headers=JSON)
+        refused(answer, 422, "invalid_request")
+        assert len(answer.json()["errors"]) == MAX_ERRORS
+
+
+def read(messages: list[Message], pause: float) -> list[Message]:
+    """What a route gets of a body: the first message at once, the others each after a pause."""
+    left = list(messages)
+
+    async def receive() -> Message:
+        if len(left) < len(messages):
+            await asyncio.sleep(pause)
+        return left.pop(0)
+
+    async def whole() -> list[Message]:
+        limited = body.limited(Request({"type": "http"}, receive), 2**20)
+        return [await limited() for _ in messages]
+
+    return asyncio.run(whole())
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "IDLE_SECONDS", 0.2)
+    piece: Message = {"type": "http.request", "body": b" ", "more_body": True}
+    for count, pause, said in ((2, 0.5, "Nothing arrived for 0.2 s."), (30, 0.02, "Less than 8192 bytes/s arrived.")):
+        with pytest.raises(InvalidParameter) as error:
+            read([piece] * count, pause)
+        assert (error.value.code, error.value.message) == ("upload_stalled", said)
+    # Who has sent all may wait for the answer as long as it takes.
+    whole: list[Message] = [{"type": "http.request", "body": b"{}"}, {"type": "http.disconnect"}]
+    assert read(whole, 0.5) == whole
+
+
+@pytest.mark.parametrize(
+    ("raw", "name"),
+    [
+        (b'{"adapter_id": "adp_1", "mode": "patch", "adapter_id": "adp_2"}', "adapter_id"),
+        (b'{"adapter_id": "adp_1", "metadata": {"a": "1", "\\u0061": "2"}}', "a"),
+        (b'{"file_ids": [], "\\ud800": 1, "\\ud800": 1}', "\\ud800"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(client: TestClient, upload: str, raw: bytes, name: str) -> None:
+    for path in ("/v1/realignments", "/v1/adapters", f"/v1/uploads/{upload}/parts"):
+        error = refused(client.post(path, content=raw, headers=JSON), 422, "duplicate_field")
+        assert (error["param"], error["message"]) == (name, f"'{name}' stands twice.")
 
 
 def test_a_form_without_a_boundary(client: TestClient) -> None:

@@ -3,12 +3,14 @@
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from safegraft.stores.references import LIST_SECONDS, open_references
 from service.app import create_app
+from service.routes.health import MIN_FREE_BYTES
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
 from tests.service.conftest import Running, free_port
@@ -22,7 +24,14 @@ def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path:
         assert answer.status_code == 503
         assert answer.json() == {
             "status": "not ready",
-            "checks": {"database": True, "broker": False, "storage": True, "reference": False, "worker": False},
+            "checks": {
+                "database": True,
+                "broker": False,
+                "storage": True,
+                "space": True,
+                "reference": False,
+                "worker": False,
+            },
         }
         # A reference counts as soon as it is there.
         open_references(settings).add(bundle)
@@ -58,7 +67,7 @@ def test_a_whole_service_is_ready(service: Running) -> None:
     with service.client() as client:
         answer = client.get("/readyz")
     assert answer.status_code == 200
-    names = ("database", "broker", "storage", "reference", "worker")
+    names = ("database", "broker", "storage", "space", "reference", "worker")
     assert answer.json() == {"status": "ok", "checks": dict.fromkeys(names, True)}
 
 
@@ -69,3 +78,21 @@ def test_a_place_for_bytes_that_cannot_be_written_is_named(tmp_path: Path) -> No
         shutil.rmtree(settings.objects, ignore_errors=True)
         settings.objects.write_text("no folder")
         assert client.get("/readyz").json()["checks"]["storage"] is False
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
+        for free, room in ((MIN_FREE_BYTES, True), (MIN_FREE_BYTES - 1, False)):
+
+            def usage(path: Path, free: int = free) -> SimpleNamespace:
+                return SimpleNamespace(free=free if path == settings.data else 2**40)
+
+            monkeypatch.setattr("shutil.disk_usage", usage)
+            answer = client.get("/readyz")
+            assert (answer.status_code, answer.json()["checks"]["space"]) == (503, room)
+
+
+def test_the_page_tells_how_much_room_is_needed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert f"| `space` | less than {MIN_FREE_BYTES // 2**20} MiB are left" in page

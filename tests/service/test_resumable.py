@@ -145,7 +145,7 @@ def test_openais_client_understands_refusals(gateway: Gateway) -> None:
         client.uploads.create(bytes=3, filename="x", mime_type="x", purpose="nonsense")  # type: ignore[arg-type]
     assert (bad.value.code, bad.value.param) == ("invalid_request", "purpose")
     upload = client.uploads.create(bytes=3, filename="x", mime_type="x", purpose="batch")
-    part = client.uploads.parts.create(upload.id, data=b"abcd")
+    part = client.uploads.parts.create(upload.id, data=b"ab")
     with pytest.raises(openai.UnprocessableEntityError) as wrong:
         client.uploads.complete(upload.id, part_ids=[part.id])
     assert wrong.value.code == "upload_incomplete"
@@ -189,7 +189,7 @@ def test_a_part_by_form_is_one_by_stream(http: httpx.Client) -> None:
 
 
 def test_bad_parts_are_refused(gateway: Gateway, http: httpx.Client) -> None:
-    upload, stream = begin(http, 6), {"content-type": "application/octet-stream"}
+    upload, stream = begin(http, 2**27), {"content-type": "application/octet-stream"}
     url = f"/v1/uploads/{upload}/parts"
     refused(http.post(url, content=b"", headers=stream), 422, "empty_part")
     refused(http.post(url, files={"data": b""}), 422, "empty_part")
@@ -211,6 +211,30 @@ def test_bad_parts_are_refused(gateway: Gateway, http: httpx.Client) -> None:
         ):
             assert answer.status_code == status, answer.text
     http.post(f"/v1/uploads/{upload}/cancel")
+    assert gateway.stored("uploads") == []
+
+
+def test_parts_with_more_bytes_than_their_upload_are_refused(gateway: Gateway, http: httpx.Client) -> None:
+    upload, stream = begin(http, 6), {"content-type": "application/octet-stream"}
+    url = f"/v1/uploads/{upload}/parts"
+    for answer in (
+        http.post(url, content=b"abcdefg", headers=stream),
+        http.post(url, content=iter([b"abc", b"defg"]), headers=stream),  # in chunks, so on the way
+        http.post(url, files={"data": b"abcdefg"}),
+    ):
+        error = refused(answer, 413, "part_too_large")
+        assert error["message"] == "The part has 7 bytes; 6 were announced for the whole upload."
+    assert gateway.stored("uploads") == []
+    # Sent again and again, by a client that hears no answer; also at once.
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: http.post(url, content=b"abcdef", headers=stream), range(6)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 4 + [413] * 2
+    for answer in answers:
+        if answer.status_code == 413:
+            refused(answer, 413, "too_many_parts")
+    there = http.get(f"/v1/uploads/{upload}/parts").json()["data"]
+    done = http.post(f"/v1/uploads/{upload}/complete", json={"part_ids": [there[0]["id"]]}).json()
+    assert http.get(f"/v1/files/{done['file']['id']}/content").content == b"abcdef"
     assert gateway.stored("uploads") == []
 
 

@@ -336,6 +336,14 @@ def test_a_broken_body_is_refused(client: httpx.Client, body: bytes) -> None:
     refused(client.post("/v1/adapters", content=body, headers=kind), 422, "invalid_multipart")
 
 
+def test_a_file_name_that_is_no_text_is_named_in_plain_words(client: httpx.Client) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="file"; filename="\xff\xfe"\r\n\r\nx\r\n--b--\r\n'
+    for path in ("/v1/adapters", "/v1/files"):
+        answer = client.post(path, content=body, headers={"content-type": "multipart/form-data; boundary=b"})
+        error = refused(answer, 422, "invalid_multipart")
+        assert error["message"] == "The multipart body is broken (a part's header is not UTF-8)."
+
+
 def test_names_are_short_and_printable(client: httpx.Client, fresh: Path) -> None:
     good = files_of(fresh)
     for name in ("x" * 201, "a\nb", "a\x00b", "\x1b[31mred", "\u202egnp.exe"):

@@ -79,7 +79,7 @@ def test_parts_become_a_file_in_the_order_that_complete_names(
 ) -> None:
     upload = begun(store, 6)
     assert (upload.status, upload.file, upload.expires_at - upload.created_at) == ("pending", None, 3600)
-    first, second, wrong = (sent(store, objects, upload, data) for data in (b"abc", b"def", b"not used"))
+    first, second, wrong = (sent(store, objects, upload, data) for data in (b"abc", b"def", b"unused"))
     assert [part.id for part in store.parts(TENANT, upload.id, limit=10)[0]] == [first.id, second.id, wrong.id]
     done = completed(
         store,
@@ -460,7 +460,7 @@ def test_adapters_files_and_parts_count(
     assert quotas.room(engine, "other", 5000) == 5000
     for add in (
         lambda: file(kept, 1977, max_bytes=5000),
-        lambda: sent(store, objects, upload, bytes(1977), max_bytes=5000),
+        lambda: sent(store, objects, begun(store, 2000), bytes(1977), max_bytes=5000),
         lambda: adapters.add(adapter(), TENANT, "p", max_bytes=4000),
     ):
         with pytest.raises(QuotaExceeded) as full:
