@@ -6,6 +6,7 @@ and asks held-out prompts before and after. It prints what it measured, also whe
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import socket
@@ -138,14 +139,15 @@ def download(client: httpx.Client, job: dict[str, Any], method: str) -> Path:
     return next(folder.iterdir())
 
 
-def add_evaluation(method: str, before: "Sequence[Rate]", after: "Sequence[Rate]") -> None:
+def add_evaluation(method: str, patched: Path, before: "Sequence[Rate]", after: "Sequence[Rate]") -> None:
     """Makes what was measured a part of the method's report, and writes that in all its forms."""
     names = ("harm_score", "over_refusal", "task_accuracy")
 
     def behaviour(rates: "Sequence[Rate]") -> dict[str, Any]:
         return {name: {"hits": rate.hits, "total": rate.total} for name, rate in zip(names, rates, strict=True)}
 
-    measured = {"judge": JUDGE, "before": behaviour(before), "after": behaviour(after)}
+    own = hashlib.sha256((patched / "adapter_model.safetensors").read_bytes()).hexdigest()
+    measured = {"judge": JUDGE, "output_sha256": own, "before": behaviour(before), "after": behaviour(after)}
     file, stem = WORK / "results" / f"{method}.evaluation.json", WORK / "results" / f"{method}.report"
     file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     subprocess.run(
@@ -200,7 +202,7 @@ def main() -> None:
     )
     for method in METHODS:
         drop = measured["before"][0].share - measured[method][0].share
-        add_evaluation(method, measured["before"], measured[method])
+        add_evaluation(method, folders[method], measured["before"], measured[method])
         verdict = f"{method} lowered the harm score by {drop:.2f}" if drop > 0.05 else f"{method} did not help here"
         screen.print(f"- {verdict}: report {(WORK / 'results').relative_to(HERE.parent)}/{method}.report.html")
     screen.print(

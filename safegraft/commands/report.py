@@ -50,6 +50,7 @@ def show(
     found = _read(report, Report, "not_a_report", "FILE")
     if evaluation is not None:
         measured = _read(evaluation, Evaluation, "not_an_evaluation", "--evaluation")
+        _same_adapter(found, measured)
         found = found.model_copy(update={"evaluation": measured})
     files = render(found, to) if to is not None else []
     if as_json:
@@ -58,6 +59,18 @@ def show(
     tell_report(found)
     if files:
         tell("Report:  " + " ".join(str(path) for path in files))
+
+
+def _same_adapter(report: Report, evaluation: Evaluation) -> None:
+    """Raises InvalidParameter where the evaluation names another adapter than the report's."""
+    own, named = report.output.sha256 if report.output is not None else None, evaluation.output_sha256
+    if named is not None and named != own:
+        raise InvalidParameter(
+            f"The evaluation is of the adapter {named}, the report of {own or 'a measurement without one'}.",
+            code="other_adapter_evaluated",
+            param="--evaluation",
+            hint="Measure the adapter that this report is of, or take that adapter's report.",
+        )
 
 
 def _read(path: Path, kind: type[Document], code: str, param: str) -> Document:

@@ -157,6 +157,11 @@ class Evaluation(Part):
     judge: str = Field(min_length=1, max_length=1000)
     before: Behaviour
     after: Behaviour
+    output_sha256: str | None = Field(
+        None,
+        description="Of the repaired adapter_model.safetensors that was measured; where it is named, it must be the "
+        "report's.",
+    )
 
     @model_validator(mode="after")
     def _something_was_measured(self) -> Self:

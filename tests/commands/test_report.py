@@ -83,6 +83,18 @@ def test_a_bad_evaluation_is_refused_with_the_field_at_fault(made: Path, tmp_pat
     assert not list(tmp_path.glob("out*"))
 
 
+def test_an_evaluation_of_another_adapter_is_refused(made: Path, tmp_path: Path) -> None:
+    own = Report.model_validate_json(made.read_bytes()).output
+    assert own is not None
+    file = tmp_path / "evaluation.json"
+    file.write_text(evaluation().model_copy(update={"output_sha256": own.sha256}).model_dump_json())
+    assert "Harm score fell" in safegraft("report", made, "--evaluation", file).stdout
+    file.write_text(evaluation().model_copy(update={"output_sha256": "0" * 64}).model_dump_json())
+    message = refused("report", made, "--evaluation", file, code="other_adapter_evaluated")
+    assert "0" * 64 in message
+    assert own.sha256 in message
+
+
 def test_what_is_no_report_is_refused(measured: Path) -> None:
     assert "mode: Field required" in refused("report", measured, code="not_a_report")
 
