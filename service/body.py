@@ -16,10 +16,11 @@ from safegraft.errors import InvalidParameter, TooLarge
 from safegraft.header import shown
 from service.dependencies import services
 
-# Every key has a colon, and every list and object its bracket. A hundred thousand of them would keep the reader of a
-# body busy for seconds, and whoever judges its keys.
-COUNTED = (b":", b"[", b"{")
-MAX_COUNTED = 4096
+# Every key has a colon. A body of a hundred thousand keys would keep its judge busy for seconds.
+MAX_COLONS = 4096
+# Every list and object has a bracket, and three hundred thousand would keep its reader busy for half a second. More of
+# them than colons, because names in long lists may hold some.
+MAX_BRACKETS = 2**15
 # A client that keeps its connection open, or all but, would keep one of the few upload slots as well.
 IDLE_SECONDS, MIN_RATE = 60.0, 2**13
 AS_JSON = "Send one JSON object, with the header `Content-Type: application/json`."
@@ -96,18 +97,19 @@ def paced(request: Request) -> Receive:
 def limited(request: Request, most: int) -> Receive:
     """`paced`, for a body of JSON: it raises TooLarge (`request_too_large`), too."""
     came = paced(request)
-    read = counted = 0
+    read = colons = brackets = 0
 
     async def receive() -> Message:
-        nonlocal read, counted
+        nonlocal read, colons, brackets
         message = await came()
         piece = message.get("body", b"")
         read += len(piece)
-        counted += sum(piece.count(mark) for mark in COUNTED)
-        if counted > MAX_COUNTED:
-            raise TooLarge(
-                f"At most {MAX_COUNTED} keys, lists and objects are accepted in a body.", code="request_too_large"
-            )
+        colons += piece.count(b":")
+        brackets += piece.count(b"[") + piece.count(b"{")
+        if colons > MAX_COLONS:
+            raise TooLarge(f"At most {MAX_COLONS} keys are accepted in a body.", code="request_too_large")
+        if brackets > MAX_BRACKETS:
+            raise TooLarge(f"At most {MAX_BRACKETS} lists and objects are accepted.", code="request_too_large")
         if read > most:
             raise TooLarge(f"At most {most} bytes of JSON are accepted.", code="request_too_large")
         return message
