@@ -24,6 +24,7 @@ from safegraft.engine.checkpoint import Checkpoint
 from safegraft.engine.conversations import Conversation, Encoded, encode
 from safegraft.engine.evaluate import answer
 from safegraft.engine.heads import Heads, attention_outputs, measure_heads
+from safegraft.engine.products import fast_products
 from safegraft.engine.safelock import Direction, read_safelock
 from safegraft.engine.saliency import preference_gradients
 from safegraft.engine.sources import AlignedUpdate
@@ -81,8 +82,9 @@ def build_reference(
         raise FileExistsError(f"{out} exists already.")
     models.check_device(settings.device)
     checkpoint = Checkpoint(out.with_name(f"{out.name}.partial"), _fingerprint(sources, prompts, settings))
-    build = _Build(sources, prompts, settings, progress, checkpoint)
-    manifest = write_bundle(out, build.ingredients(), settings, progress, checkpoint)
+    with fast_products():
+        build = _Build(sources, prompts, settings, progress, checkpoint)
+        manifest = write_bundle(out, build.ingredients(), settings, progress, checkpoint)
     checkpoint.remove()
     return manifest
 
