@@ -111,7 +111,8 @@ def _inches(text: str, size: float, weight: str = "normal") -> float:
     from matplotlib.font_manager import FontProperties
 
     font = FontProperties(size=size, weight=weight)
-    return float(RendererAgg(1, 1, DPI).get_text_width_height_descent(text, font, False)[0]) / DPI
+    renderer: Any = RendererAgg(1, 1, DPI)  # type: ignore[no-untyped-call]
+    return float(renderer.get_text_width_height_descent(text, font, False)[0]) / DPI
 
 
 def _wrapped(text: str, room: float, size: float, weight: str = "normal") -> list[str]:
