@@ -18,7 +18,7 @@ ORIGIN = "https://safegraft.test"
 
 @contextmanager
 def opened(browser: "Browser", path: str, width: int = 1280) -> "Iterator[Page]":
-    """A page of the application. Fails where it logs anything, or asks for anything elsewhere."""
+    """A page, as one without a key sees it. Fails where it logs anything, or asks for anything elsewhere."""
     # Without its lifespan: neither database nor broker is needed for pages.
     client = TestClient(create_app(GatewaySettings()))
     seen: list[str] = []
@@ -29,6 +29,9 @@ def opened(browser: "Browser", path: str, width: int = 1280) -> "Iterator[Page]"
             seen.append(url)
             route.abort()
             return
+        if url.startswith(f"{ORIGIN}/v1/"):
+            route.fulfill(status=401, json={"error": {"code": "unauthorized", "message": "Whose request is this?"}})
+            return
         found = client.get(url.removeprefix(ORIGIN), headers={"accept-encoding": "identity"})
         route.fulfill(status=found.status_code, headers=dict(found.headers), body=found.content)
 
@@ -36,7 +39,7 @@ def opened(browser: "Browser", path: str, width: int = 1280) -> "Iterator[Page]"
     context.route("**/*", answer)
     page = context.new_page()
     page.set_default_timeout(20_000)
-    page.on("console", lambda message: seen.append(message.text))
+    page.on("console", lambda message: None if "status of 401" in message.text else seen.append(message.text))
     page.on("pageerror", lambda error: seen.append(str(error)))
     page.goto(f"{ORIGIN}{path}")
     yield page
