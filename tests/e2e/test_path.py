@@ -199,7 +199,7 @@ def test_a_measurement_tells_the_lineage_on_the_adapters_page(new_tab: Callable[
     tab.open(f"#/adapters/{adapter['id']}")
     page.get_by_role("radio", name="Measure only").check()
     page.get_by_role("button", name="Start the measurement").click()
-    page.get_by_text("210 modules measured, nothing was changed").wait_for()
+    page.get_by_text("210 modules were measured, nothing was changed").wait_for()
     tab.look("measured")
     page.get_by_role("link", name="measured").first.click()
     page.get_by_text("taken to have been trained on top of the aligned model").wait_for()
