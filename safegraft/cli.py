@@ -64,7 +64,7 @@ from safegraft.provenance import (
     write_provenance,
 )
 from safegraft.records import compatibility
-from safegraft.report import render
+from safegraft.report import render, with_headline
 from safegraft.report.text import Look, inspection
 from safegraft.sizes import update_sizes
 from safegraft.stores.keys import KeyStore
@@ -385,7 +385,7 @@ def realign(
         )
         write_provenance(statement, to.with_name(f"{to.name}.provenance.json"), signer)
     if as_json:
-        print_json(report.model_dump(mode="json"))
+        print_json(with_headline(report).model_dump(mode="json"))
         return
     tell_report(report)
     tell(f"Adapter: {to}" if not analyze else "Only measured; nothing was patched.")

@@ -1,6 +1,8 @@
-"""What every test may ask for: a tiny model, its aligned adapter, and a reference built from them as users build it."""
+"""What every test may ask for: a tiny model, its aligned adapter, a reference built from them as users build it, and a
+browser."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,8 @@ import pytest
 from tests import scaled
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from safegraft.engine.reference import LoadedReference
 
 
@@ -104,3 +108,18 @@ def reference(bundle: Path) -> "LoadedReference":
     from safegraft.engine.reference import LoadedReference
 
     return LoadedReference(bundle)
+
+
+# For the module alone: its driver keeps an event loop in this thread, in which no other test could start its own.
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Browser]":
+    """Chromium as the machine has it; nothing is downloaded."""
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
+    with sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -10,7 +10,7 @@ from safegraft.commands.terminal import Json, out, print_json, tell
 from safegraft.contracts.report import Evaluation, Report
 from safegraft.errors import InvalidParameter
 from safegraft.files import read_bounded
-from safegraft.report import render
+from safegraft.report import render, with_headline
 from safegraft.report.text import Look, story
 from safegraft.verification import MAX_DOCUMENT_BYTES
 
@@ -54,7 +54,7 @@ def show(
         found = found.model_copy(update={"evaluation": measured})
     files = render(found, to) if to is not None else []
     if as_json:
-        print_json(found.model_dump(mode="json"))
+        print_json(with_headline(found).model_dump(mode="json"))
         return
     tell_report(found)
     if files:

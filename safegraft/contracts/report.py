@@ -192,6 +192,9 @@ class Report(Part):
 
     schema_version: Literal[2] = 2
     mode: Literal["patch", "analyze"]
+    headline: str | None = Field(
+        None, description="The report in one sentence, without a full stop; null in what was written before it had one."
+    )
     method: MethodRun
     recommendation: Recommendation
     reference: ReferenceUsed

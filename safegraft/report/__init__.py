@@ -9,7 +9,7 @@ from safegraft.report.png import figures, to_png
 from safegraft.report.table import to_csv
 from safegraft.report.words import headline
 
-__all__ = ["figures", "headline", "render", "to_csv", "to_html", "to_json", "to_png"]
+__all__ = ["figures", "headline", "render", "to_csv", "to_html", "to_json", "to_png", "with_headline"]
 
 
 def render(report: Report, stem: Path) -> list[Path]:
@@ -30,5 +30,10 @@ def render(report: Report, stem: Path) -> list[Path]:
 
 
 def to_json(report: Report) -> str:
-    """The report itself; `Report.model_validate_json` reads it back."""
-    return report.model_dump_json(indent=2) + "\n"
+    """The report itself, with its headline; `Report.model_validate_json` reads it back."""
+    return with_headline(report).model_dump_json(indent=2) + "\n"
+
+
+def with_headline(report: Report) -> Report:
+    """For those who read the JSON: the sentence that all other forms have; one that was there before is replaced."""
+    return report.model_copy(update={"headline": headline(report)})

@@ -18,8 +18,9 @@ LEFT, RIGHT, TOP, BOTTOM = 40.0, 12.0, 26.0, 56.0
 INSET = 24.0
 # Labels nearer than this to each other would touch, and to a point of another strength; a letter is LETTER wide.
 APART, CLEAR, LINE, LETTER = 40.0, 28.0, 22.0, 7.5
-# A repair that changed an update by many times its size must not flatten the other lines: it lies on the upper edge.
-HIGHEST = 2.0
+# Two and three times an update's size are usual. What changed it by many times must not flatten the other lines: it
+# lies on the upper edge, and `cut` says that something does.
+HIGHEST = 4.0
 # No eye sees it, and 1.01 would take a line of the chart more than 1.
 UNSEEN = 0.02
 
@@ -97,9 +98,7 @@ def curve_of(report: Report, *, width: int, height: int) -> Curve | None:
         where = (at - start) / (end - start)
         return left + INSET + where * (right - left - 2 * INSET)
 
-    step = 0.2 if min(known) >= -0.2 and max(known) <= 1.4 else 0.5
-    low = math.floor(max(-1.0, min(0.0, *known)) / step + 1e-9) * step
-    high = math.ceil(max(1.0, min(HIGHEST, max(known) - UNSEEN)) / step - 1e-9) * step
+    low, high, step = axis_of(known)
 
     def y(value: float) -> float:
         return bottom - (min(high, max(low, value)) - low) / (high - low) * (bottom - top)
@@ -147,6 +146,14 @@ def curve_of(report: Report, *, width: int, height: int) -> Curve | None:
         _description(parameter, runs),
         cut=max(known) > high + UNSEEN,
     )
+
+
+def axis_of(values: list[float]) -> tuple[float, float, float]:
+    """Where the axis of these values begins and ends, and its step; as in service/console/maps.js."""
+    step = 0.2 if min(values) >= -0.2 and max(values) <= 1.4 else 0.5
+    low = math.floor(max(-1.0, min(0.0, *values)) / step + 1e-9) * step
+    high = math.ceil(max(1.0, min(HIGHEST, max(values) - UNSEEN)) / step - 1e-9) * step
+    return low, high, step
 
 
 def _spaced(columns: list[float], labels: list[str]) -> set[int]:

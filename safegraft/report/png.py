@@ -10,8 +10,8 @@ the functions, because a gateway that only serves JSON has no matplotlib.
 
 import io
 import math
-import textwrap
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from safegraft.contracts.report import ModuleLine, Report
@@ -43,8 +43,8 @@ BEFORE, AFTER, LIKENESS = "#a45a12", "#17628f", "#6a3fa0"
 TITLE, TEXT, SMALL, TINY = 24, 14, 12, 8
 # In inches, from the edges.
 LEFT, RIGHT, TOP, BOTTOM = 0.6, 0.6, 0.42, 0.68
-# Of the bold title and of the line below it.
-LETTERS, ORIGIN_LETTERS = 66, 118
+# What a line of text has, and the heights of the bold title's lines and of those below it.
+ROOM = WIDTH - LEFT - RIGHT
 TITLE_LINE, ORIGIN_LINE, UNDER_TITLE = 0.43, 0.29, 0.14
 # Of a panel with a map: its heading, and the highest that a row gets.
 HEADING, TALLEST_ROW = 0.4, 0.62
@@ -78,8 +78,8 @@ def _picture(report: Report, draw: Callable[["Figure", Report, float], None], *,
 
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    title = _balanced(_drawable(words.headline(report)), LETTERS)
-    origin = _origin(report, ORIGIN_LETTERS, at_first=at_first)
+    title = _balanced(_drawable(words.headline(report)), ROOM)
+    origin = _origin(report, ROOM, at_first=at_first)
     below = TOP + TITLE_LINE * len(title)
     _write(figure, "\n".join(title), LEFT, TOP, size=TITLE, weight="bold", color=INK, linespacing=1.2)
     _write(figure, "\n".join(origin), LEFT, below, size=TEXT, color=SOFT, linespacing=1.35)
@@ -104,16 +104,48 @@ def _axes(figure: "Figure", left: float, down: float, width: float, height: floa
     return axes
 
 
-def _balanced(text: str, letters: int) -> list[str]:
-    """As few lines as possible, and these of about one length: a last line of one word looks like an accident."""
-    lines = textwrap.wrap(text, letters)
-    while letters > 20 and len(narrower := textwrap.wrap(text, letters - 1)) == len(lines):
-        lines, letters = narrower, letters - 1
+@lru_cache(maxsize=1024)  # all pictures of a report have one headline
+def _inches(text: str, size: float, weight: str = "normal") -> float:
+    """How wide a text is as it is drawn: a W has three times the width of an l."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    font = FontProperties(size=size, weight=weight)
+    renderer: Any = RendererAgg(1, 1, DPI)  # type: ignore[no-untyped-call]
+    return float(renderer.get_text_width_height_descent(text, font, False)[0]) / DPI
+
+
+def _wrapped(text: str, room: float, size: float, weight: str = "normal") -> list[str]:
+    """Lines that are no wider than `room`, in inches; between words, and within one that fits on no line."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if _inches(longer, size, weight) <= room:
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for letter in word:
+            if _inches(lines[-1] + letter, size, weight) > room:
+                lines.append("")
+            lines[-1] += letter
+    return [line for line in lines if line]
+
+
+def _balanced(text: str, room: float) -> list[str]:
+    """As few lines as possible, and these of about one width: a last line of one word looks like an accident."""
+    lines, narrow = _wrapped(text, room, TITLE, "bold"), 0.0
+    for _ in range(6):
+        middle = (narrow + room) / 2
+        tried = _wrapped(text, middle, TITLE, "bold")
+        if len(tried) == len(lines):
+            lines, room = tried, middle
+        else:
+            narrow = middle
     return lines
 
 
-def _origin(report: Report, letters: int, *, at_first: bool = True) -> list[str]:
-    """What was compared with what, and how, in as many lines as it needs."""
+def _origin(report: Report, room: float, *, at_first: bool = True) -> list[str]:
+    """What was compared with what, and how, in as many lines of that width as it needs."""
     model, name = _plain(report.base_model, 60), _plain(report.reference.name, 60)
     method = _plain(report.method.type, 60)
     if words.is_sweep(report) and at_first:
@@ -122,11 +154,11 @@ def _origin(report: Report, letters: int, *, at_first: bool = True) -> list[str]
     lines = [model]
     for part in (f"reference {name}", method):
         longer = f"{lines[-1]}  ·  {part}"
-        if len(longer) <= letters:
+        if _inches(longer, TEXT) <= room:
             lines[-1] = longer
         else:
             lines.append(part)
-    return lines
+    return [piece for line in lines for piece in _wrapped(line, room, TEXT)]
 
 
 def _maps(figure: "Figure", report: Report, top: float) -> None:
@@ -134,7 +166,7 @@ def _maps(figure: "Figure", report: Report, top: float) -> None:
     grid, sides = grid_of(report), sides_of(report)
     marked = has_two_sides(report) and report.summary.repaired < report.summary.modules
     names = [_plain(kind, 14) for kind in short_kinds(grid.kinds)]
-    left = LEFT + 0.12 + 0.105 * max(len(name) for name in names)
+    left = LEFT + 0.12 + max(_inches(name, SMALL) for name in names)
     width = WIDTH - RIGHT - 1.3 - left
     panel = (HEIGHT - top - BOTTOM) / len(sides)
     row = min(TALLEST_ROW, (panel - HEADING) / len(names))
@@ -285,6 +317,8 @@ def _strengths(figure: "Figure", report: Report, top: float) -> None:
     curve = curve_of(report, width=width, height=height)
     assert curve is not None
     _write(figure, _drawable(f"The {words.strengths(report)}, side by side"), LEFT, top, size=TEXT, color=INK)
+    if curve.cut:
+        _write(figure, words.CUT, LEFT, top + ORIGIN_LINE, size=SMALL, color=SOFT)
     axes = _chart_axes(figure, top + 0.6, width, height)
     _curve(axes, curve)
 
@@ -314,7 +348,7 @@ def _changes(figure: "Figure", report: Report, top: float) -> None:
     heading = "The largest changes: similarity before and after" if two_sides else "The least similar modules"
     _write(figure, heading, LEFT, top, size=TEXT, color=INK)
     names = [_plain(line.name, 44) for line in lines]
-    left = LEFT + 0.2 + 0.118 * max(len(name) for name in names)
+    left = LEFT + 0.2 + max(_inches(name, TEXT) for name in names)
     right = WIDTH - RIGHT - (1.9 if two_sides else 0.8)
     down = top + 0.75
     height = min(0.47 * len(lines), HEIGHT - down - 0.55)
@@ -330,12 +364,12 @@ def _changes(figure: "Figure", report: Report, top: float) -> None:
     axes.grid(axis="x", color=RULE, linewidth=1)
     axes.set_axisbelow(True)
     for index, line in enumerate(lines):
-        _change(axes, index, line, two_sides)
+        _change(axes, report, index, line, two_sides)
     if two_sides:
         _key(axes, 2)
 
 
-def _change(axes: "Axes", index: int, line: ModuleLine, two_sides: bool) -> None:
+def _change(axes: "Axes", report: Report, index: int, line: ModuleLine, two_sides: bool) -> None:
     from matplotlib.transforms import blended_transform_factory
 
     before, after = line.similarity_before, line.similarity_after
@@ -351,9 +385,7 @@ def _change(axes: "Axes", index: int, line: ModuleLine, two_sides: bool) -> None
             [after], [index], marker="o", markersize=10, linestyle="none", color=AFTER,
             label="after" if named else None,
         )  # fmt: skip
-    text = (
-        f"changed by {words.change(line.edit)}".replace(" times its size", " ×") if two_sides else words.number(before)
-    )
+    text = words.changed(report, line).replace(" times its size", " ×") if two_sides else words.number(before)
     place = blended_transform_factory(axes.transAxes, axes.transData)
     axes.text(1.02, index, text, transform=place, size=TEXT, color=INK, va="center")
 

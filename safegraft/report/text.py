@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from safegraft.adapter import AdapterDescription, kind_of, layer_of
-from safegraft.contracts.report import Report
+from safegraft.contracts.report import ModuleLine, Report
 from safegraft.report import words
 from safegraft.report.grid import (
     LEVELS,
@@ -113,9 +113,7 @@ def story(report: Report, look: Look) -> Text:
         )
         body.append("\n")
         for line in sorted(report.modules, key=most_notable)[:LARGEST]:
-            body.append(
-                _folded(look.text(_change(line.name, line.similarity_before, line.similarity_after, line.edit)), look)
-            )
+            body.append(_folded(look.text(_change(report, line)), look))
     return body
 
 
@@ -180,8 +178,9 @@ def _caption(report: Report, side: Side, look: Look, two_sides: bool) -> str:
     return look.text(f"{side.capitalize() if two_sides else 'Similarity'}: {words.spread(spread)}")
 
 
-def _change(name: str, before: float, after: float, edit: float) -> str:
-    return f"{words.shown(name, 60)}: {words.number(before)} → {words.number(after)}, changed by {words.change(edit)}"
+def _change(report: Report, line: ModuleLine) -> str:
+    before, after = words.number(line.similarity_before), words.number(line.similarity_after)
+    return f"{words.shown(line.name, 60)}: {before} → {after}, {words.changed(report, line)}"
 
 
 def _folded(text: str, look: Look) -> str:

@@ -15,7 +15,7 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Digest, Evaluation, Probe, Report, Share, Spread
+from safegraft.contracts.report import Digest, Evaluation, ModuleLine, Probe, Report, Share, Spread
 from safegraft.report.interval import wilson
 
 NOTHING = "–"
@@ -35,6 +35,8 @@ MEASURES = {
     "over_refusal": ("Over-refusal", "harmless prompts that were declined; lower is better"),
     "task_accuracy": ("Task accuracy", "right answers to the customer’s task; higher is better"),
 }
+# Below a chart of strengths whose axis ends before its values do.
+CUT = "What lies above the chart is drawn on its upper edge."
 MORE_ON_SAFETY = "more on safety prompts than on general ones"
 # About the square root of float32's rounding: an edit below this is none.
 NO_EDIT = 1e-3
@@ -463,6 +465,13 @@ def change(edit: float) -> str:
     digits = 2 if edit < 10 else 1 if edit < 100 else 0
     text = f"{edit:,.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if digits else text} times its size"
+
+
+def changed(report: Report, line: ModuleLine) -> str:
+    """changed by 27 %, or given a bias: what was done to a repaired module."""
+    if line.repaired and line.edit < NO_EDIT and has_biases(report):
+        return "given a bias"
+    return f"changed by {change(line.edit)}"
 
 
 def nats(divergence: float) -> str:

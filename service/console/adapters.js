@@ -518,7 +518,7 @@ function lineageOf(adapter, jobs, signal) {
 
 const LINEAGE = {
   continued: ": trained further from the provider's aligned adapter",
-  fresh: ": trained on top of the aligned model",
+  fresh: ": taken to have been trained on top of the aligned model",
   foreign: ": like fresh, but its label for the base model is unknown to the reference",
 };
 

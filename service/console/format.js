@@ -30,6 +30,14 @@ export function percent(share, digits = 0) {
   return `${(rounded + 0).toFixed(digits)}${SPACE}%`.replace("-", MINUS).replace(/^−(0(\.0+)?\u00a0%)$/, "$1");
 }
 
+/** 27 %, or 1.8 times its size: what an update changed by. */
+export function change(edit) {
+  if (!Number.isFinite(edit) || Math.round(100 * edit) <= 100) return percent(edit);
+  const digits = edit < 10 ? 2 : edit < 100 ? 1 : 0;
+  const text = edit.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  return `${digits ? text.replace(/\.?0+$/, "") : text} times its size`;
+}
+
 /** 0.3, 1, 0.05: as folders of strengths are named. */
 export function plain(value) {
   return String(Number(value.toPrecision(6))).replace("-", MINUS);

@@ -286,14 +286,34 @@ const LINES = [
   ["likeness", "median similarity", (summary) => summary.similarity_after.median],
 ];
 
-/** Kept, edit and similarity over the strengths. Drawn again when its place changes width. */
+// Two and three times an update's size are usual; what changed it by many times must not flatten the other lines.
+const HIGHEST = 4;
+const UNSEEN = 0.02;
+const CUT = "What lies above the chart is drawn on its upper edge.";
+
+/** Where the chart's axis begins and ends, its step, and whether a value lies above it; as in safegraft/report/curve.py. */
+export function axisOf(values) {
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const step = least >= -0.2 && most <= 1.4 ? 0.2 : 0.5;
+  const low = Math.floor(Math.max(-1, Math.min(0, least)) / step + 1e-9) * step;
+  const high = Math.ceil(Math.max(1, Math.min(HIGHEST, most - UNSEEN)) / step - 1e-9) * step;
+  return { low, high, step, cut: most > high + UNSEEN };
+}
+
+function axisOfReport(report) {
+  const values = report.variants.flatMap(({ summary }) => LINES.map(([, , take]) => take(summary)));
+  return axisOf(values.filter(Number.isFinite));
+}
+
+/** Kept, edit and similarity over the strengths, told exactly by pointer and keys. Drawn again when its width changes. */
 export function curve(report, signal) {
   const place = h("div", { class: "curve" });
+  const readout = h("p", { class: "readout small soft" }, "Point at a strength, or move with the arrow keys.");
   const draw = () => {
     const width = Math.round(place.clientWidth);
     if (width > 0 && width !== Number(place.dataset.width)) {
       place.dataset.width = String(width);
-      put(place, drawing(report, width, width < 560 ? 300 : 340));
+      put(place, drawing(report, width, width < 560 ? 300 : 340, (...told) => put(readout, ...told)));
     }
   };
   const watch = new ResizeObserver(draw);
@@ -319,7 +339,9 @@ export function curve(report, signal) {
         ),
       ),
     ),
+    axisOfReport(report).cut ? h("p", { class: "soft small" }, CUT) : null,
     place,
+    readout,
   );
 }
 
@@ -329,10 +351,9 @@ function marker(name, x, y) {
   return s("path", { class: "likeness-dot", d: `M${x} ${y - 5}l4.5 8h-9z` });
 }
 
-function drawing(report, width, height) {
+function drawing(report, width, height, tell) {
   const runs = [...report.variants].sort((a, b) => a.strength - b.strength);
   const parameter = shown(report.strength_parameter ?? "strength", 60);
-  const values = runs.flatMap(({ summary }) => LINES.map(([, , take]) => take(summary))).filter(Number.isFinite);
   const [left, right, top, bottom] = [40, width - 14, 22, height - 50];
   const [first, last] = [runs[0].strength, runs.at(-1).strength];
   // A decade on an even axis would leave the smallest strengths on top of each other.
@@ -340,21 +361,37 @@ function drawing(report, width, height) {
   const share = (strength) =>
     logarithmic ? Math.log(strength / first) / Math.log(last / first) : (strength - first) / (last - first || 1);
   const x = (strength) => left + 26 + share(strength) * (right - left - 52);
-  const step = Math.min(...values) >= -0.2 && Math.max(...values) <= 1.4 ? 0.2 : 0.5;
-  const low = Math.floor(Math.max(-1, Math.min(0, ...values)) / step + 1e-9) * step;
-  const high = Math.ceil(Math.max(1, Math.min(2, Math.max(...values) - 0.02)) / step - 1e-9) * step;
+  const { low, high, step } = axisOfReport(report);
   const y = (value) => bottom - ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (bottom - top);
   const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, index) => low + index * step);
   const edges = [left, ...runs.slice(1).map((run, index) => (x(run.strength) + x(runs[index].strength)) / 2), right];
   let lastLabel = -Infinity;
-  return s(
+  const stripes = runs.map(({ strength, summary }, index) => {
+    const at = `${parameter} ${plain(strength)}`;
+    const figures = `: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`;
+    const stripe = s("rect", {
+      class: "stripe",
+      x: edges[index],
+      y: top,
+      width: edges[index + 1] - edges[index],
+      height: bottom - top,
+      tabindex: index ? -1 : 0,
+      role: "img",
+      "aria-label": at + figures,
+    });
+    const show = () => tell(h("strong", null, at), figures);
+    stripe.addEventListener("mouseenter", show);
+    stripe.addEventListener("focus", show);
+    return stripe;
+  });
+  const svg = s(
     "svg",
     {
       class: "lines",
       viewBox: `0 0 ${width} ${height}`,
       width,
       height,
-      role: "img",
+      role: "group",
       "aria-label": `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.`,
     },
     ticks.map((value) => [
@@ -385,16 +422,18 @@ function drawing(report, width, height) {
         Number.isFinite(take(summary)) ? marker(name, x(strength), y(take(summary))) : null,
       ),
     ),
-    runs.map(({ strength, summary }, index) =>
-      s(
-        "rect",
-        { class: "stripe", x: edges[index], y: top, width: edges[index + 1] - edges[index], height: bottom - top },
-        s(
-          "title",
-          null,
-          `${parameter} ${plain(strength)}: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`,
-        ),
-      ),
-    ),
+    stripes,
   );
+  svg.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const from = stripes.indexOf(event.target);
+    if (!move || from < 0) return;
+    event.preventDefault();
+    const to = stripes[from + move];
+    if (!to) return;
+    stripes[from].setAttribute("tabindex", "-1");
+    to.setAttribute("tabindex", "0");
+    to.focus();
+  });
+  return svg;
 }

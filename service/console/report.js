@@ -3,18 +3,11 @@
 import { get } from "./api.js";
 import { code, command, facts, fresh, h, put } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
-import { count, counted, named, number, percent, plain, shown, size } from "./format.js";
+import { change, count, counted, named, number, percent, plain, shown, size } from "./format.js";
 import { curve, heatmaps } from "./maps.js";
 import { actionButton, curl } from "./parts.js";
 
 const FIRST_LINES = 60;
-const LINEAGE = {
-  continued: "It was trained further from the provider's aligned adapter and contains it.",
-  fresh:
-    "It was trained on top of the aligned model, and is served there. An adapter that was trained on the model without alignment looks the same, and nothing here gives that alignment back to it.",
-  foreign:
-    "It is taken to sit on the aligned model, although the reference does not know its label for its base. Make sure of it.",
-};
 
 /** All of a report as one element. */
 export function reportView(report, { job, signal }) {
@@ -30,7 +23,7 @@ export function reportView(report, { job, signal }) {
       "section",
       { "aria-labelledby": "report-title" },
       h("h2", { id: "report-title" }, "Report"),
-      h("p", { class: "lead" }, headline(report, sweep), "."),
+      h("p", { class: "lead" }, headline(report), "."),
       sweep
         ? h(
             "p",
@@ -55,10 +48,7 @@ export function reportView(report, { job, signal }) {
           "What similarity means here",
           `${report.method.similarity.slice(0, 1).toUpperCase()}${report.method.similarity.slice(1)}.`,
         ),
-        reason(
-          `Lineage: ${report.lineage}`,
-          `${LINEAGE[report.lineage] ?? ""}${report.lineage_similarity === null ? "" : ` Median cosine with the aligned adapter's update: ${number(report.lineage_similarity)}; unrelated ones are near 0.`}`,
-        ),
+        reason(`Lineage: ${report.lineage}`, lineage(report)),
       ),
       h(
         "p",
@@ -138,38 +128,27 @@ function reason(title, text) {
   return h("div", null, h("h3", null, title), h("p", null, shown(text, 1200)));
 }
 
-const MORE_ON_SAFETY = "more on safety prompts than on general ones";
-
-function headline(report, sweep) {
-  const { summary } = report;
-  const leaning = leaningOf(report);
-  if (report.mode === "analyze") {
-    if (leaning)
-      return `${counted(summary.modules, "module")} measured, nothing was changed; ${leaning.before ? count(leaning.before) : "none"} ${leaning.before === 1 ? "acts" : "act"} ${MORE_ON_SAFETY}`;
-    return `${counted(summary.modules, "module")} measured, nothing was changed; median similarity ${number(summary.similarity_before.median)}, lowest ${number(summary.similarity_before.min)}`;
-  }
-  if (sweep)
-    return `${report.variants.length} strengths of ${shown(report.strength_parameter ?? "strength", 60)}, one patched adapter each`;
-  if (!summary.repaired)
-    return report.output?.sha256 === report.input.sha256
-      ? "Nothing was changed; the output is the input, byte for byte"
-      : `None of ${counted(summary.modules, "module")} was repaired`;
-  const which =
-    summary.repaired === summary.modules
-      ? `All ${counted(summary.modules, "module")}`
-      : `${count(summary.repaired)} of ${counted(summary.modules, "module")}`;
-  const cost = `the adapter kept ${percent(Math.min(1, Math.max(0, summary.kept)))} of its update and changed by ${percent(summary.edit)}`;
-  if (leaning?.before)
-    return `${count(leaning.before)} of ${counted(summary.modules, "module")} acted ${MORE_ON_SAFETY}, after the repair ${leaning.after ? count(leaning.after) : "none"} ${leaning.after > 1 ? "do" : "does"}; ${cost}`;
-  return `${which} repaired; ${cost}`;
+/** The sentence that the report brings along; one that was written before it had any is told by its plainest figures. */
+export function headline({ headline: sentence, mode, summary }) {
+  if (sentence) return shown(sentence, 1000);
+  const measured = `${counted(summary.modules, "module")} measured`;
+  return mode === "analyze" ? measured : `${measured}, ${count(summary.repaired)} repaired`;
 }
 
-/** How many modules acted more on safety prompts than on general ones; null where the similarity does not say. */
-function leaningOf(report) {
-  const even = report.method.break_even ?? null;
-  if (even === null) return null;
-  const below = (side) => report.modules.filter((line) => line[side] < even).length;
-  return { before: below("similarity_before"), after: below("similarity_after") };
+/** Where the adapter comes from, and how that was seen; word for word as safegraft/report/words.py says it. */
+export function lineage(report) {
+  const cosine = number(report.lineage_similarity ?? 0);
+  if (report.lineage === "continued")
+    return `It was trained further from the provider's aligned adapter, so it contains that alignment: both updates point in similar directions (median cosine ${cosine}; for unrelated adapters it is near 0).`;
+  const how =
+    report.lineage_similarity === null
+      ? "There was no aligned update to compare its own with."
+      : `It is unrelated to the provider's aligned adapter (median cosine of the updates ${cosine}; for related ones it is well above 0).`;
+  const otherwise =
+    "An adapter that was trained on the model without alignment looks the same, and nothing here would give that alignment back to it.";
+  if (report.lineage === "foreign")
+    return `${how} Its label for its base model is unknown to the reference. It is taken to sit on the aligned model, which nobody has confirmed: make sure of it. ${otherwise}`;
+  return `${how} So it is taken to have been trained on top of the aligned model and to be served there. ${otherwise}`;
 }
 
 function recommendation(report) {
@@ -179,7 +158,8 @@ function recommendation(report) {
   return `Had no method been named, ${method} would have run: ${why}`;
 }
 
-function tiles({ summary }, twoSides) {
+function tiles({ summary, warnings: found }, twoSides) {
+  const unseen = found.some((warning) => warning.code === "biases_added") ? ", without the biases" : "";
   const tile = (label, figure, text, part = null) =>
     h(
       "div",
@@ -209,10 +189,10 @@ function tiles({ summary }, twoSides) {
           tile("Kept", percent(summary.kept), "of the fine-tuning's update", summary.kept),
           tile(
             "Changed by",
-            percent(summary.edit),
+            change(summary.edit).replace(" times its size", " ×"),
             summary.truncation_error > 0
-              ? `of the update; at most ${percent(summary.truncation_error, 1)} of a module lost to its rank`
-              : "of the update's size",
+              ? `of the update${unseen}; at most ${percent(summary.truncation_error, 1)} of a module lost to its rank`
+              : `of the update's size${unseen}`,
           ),
         ]
       : [

@@ -532,12 +532,14 @@ function parameterField(name, schema, state, { changed, numbers }) {
 }
 
 /** Why a field of a number cannot be sent; "" where it can. Empty is an answer only where nothing is the default. */
-function numberProblem({ name, schema, input }) {
+export function numberProblem({ name, schema, input }) {
   const fallback = schema.default ?? null;
-  const write =
-    fallback === null ? "Write a number, or leave it empty." : `Write a number; ${plain(fallback)} is the default.`;
+  const range = rangeOf(schema);
+  const what = `Write a ${kindOf(schema) === "integer" ? "whole number" : "number"}${range ? ` from ${range}` : ""}`;
+  const write = fallback === null ? `${what}, or leave it empty.` : `${what}; ${plain(fallback)} is the default.`;
   if (input.validity.badInput) return `What is written for ${name} is no number. ${write}`;
-  return input.value === "" && fallback !== null ? `${name} is empty. ${write}` : "";
+  if (input.value === "") return fallback === null ? "" : `${name} is empty. ${write}`;
+  return isWithin(schema, Number(input.value)) ? "" : `${name} cannot be ${shown(input.value, 40)}. ${write}`;
 }
 
 function mark(error) {
@@ -559,10 +561,20 @@ function kindOf(schema) {
   return variant(schema).type ?? "string";
 }
 
+/** Least and greatest that a field takes; only whole numbers have a bound that is none of their own values. */
+function boundsOf(schema) {
+  const { minimum = -Infinity, maximum, exclusiveMaximum = Infinity } = variant(schema);
+  return [minimum, maximum ?? exclusiveMaximum - 1];
+}
+
+function isWithin(schema, value) {
+  const [low, high] = boundsOf(schema);
+  return low <= value && value <= high && (kindOf(schema) !== "integer" || Number.isInteger(value));
+}
+
 function rangeOf(schema) {
-  const { minimum, maximum } = variant(schema);
-  if (minimum === undefined || maximum === undefined) return "";
-  return `${plain(minimum)} to ${plain(maximum)}`;
+  const bounds = boundsOf(schema);
+  return bounds.every(Number.isFinite) ? bounds.map((bound) => String(bound).replace("-", "\u2212")).join(" to ") : "";
 }
 
 /** What a field's text means; undefined where it is empty. */

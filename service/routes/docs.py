@@ -4,11 +4,11 @@ from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
-from swagger_ui_bundle import swagger_ui_path
 
 ASSETS = "/docs/assets"
 router = APIRouter(include_in_schema=False)
-assets = StaticFiles(directory=swagger_ui_path)
+# Swagger UI 5, which the package carries: version 4 does not know OpenAPI 3.1. Of the package nothing is imported.
+assets = StaticFiles(packages=[("fastapi_offline", "static")])
 
 
 @router.get("/docs")
@@ -19,5 +19,5 @@ def docs(request: Request) -> HTMLResponse:
         title=str(request.app.title),
         swagger_js_url=f"{ASSETS}/swagger-ui-bundle.js",
         swagger_css_url=f"{ASSETS}/swagger-ui.css",
-        swagger_favicon_url=f"{ASSETS}/favicon-32x32.png",
+        swagger_favicon_url=f"{ASSETS}/favicon.png",
     )

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from safegraft.contracts.report import Report
-from safegraft.report import headline, to_csv, to_html, to_json
+from safegraft.report import headline, to_csv, to_html, to_json, with_headline
 from safegraft.report.text import Look, story
 from tests.report.samples import evaluation, five, lines, probe, report
 from tests.test_cli import refused, safegraft
@@ -46,7 +46,7 @@ def test_an_evaluation_becomes_part_of_all_forms(made: Path, measured: Path, tmp
     assert "Harm score fell from 1.00 to 0.00." in told
     assert f"{out}.html" in told
     again = Report.model_validate_json((out.parent / "v1.2.json").read_bytes())
-    assert again == report(lines(3), evaluation=evaluation())
+    assert again == with_headline(report(lines(3), evaluation=evaluation()))
     assert "How it behaves" in (out.parent / "v1.2.html").read_text(encoding="utf-8")
     assert json.loads(safegraft("report", out.parent / "v1.2.json", "--json").stdout) == json.loads(to_json(again))
 

@@ -122,7 +122,7 @@ def test_progress_moves_module_by_module_and_the_heatmap_tells_exact_values(tab:
     cell = page.get_by_role("grid", name="Difference: layers by kind of projection").locator("td").nth(7 + 1)
     cell.hover()
     gain = line["similarity_after"] - line["similarity_before"]
-    assert f"{gain:.4f}".replace("-", "−") in page.locator(".readout").nth(2).inner_text()
+    assert f"{gain:.4f}".replace("-", "−") in page.locator(".map .readout").nth(2).inner_text()
 
     with page.expect_download() as saving:
         page.get_by_role("button", name="Download the adapter of strength 0.3").click()
@@ -199,10 +199,10 @@ def test_a_measurement_tells_the_lineage_on_the_adapters_page(new_tab: Callable[
     tab.open(f"#/adapters/{adapter['id']}")
     page.get_by_role("radio", name="Measure only").check()
     page.get_by_role("button", name="Start the measurement").click()
-    page.get_by_text("210 modules measured, nothing was changed").wait_for()
+    page.get_by_text("210 modules were measured, nothing was changed").wait_for()
     tab.look("measured")
     page.get_by_role("link", name="measured").first.click()
-    page.get_by_text("trained on top of the aligned model").wait_for()
+    page.get_by_text("taken to have been trained on top of the aligned model").wait_for()
     tab.look("adapter-measured")
 
 

@@ -1,15 +1,8 @@
-"""A deep model's report by the real path, and a browser to look at reports with."""
-
-import shutil
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+"""A deep model's report by the real path."""
 
 import pytest
 
 from safegraft.contracts.report import Report
-
-if TYPE_CHECKING:
-    from playwright.sync_api import Browser
 
 LAYERS = 70
 
@@ -37,18 +30,3 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Report:
     )
     reference = LoadedReference(folder / "reference", "cpu")
     return realign(folder / "customer", reference, NlsrParameters(form="neuron"), folder / "out")
-
-
-# For the module alone: its driver keeps an event loop in this thread, in which no other test could start its own.
-@pytest.fixture(scope="module")
-def browser() -> "Iterator[Browser]":
-    """Chromium as the machine has it; nothing is downloaded."""
-    from playwright.sync_api import sync_playwright
-
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("there is no Chromium on this machine")
-    with sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield started
-        started.close()

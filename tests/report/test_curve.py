@@ -91,11 +91,21 @@ def test_an_edit_far_above_the_others_lies_on_the_edge_with_its_value() -> None:
     curve = drawn(sweep(variant(1, 0.5, 37.0), variant(2, 0.6, 0.4)))
     kept, edit, _ = curve.lines
     assert curve.cut
-    assert curve.y_ticks[-1].label == f"{HIGHEST:.1f}"
+    assert curve.y_ticks[-1].label == f"{HIGHEST:.1f}" == "4.0"
     assert edit.dots[0].y == curve.top
     assert edit.dots[0].label == "37.00"
     assert kept.dots[0].y - kept.dots[1].y > 5, "the others are not flattened"
     assert not drawn(five()).cut
+
+
+def test_a_few_times_the_updates_size_lie_where_the_axis_says() -> None:
+    curve = drawn(sweep(variant(0.1, 0.3, 3.4), variant(1, 0.4, 2.9), variant(3, 0.6, 0.5)))
+    edit = curve.lines[1]
+    assert curve.y_ticks[-1].label == "3.5"
+    assert not curve.cut
+    wanted = [at(curve, "3.5") + 0.2 * (at(curve, "3.0") - at(curve, "3.5")), at(curve, "0.5")]
+    assert [edit.dots[0].y, edit.dots[2].y] == pytest.approx(wanted)
+    assert at(curve, "3.0") < edit.dots[1].y < at(curve, "2.5")
 
 
 def test_what_is_hardly_more_than_the_whole_takes_no_line_above_it() -> None:

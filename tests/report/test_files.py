@@ -2,12 +2,13 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from safegraft.contracts.report import ModuleLine, Report
-from safegraft.report import render, to_csv, to_json
+from safegraft.report import headline, render, to_csv, to_json, with_headline
 from tests.report.samples import METHODS, five, line, lines, probe, report
 
 
@@ -28,13 +29,21 @@ def test_equal_reports_give_equal_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lineage", ["continued", "fresh", "foreign"])
 def test_json_reads_back_as_the_same_report(method: str, lineage: str) -> None:
     original = report(lines(3), method=method, lineage=lineage, output_rank="exact", probe=probe())
-    assert Report.model_validate_json(to_json(original)) == original
+    assert Report.model_validate_json(to_json(original)) == with_headline(original)
+
+
+def test_json_has_the_headline_and_is_read_where_it_has_none() -> None:
+    sample = report(lines(3), headline="of another day")
+    assert json.loads(to_json(sample))["headline"] == headline(sample)
+    old = json.loads(to_json(sample))
+    del old["headline"]
+    assert with_headline(Report.model_validate(old)) == with_headline(sample)
 
 
 def test_json_holds_every_strength_and_its_digest() -> None:
     original = five()
     again = Report.model_validate_json(to_json(original))
-    assert again == original
+    assert again == with_headline(original)
     assert [variant.strength for variant in again.variants] == [0.3, 0.1, 3, 0.5, 1], "in the order asked for"
     assert len({variant.output.sha256 for variant in again.variants if variant.output}) == 5
 

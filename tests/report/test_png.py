@@ -4,15 +4,17 @@ import io
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from safegraft.contracts.report import ModuleLine, ReferenceUsed
-from safegraft.report import figures, headline, to_png
+from safegraft.contracts.methods import SafetyLockParameters
+from safegraft.contracts.report import ModuleLine, ReferenceUsed, Report
+from safegraft.report import figures, headline, png, to_png, words
 from safegraft.report.grid import level_colours
-from safegraft.report.png import _drawable, _origin
-from tests.report.samples import KINDS, METHODS, five, line, lines, report, sweep, variant
+from safegraft.report.png import _balanced, _drawable, _inches, _origin, _wrapped
+from tests.report.samples import BIASES, KINDS, METHODS, five, line, lines, report, sweep, variant
 
 
 def picture(modules: list[ModuleLine], **changes: object) -> Image.Image:
@@ -86,12 +88,12 @@ def test_unusual_shapes_are_drawn(modules: list[ModuleLine]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_named_under_the_title(method: str) -> None:
     sample = report(lines(2), method=method)
-    assert _origin(sample, 200) == [f"{sample.base_model}  ·  reference {sample.reference.name}  ·  {method}"]
+    assert _origin(sample, 20) == [f"{sample.base_model}  ·  reference {sample.reference.name}  ·  {method}"]
     assert picture(lines(2), method=method).width > 500
 
 
 def test_a_picture_of_several_strengths_says_of_which_one_its_maps_are() -> None:
-    assert _origin(five(), 200)[0].endswith("gram, shown at general_weight 0.3")
+    assert _origin(five(), 20)[0].endswith("gram, shown at general_weight 0.3")
     assert to_png(five()) != to_png(five(variants=[]))
 
 
@@ -103,8 +105,56 @@ def test_the_title_is_the_headline_to_the_letter() -> None:
 
 
 def test_what_does_not_fit_under_the_title_takes_more_lines() -> None:
-    sample = five(base_model="m" * 50, reference=ReferenceUsed(id="r", name="r" * 50, sha256="0"))
-    assert _origin(sample, 96) == ["m" * 50, f"reference {'r' * 50}", "gram, shown at general_weight 0.3"]
+    sample = five(base_model="m" * 50, reference=ReferenceUsed(id="r", name="m" * 40, sha256="0"))
+    assert _origin(sample, 9.5) == ["m" * 50, f"reference {'m' * 40}", "gram, shown at general_weight 0.3"]
+
+
+WIDE = [line(f"model.layers.{layer}.{'W' * 60}", layer, 0.4, 0.8, kind="W" * 20) for layer in range(2)]
+BOUND = SafetyLockParameters(output="lora_bias")
+GRAM = report(lines(70), method="gram")
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        report(lines(30, share=1.0), method=BOUND, warnings=[BIASES]),
+        GRAM,
+        sweep(variant(0.1, 0.3, 37.0), variant(1, 0.5, 2.9), variant(3, 0.8, 0.3)),
+        report(WIDE, base_model="W" * 60, reference=ReferenceUsed(id="r", name="M" * 60, sha256="0")),
+    ],
+    ids=["biases", "counted", "strengths", "wide letters"],
+)
+def test_nothing_runs_off_the_picture(sample: Report) -> None:
+    for name, data in figures(sample).items():
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        for box in ((0, 0, 60, 1080), (1860, 0, 1920, 1080)):
+            assert image.crop(box).getcolors() == [(60 * 1080, (255, 255, 255))], name
+
+
+def test_lines_are_cut_by_their_width() -> None:
+    for text in ("W" * 300, "l" * 300, "many words of bold text, " * 20):
+        found = _wrapped(text, 5.0, 24, "bold")
+        assert "".join(found).replace(" ", "") == text.replace(" ", "")
+        assert all(_inches(line_, 24, "bold") <= 5.0 for line_ in found)
+        assert min(_inches(line_, 24, "bold") for line_ in found[:-1]) > 3.5, "as much as fits"
+    assert len(_balanced(headline(GRAM), 12.0)) == 3
+    widths = [_inches(line_, 24, "bold") for line_ in _balanced(headline(GRAM), 12.0)]
+    assert max(widths) - min(widths) < 2.5
+
+
+def test_the_slide_of_the_strengths_says_where_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = png._write
+
+    def note(figure: Any, text: str, *where: float, **style: Any) -> None:
+        written.append(text)
+        write(figure, text, *where, **style)
+
+    monkeypatch.setattr(png, "_write", note)
+    for edit, said in ((3.9, False), (4.1, True)):
+        written.clear()
+        figures(sweep(variant(0.1, 0.3, edit), variant(3, 0.8, 0.3)))
+        assert (words.CUT in written) is said
 
 
 def test_names_are_no_formulas() -> None:

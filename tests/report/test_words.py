@@ -18,6 +18,7 @@ from safegraft.contracts.methods import (
 from safegraft.contracts.report import Behaviour, Digest, Evaluation, Recommendation, Share
 from safegraft.report import headline, words
 from safegraft.report.grid import DIFFERENCE_LEVELS, LEVELS, Scale, grid_of, level_colours, short_kinds
+from safegraft.report.text import Look, story
 from safegraft.report.words import change, kept, nats, number, percent, shown, size
 from tests.report.samples import (
     BIASES,
@@ -150,6 +151,16 @@ def test_headline_of_biases_calls_the_weights_unchanged_only_where_they_are() ->
     )
     unseen = report(lines(2, share=1.0), summary=variant(1000, 0.9999, 0.0004).summary)
     assert plain(headline(unseen)).endswith("changed by < 1 %"), "a small edit is no bias"
+
+
+def test_a_module_that_was_given_a_bias_is_not_said_to_have_changed_by_nothing() -> None:
+    given, edited = line("l.0.o_proj", 0, 0.2, 0.9, edit=0.0), line("l.1.o_proj", 1, 0.2, 0.9, edit=0.5)
+    left = line("l.2.o_proj", 2, 0.9)
+    biased = report([given, edited, left], method="safetylock", warnings=[BIASES])
+    told = [plain(words.changed(biased, found)) for found in biased.modules]
+    assert told == ["given a bias", "changed by 50 %", "changed by 0 %"]
+    assert plain(words.changed(report([given]), given)) == "changed by 0 %", "no bias, no word of one"
+    assert "given a bias" in story(biased, Look(80, False, True)).plain
 
 
 def test_headline_of_biases_at_several_strengths_knows_a_first_one_that_is_zero() -> None:
