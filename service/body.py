@@ -107,7 +107,9 @@ def limited(request: Request, most: int) -> Receive:
         colons += piece.count(b":")
         brackets += piece.count(b"[") + piece.count(b"{")
         if colons > MAX_COLONS:
-            raise TooLarge(f"At most {MAX_COLONS} keys are accepted in a body.", code="request_too_large")
+            raise TooLarge(
+                f"At most {MAX_COLONS} colons (every key has one) are accepted in a body.", code="request_too_large"
+            )
         if brackets > MAX_BRACKETS:
             raise TooLarge(f"At most {MAX_BRACKETS} lists and objects are accepted.", code="request_too_large")
         if read > most:

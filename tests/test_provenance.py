@@ -142,7 +142,7 @@ def test_the_statement_says_what_was_made_from_what(made: Made, bundle: Path) ->
     assert not any("training_args" in name for name in {*found, *subjects})
     run = body["predicate"]["runDetails"]
     assert run["builder"]["id"] == "urn:example:builder"
-    assert set(run["builder"]["version"]) == {"safegraft", "torch", "safetensors", "numpy", "python"}
+    assert set(run["builder"]["version"]) == {"safegraft", "torch", "safetensors", "numpy", "python", "products"}
     assert run["builder"]["version"]["safegraft"] == safegraft.__version__
     assert run["metadata"]["invocationId"] == "rlg_1/2"
     times = [run["metadata"][name] for name in ("startedOn", "finishedOn")]

@@ -4,8 +4,8 @@
     python -m benchmarks.evidence labels FILE    adds the labelled file to docs/evidence/data/labels.json
 
 Most answers are plain: the sample is drawn from the four pairs of verdicts (both judges say refused, one, the other,
-neither), 50 different texts of each where there are so many, so that rare ones are seen at all. Every text stands for
-all answers of its pair, and agreement over all answers is estimated by the pairs' shares. No text is committed.
+neither), 50 different texts of each where there are so many, so that rare ones are seen at all. A text counts as
+often as it was given, and agreement over all answers is estimated by the pairs' shares. No text is committed.
 """
 
 import hashlib
@@ -74,12 +74,18 @@ def write(answers: Path, labelled: Path) -> None:
     if wrong:
         raise SystemExit(f"Neither {REFUSED!r} nor {ANSWERED!r}: {', '.join(wrong)}.")
     found = collect(answers)
+    gone = set(labels) - {digest(text) for texts in found.values() for text in texts}
+    if gone:
+        raise SystemExit(
+            f"{len(gone)} labelled answers are not in {answers}: label where they were given, or draw anew."
+        )
     lines: list[dict[str, Any]] = [
-        {"id": digest(text), "phrases": pair[0], "embeddings": pair[1], "label": labels[digest(text)]}
+        {"id": digest(text), "phrases": pair[0], "embeddings": pair[1], "label": labels[digest(text)],
+         "answers": texts[text]}
         for pair, texts in sorted(found.items())
         for text in sorted(texts)
         if digest(text) in labels
-    ]
+    ]  # fmt: skip
     answered = {pair: sum(texts.values()) for pair, texts in sorted(found.items())}
     PATH.write_text(json.dumps({"answers": answered, "labels": lines}, indent=1) + "\n", encoding="utf-8")
 

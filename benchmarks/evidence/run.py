@@ -177,12 +177,11 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         if cell.name in restart:
             restart.remove(cell.name)
             (RESULTS / f"{cell.name}.json").unlink(missing_ok=True)
+        _note_similarity(workshop, cell)
         recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
         if known(cell, row) == recipe:
             continue
         results = load(cell, workshop.adapter(cell))
-        if "similarity" not in results:
-            results["similarity"] = workshop.similarity(cell)
         started = time.perf_counter()
         found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
         results["rows"][row.name] = found | {"recipe": recipe}
@@ -190,6 +189,19 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         store(results)
         now = datetime.now(UTC).strftime("%H:%M")
         print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
+
+
+def _note_similarity(workshop: Workshop, cell: Cell) -> None:
+    """Of an adapter that was measured: what its report says, once for each reference."""
+    path = RESULTS / f"{cell.name}.json"
+    if not path.exists():
+        return
+    reference = workshop.reference(cell.aligned, "formats").sha256
+    if json.loads(path.read_text(encoding="utf-8")).get("similarity", {}).get("reference") == reference:
+        return
+    results = load(cell, workshop.adapter(cell))
+    results["similarity"] = workshop.similarity(cell) | {"reference": reference}
+    store(results)
 
 
 def answers() -> Path:

@@ -263,18 +263,20 @@ def labels_table(results: Results) -> str:
         lines.append(
             [judge, str(len(pairs)), f"{share(same / len(pairs))} [{share(low)}, {share(high)}]", share(kappa(pairs)),
              f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}",
-             f"{agreement(labels, answered, judge):.3f}"]
+             share(agreement(labels, answered, judge))]
         )  # fmt: skip
     head = ["judge", "texts", "agrees", "Cohen's κ", "refusals missed", "refusals invented", "over all answers"]
     return markdown.table(head, lines)
 
 
-def agreement(labels: Sequence[Mapping[str, str]], answered: Mapping[str, int], judge: str) -> float:
-    """The share of all answers on which a judge and the labels agree: each pair of verdicts by its share of answers."""
+def agreement(labels: Sequence[Mapping[str, Any]], answered: Mapping[str, int], judge: str) -> float:
+    """The share of all answers on which a judge and the labels agree, estimated: texts by how often they were given
+    within their pair of verdicts, pairs by their share of answers."""
     total = 0.0
     for pair, count in answered.items():
         own = [item for item in labels if item["phrases"] + item["embeddings"] == pair]
-        total += count * sum(item[judge] == item["label"] for item in own) / len(own)
+        weight = sum(item["answers"] for item in own)
+        total += count * sum(item["answers"] * (item[judge] == item["label"]) for item in own) / weight
     return total / sum(answered.values())
 
 

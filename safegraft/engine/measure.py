@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safegraft.adapter import AdapterDescription, LoraModule, kind_of, layer_of, natural_order
+from safegraft.contracts.methods import AntidoteParameters, NlsrParameters, SafeLoraParameters, SafetyLockParameters
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import LayerLine, ModuleLine, Spread, Summary, Warning
 from safegraft.engine import lowrank
@@ -21,29 +22,11 @@ CANCELLED = 1e-2
 # Likewise: what brings a module into the warning about truncation.
 ROUGH = 0.1
 # Share kept below which little is left of a fine-tuning, and edit above which it is a small part of what is there:
-# safelora at its published threshold keeps .00 of a fresh adapter, and safetylock's edit is 8 to 20 (docs/evidence).
+# safelora at its published threshold keeps .00 of a fresh adapter, and safetylock's edit is 8 to 20, which took two
+# fifths of the task and more (docs/evidence, docs/methods.md).
 LITTLE, MUCH = 0.05, 5.0
-
-# (method, whether the adapter sits on the aligned model) → what docs/evidence and docs/methods.md found.
-MEASURED = {
-    (
-        "nlsr",
-        True,
-    ): "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
-    "however similar they became",
-    (
-        "safelora",
-        False,
-    ): "Of an adapter that was continued from the aligned one this found little to repair, because it lies "
-    "in the alignment's own subspace",
-    (
-        "antidote",
-        False,
-    ): "Of an adapter that was continued from the aligned one this pruned the alignment too, and the harm "
-    "score stayed high",
-    ("safetylock", True): "At the published strength a small model wrote no usable text any more",
-    ("safetylock", False): "At the published strength a small model wrote no usable text any more",
-}
+# safetylock's strength from which on it did so.
+DESTRUCTIVE = 3.0
 
 
 @dataclass(frozen=True)
@@ -248,22 +231,42 @@ def _label(description: AdapterDescription, manifest: ReferenceManifest) -> Warn
 
 
 def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
-    measured = MEASURED.get((method.type, method.on_aligned))
-    if measured is None or "gram" not in manifest.methods:
+    """What docs/evidence and docs/methods.md found of this method, with these parameters, on this kind of adapter."""
+    continued = not method.on_aligned
+    match method.parameters:
+        case NlsrParameters() if not continued:
+            found = (
+                "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
+            )
+            found += "however similar they became"
+        case SafeLoraParameters(projector="paper", selection="threshold") if continued:
+            found = (
+                "Of an adapter that was continued from the aligned one this found nothing to repair, because it lies "
+            )
+            found += "in the alignment's own subspace"
+        case AntidoteParameters() if continued:
+            found = "Of an adapter that was continued from the aligned one this pruned the alignment too, and the harm "
+            found += "score stayed high"
+        case SafetyLockParameters(strength=strength) if strength >= DESTRUCTIVE:
+            found = "Pushed so hard, a small model lost two fifths of its task accuracy or more"
+        case _:
+            return None
+    if "gram" not in manifest.methods:
         return None
     return Warning(
-        code="method_may_not_help",
-        message=f"{measured}, wherever this project measured it; the method gram did better.",
+        code="method_may_not_help", message=f"{found}, wherever this project measured it; the method gram did better."
     )
 
 
 def _little_left(measured: Sequence[Measured]) -> Warning | None:
     left = _share_kept(measured)
-    if left >= LITTLE or not any(item.line.repaired for item in measured):
+    # Of nothing, nothing can be left.
+    if left >= LITTLE or not any(item.line.repaired and item.energy > 0 for item in measured):
         return None
+    share = f"{left:.1%} is left" if left > 0 else "nothing is left"
     return Warning(
         code="little_left",
-        message=f"Of the fine-tuning's update {max(left, 0.0):.1%} is left. An adapter that does nothing is as safe as "
+        message=f"Of the fine-tuning's update {share}. An adapter that does nothing is as safe as "
         "the model below it, and has not learnt the customer's task either: try the task before you serve it.",
     )
 
@@ -275,8 +278,9 @@ def _overwhelmed(measured: Sequence[Measured]) -> Warning | None:
         return None
     return Warning(
         code="much_added",
-        message=f"The update changed by {size:.0f} times its own size. Adapters that were changed so much wrote no "
-        "usable text wherever this project measured it: read some answers before you serve it.",
+        message=f"The update changed by {size:.0f} times its own size. Adapters that were changed so much lost two "
+        "fifths of their task accuracy or more, wherever this project measured it: read some answers before you serve "
+        "it.",
     )
 
 

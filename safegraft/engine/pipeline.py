@@ -24,7 +24,16 @@ import torch
 from torch import Tensor
 
 import safegraft
-from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, LoraModule, describe, is_companion
+from safegraft.adapter import (
+    CONFIG,
+    WEIGHTS,
+    AdapterDescription,
+    LoraModule,
+    describe,
+    is_companion,
+    kind_of,
+    natural_order,
+)
 from safegraft.compatibility import check_compatible, recommend
 from safegraft.contracts.methods import (
     METHOD_PARAMETERS,
@@ -50,7 +59,7 @@ from safegraft.engine.measure import Measured
 from safegraft.engine.methods import METHODS
 from safegraft.engine.methods.base import Kinship, Method, Module, Proposal, Selection
 from safegraft.engine.parallel import each, one_thread_each
-from safegraft.engine.products import fast_products
+from safegraft.engine.products import fast_products, product_library
 from safegraft.engine.reference import LoadedReference
 from safegraft.engine.tensors import NAMES, TensorReader, TensorWriter
 from safegraft.errors import Incompatible, SystemFault
@@ -65,6 +74,8 @@ CONTINUED_COSINE = 0.2
 SAME_BASIS_COSINE = 0.5
 # So many modules are compared at first; all of them where their median is nearer to the threshold than UNCLEAR.
 COMPARED, UNCLEAR = 48, 0.1
+# Warnings whose figures are those of one strength.
+OF_ONE_STRENGTH = ("little_left", "much_added")
 SIDE_CAR = "side_car.safetensors"
 
 
@@ -171,6 +182,7 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
+        "products": product_library(),
     }
 
 
@@ -196,12 +208,10 @@ def detect_kinship(
         scale = math.sqrt(module.energy) * reference.norm(item.name)
         return lowrank.clamped(lowrank.inner(*module.update, *aligned), scale), same
 
-    chosen = {round(place * len(shared) / COMPARED) for place in range(COMPARED)} if len(shared) > COMPARED else None
-    first, rest = (
-        (shared, [])
-        if chosen is None
-        else tuple([item for place, item in enumerate(shared) if (place in chosen) is taken] for taken in (True, False))
-    )
+    first, rest = shared, []
+    if len(shared) > COMPARED:
+        chosen = spread_evenly([item.name for item in shared], COMPARED)
+        first, rest = ([item for item in shared if (item.name in chosen) is taken] for taken in (True, False))
     found = []
     for done, (_, compared) in enumerate(each(first, compare, workers), start=1):
         progress("compare", done, len(first))
@@ -215,6 +225,15 @@ def detect_kinship(
         return Kinship("continued", cosine, same_ranks and statistics.median(factors) >= SAME_BASIS_COSINE)
     known = description.config.base_model_name_or_path in reference.manifest.base_model.labels
     return Kinship("fresh" if known else "foreign", cosine, False)
+
+
+def spread_evenly(names: Sequence[str], wanted: int) -> set[str]:
+    """`wanted` of the names, as many of each kind of projection and from all depths: every so many, kind after kind.
+
+    In the order of layers a step might meet one kind in every layer and no other.
+    """
+    ordered = sorted(names, key=lambda name: (kind_of(name), natural_order(name)))
+    return {ordered[place * len(ordered) // wanted] for place in range(wanted)}
 
 
 def _same_entries(a: Tensor, other: Tensor) -> float:
@@ -520,6 +539,11 @@ def _warnings(
         for warning in measure.warnings(
             run.measured, run.selection, unreached, description, reference.manifest, run.method, patched=patched
         ):
+            if run.strength is not None and warning.code in OF_ONE_STRENGTH and len(runs) > 1:
+                said = (
+                    f"At {STRENGTH[run.method.type]} {run.strength:g}, the first of which this holds: {warning.message}"
+                )
+                warning = warning.model_copy(update={"message": said})
             found.setdefault(warning.code, warning)
     return list(found.values())
 

@@ -7,6 +7,8 @@ in float32 elsewhere. So it is asked first: what comes out less precise than flo
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -17,47 +19,79 @@ _SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
 _FLOAT32 = 2e-6
 
 
+@dataclass
+class _Setting:
+    """The process's one setting, and how many blocks want it: the first keeps what was there, the last puts it back."""
+
+    lock: RLock = field(default_factory=RLock)
+    blocks: int = 0
+    exact: bool = False
+    before: str = "none"
+
+
+_setting = _Setting()
+
+
+def _matmul() -> Any:
+    """PyTorch's handle, None where it is too old or has no oneDNN."""
+    library: Any = torch.backends.mkldnn
+    found = getattr(library, "matmul", None) if library.is_available() else None
+    return found if hasattr(found, "fp32_precision") else None
+
+
 @contextmanager
 def fast_products() -> Iterator[bool]:
     """For the length of the block, products of float32 matrices by oneDNN where that is float32; yields whether it is.
 
-    The setting is the process's, not the thread's. On a GPU it has no effect.
+    The setting is the process's, not the thread's; blocks may overlap. On a GPU it has no effect.
     """
-    library: Any = torch.backends.mkldnn
-    if not library.is_available():
+    matmul = _matmul()
+    if matmul is None:
         yield False
         return
-    setting = library.matmul
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _setting.lock:
+        if _setting.blocks == 0:
+            _setting.before = matmul.fp32_precision
+            matmul.fp32_precision = "bf16"
+            _setting.exact = _is_float32()
+            if not _setting.exact:
+                matmul.fp32_precision = _setting.before
+        _setting.blocks += 1
+        exact = _setting.exact
     try:
-        exact = _is_float32()
-        if not exact:
-            setting.fp32_precision = before
         yield exact
     finally:
-        setting.fp32_precision = before
+        with _setting.lock:
+            _setting.blocks -= 1
+            if _setting.blocks == 0:
+                matmul.fp32_precision = _setting.before
+
+
+def product_library() -> str:
+    """`oneDNN`, or `PyTorch's choice`: it decides the last bits, so reports name it."""
+    with fast_products() as exact:
+        return "oneDNN" if exact else "PyTorch's choice"
 
 
 @contextmanager
 def fast_layers(model: torch.nn.Module) -> Iterator[bool]:
     """For the length of the block, `fast_products` in the forward passes of the model's linear layers alone.
 
-    The products of attention are many and small, and slower that way.
+    The products of attention are many and small, and slower that way. Not for two models at a time.
     """
     with fast_products() as exact:
         pass
     if not exact:
         yield False
         return
-    setting: Any = torch.backends.mkldnn
-    before = setting.matmul.fp32_precision
+    matmul = _matmul()
+    before = matmul.fp32_precision
 
     def begin(*_: object) -> None:
-        setting.matmul.fp32_precision = "bf16"
+        matmul.fp32_precision = "bf16"
 
     def end(*_: object) -> None:
-        setting.matmul.fp32_precision = before
+        matmul.fp32_precision = before
 
     hooks = []
     for layer in model.modules():

@@ -66,7 +66,7 @@ def headline(report: Report) -> str:
     if report.mode == "analyze":
         measured = f"{counted(summary.modules)} {verb(summary.modules)} measured, nothing was changed; "
         if (leaning := _leaning(report)) is not None:
-            act = "acts" if leaning[0] == 1 else "act"
+            act = "act" if leaning[0] > 1 else "acts"
             return f"{measured}{leaning[0] or 'none'} {act} {MORE_ON_SAFETY}"
         middle, lowest = number(summary.similarity_before.median), number(summary.similarity_before.min)
         return f"{measured}median similarity {middle}, lowest {lowest}"
@@ -88,7 +88,9 @@ def headline(report: Report) -> str:
         return f"{which} {verb(summary.repaired)} given {given}; the weights are as they came"
     how = "repaired, with biases" if has_biases(report) else "repaired"
     cost = f"the adapter kept {kept(summary.kept)} of its update and changed by {change(summary.edit)}"
-    if (leaning := _leaning(report)) is not None and leaning[0]:
+    # An amplified alignment acts on safety prompts by intention, and is not in the similarity afterwards.
+    pushes = isinstance(report.method.parameters, GramParameters) and report.method.parameters.amplification > 0
+    if (leaning := _leaning(report)) is not None and leaning[0] and not pushes:
         before, after = leaning
         left = "none" if after == 0 else f"{after:,}"
         return (

@@ -412,6 +412,20 @@ def test_of_many_modules_some_tell_the_lineage_and_all_where_these_do_not(
         assert kinship.cosine == pytest.approx(everything[folder].cosine, abs=1e-6)
 
 
+@pytest.mark.parametrize("kinds", [2, 4, 7])
+@pytest.mark.parametrize("layers", [12, 16, 24, 32, 48, 64, 80, 126])
+def test_the_modules_that_are_compared_are_of_all_kinds_and_depths(layers: int, kinds: int) -> None:
+    names = [f"model.layers.{layer}.mlp.kind{kind}_proj" for layer in range(layers) for kind in range(kinds)]
+    wanted = min(pipeline.COMPARED, len(names))
+    chosen = pipeline.spread_evenly(names, wanted)
+    assert len(chosen) == wanted
+    shares = [sum(f"kind{kind}_" in name for name in chosen) / wanted for kind in range(kinds)]
+    assert min(shares) > 0.8 / kinds
+    depths = {int(name.split(".")[2]) for name in chosen}
+    assert len(depths) >= min(layers, wanted // kinds) // 2
+    assert {4 * depth // layers for depth in depths} == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize(
     "method", [SafeLoraParameters(threshold=1.0), GramParameters(), NlsrParameters(skip_share=0.0)]
 )
@@ -432,7 +446,9 @@ def test_what_changed_does_not_depend_on_the_units_of_the_factors(
         assert theirs.edit == pytest.approx(mine.edit, rel=1e-3), mine.name
 
 
-def test_what_is_nearly_deleted_or_outgrown_is_said(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+def test_what_is_nearly_deleted_or_outgrown_is_said(
+    reference: LoadedReference, fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def codes(name: str, parameters: Any) -> set[str]:
         return {warning.code for warning in realign(fresh, reference, parameters, tmp_path / name).warnings}
 
@@ -442,6 +458,15 @@ def test_what_is_nearly_deleted_or_outgrown_is_said(reference: LoadedReference, 
     assert (found := measure._little_left(deleted)) is not None
     assert "1.0% is left" in found.message
     assert measure._overwhelmed(deleted) is None
+    nothing = [replace(item, energy=0.0, overlap=0.0) for item in deleted]
+    assert measure._little_left(nothing) is None, "a zero update that was replaced"
+    lock = SafetyLockParameters(heads=3, strength=100.0)
+    monkeypatch.setattr(measure, "MUCH", 0.01)
+    assert {"much_added", "method_may_not_help"} <= codes("lock", lock)
+    assert not {"much_added", "method_may_not_help"} & codes("weak", SafetyLockParameters(heads=3, strength=0.001))
+    monkeypatch.setattr(measure, "LITTLE", 2.0)
+    assert "little_left" in codes("little", GramParameters())
+    monkeypatch.undo()
     outgrown = [replace(item, overlap=1.0, difference=100.0) for item in deleted]
     assert measure._little_left(outgrown) is None
     assert (found := measure._overwhelmed(outgrown)) is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safegraft.engine import products
-from safegraft.engine.products import fast_layers, fast_products
+from safegraft.engine.products import fast_layers, fast_products, product_library
 
 LIBRARY: Any = torch.backends.mkldnn
 
@@ -54,7 +54,29 @@ def test_the_setting_goes_where_the_block_fails() -> None:
         raise KeyError
 
 
-def test_in_layers_alone_the_setting_stands_during_their_products() -> None:
+def test_blocks_that_overlap_share_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_is_float32", lambda: True)
+    before = LIBRARY.matmul.fp32_precision
+    one, other = fast_products(), fast_products()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert LIBRARY.matmul.fp32_precision == "bf16"
+    other.__exit__(None, None, None)
+    assert LIBRARY.matmul.fp32_precision == before
+
+
+def test_an_older_pytorch_keeps_its_own_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_matmul", lambda: None)
+    with fast_products() as used:
+        assert not used
+    assert product_library() == "PyTorch's choice"
+    with fast_layers(torch.nn.Linear(2, 2)) as used:
+        assert not used
+
+
+def test_in_layers_alone_the_setting_stands_during_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_is_float32", lambda: True)
     seen: list[str] = []
 
     class Between(torch.nn.Module):
@@ -73,7 +95,7 @@ def test_in_layers_alone_the_setting_stands_during_their_products() -> None:
     seen.clear()
     with fast_layers(model) as used:
         assert used
-        torch.testing.assert_close(model(x), wanted)
+        torch.testing.assert_close(model(x), wanted, rtol=0.02, atol=0.02)
         assert seen == ["bf16", before, "bf16"]
         with pytest.raises(RuntimeError):
             model(torch.randn(8, 5))

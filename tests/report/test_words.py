@@ -63,6 +63,8 @@ def test_headline_counts_what_acted_more_on_safety_prompts_where_the_similarity_
     )
     sound = report([line("a", 0, 0.8, 0.99), line("b", 0, 0.9, 0.99)], method="gram")
     assert plain(headline(sound)) == "All 2 modules were repaired" + cost, "nothing that would have to be told"
+    pushed = GramParameters(amplification=0.5)
+    assert headline(report(tilted, method=pushed)).startswith("All 3 modules were repaired")
     # A cosine says nothing of general prompts.
     assert "safety prompts" not in headline(report(tilted, method="nlsr"))
 
@@ -74,7 +76,7 @@ def test_headline_of_an_analysis_counts_them_too() -> None:
     one = report([line("a", 0, 0.3), line("b", 0, 0.8)], mode="analyze", method="gram")
     assert headline(one) == f"2 modules {measured}1 acts more on safety prompts than on general ones"
     none = report([line("a", 0, 0.8), line("b", 0, 0.8)], mode="analyze", method="gram")
-    assert headline(none) == f"2 modules {measured}none act more on safety prompts than on general ones"
+    assert headline(none) == f"2 modules {measured}none acts more on safety prompts than on general ones"
 
 
 def test_headline_where_nothing_changed() -> None:

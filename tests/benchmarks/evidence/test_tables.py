@@ -56,10 +56,10 @@ def test_a_table_says_what_is_missing(tmp_path: Path) -> None:
 
 def test_agreement_over_all_answers_weighs_rare_disagreements_little() -> None:
     labels = [
-        {"phrases": "R", "embeddings": "R", "label": "R"},
-        {"phrases": "R", "embeddings": "a", "label": "R"},
-        {"phrases": "R", "embeddings": "a", "label": "a"},
+        {"phrases": "R", "embeddings": "R", "label": "R", "answers": 7},
+        {"phrases": "R", "embeddings": "a", "label": "R", "answers": 3},
+        {"phrases": "R", "embeddings": "a", "label": "a", "answers": 1},
     ]
-    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "phrases") == pytest.approx(0.99)
-    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "embeddings") == pytest.approx(0.99)
-    assert tables.agreement(labels, {"RR": 2, "Ra": 98}, "embeddings") == pytest.approx(0.51)
+    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "phrases") == pytest.approx(0.995)
+    assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "embeddings") == pytest.approx(0.985)
+    assert tables.agreement(labels, {"RR": 2, "Ra": 98}, "embeddings") == pytest.approx(0.265)
