@@ -710,7 +710,7 @@ ODD = ["team", "a.b", 'a"b', "a'b", "a,b", "{a}", "a[0]", "0", "$", "$.team", "#
        "_", "a\nb", " ", "", "NULL", "null", "\u202e", "a]b", "team.x"]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", ODD)
+@pytest.mark.parametrize("key", [key for key in ODD if key])
 def test_lists_are_narrowed_by_metadata_whatever_it_says(store: JobStore, key: str) -> None:
     made = {}
     for value in ODD:
