@@ -5,6 +5,7 @@ takes oneDNN where products *may* be computed in bfloat16; oneDNN does so where 
 in float32 elsewhere. So it is asked first: what comes out less precise than float32 is not used.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 
 # (rows, inner, columns): a factor with itself, square, wide, few rows.
 _SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
+_SHAPES_KEPT = 64
 # Of the result's norm. float32 gives some 3e-7 here, bfloat16 4e-3.
 _FLOAT32 = 2e-6
 
@@ -50,6 +52,9 @@ def fast_products() -> Iterator[bool]:
         yield False
         return
     with _setting.lock:
+        # Read when oneDNN is first used. It keeps code and memory for every shape, 1024 of them if it is not told, and
+        # the numbers of rows that nlsr transplants are all different: that was a gigabyte.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES_KEPT))
         if _setting.blocks == 0:
             _setting.before = matmul.fp32_precision
             matmul.fp32_precision = "bf16"
