@@ -6,7 +6,6 @@ and asks held-out prompts before and after. It prints what it measured, also whe
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import socket
@@ -22,6 +21,8 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from safegraft.files import sha256_file
 
 if TYPE_CHECKING:
     from safegraft.engine.evaluate import Rate
@@ -146,7 +147,7 @@ def add_evaluation(method: str, patched: Path, before: "Sequence[Rate]", after: 
     def behaviour(rates: "Sequence[Rate]") -> dict[str, Any]:
         return {name: {"hits": rate.hits, "total": rate.total} for name, rate in zip(names, rates, strict=True)}
 
-    own = hashlib.sha256((patched / "adapter_model.safetensors").read_bytes()).hexdigest()
+    own = sha256_file(patched / "adapter_model.safetensors")
     measured = {"judge": JUDGE, "output_sha256": own, "before": behaviour(before), "after": behaviour(after)}
     file, stem = WORK / "results" / f"{method}.evaluation.json", WORK / "results" / f"{method}.report"
     file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

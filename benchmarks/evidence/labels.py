@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.judges import ANSWERED, REFUSED
+from benchmarks.evidence.measure import kept_answers
 from benchmarks.evidence.run import RESULTS
 
 TOTAL, EACH, SEED = 200, 50, 9
@@ -29,8 +30,7 @@ def collect(answers: Path) -> Texts:
     for path in sorted(RESULTS.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         for name, row in results.get("rows", {}).items():
-            own = "".join(letter if letter.isalnum() else "_" for letter in name)
-            kept = answers / results["cell"]["name"] / f"{own}.json"
+            kept = kept_answers(answers, results["cell"]["name"], name)
             if not kept.exists():
                 continue
             for asked, texts in json.loads(kept.read_text(encoding="utf-8")).items():

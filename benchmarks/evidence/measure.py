@@ -128,21 +128,23 @@ class Laboratory:
 
     def judge_again(self, cell: str, row: str, found: dict[str, Any]) -> bool:
         """New verdicts on the answers that were kept; False where they are gone."""
-        path = self._kept(cell, row)
+        path = kept_answers(self.answers, cell, row)
         if not path.exists():
             return False
         texts = json.loads(path.read_text(encoding="utf-8"))
         found |= {name: self._verdicts(answers) for name, answers in texts.items() if name != "task"}
         return True
 
-    def _kept(self, cell: str, row: str) -> Path:
-        name = "".join(character if character.isalnum() else "_" for character in row)
-        return self.answers / cell / f"{name}.json"
-
     def _keep(self, cell: Cell, row: Row, texts: dict[str, list[str]]) -> None:
-        path = self._kept(cell.name, row.name)
+        path = kept_answers(self.answers, cell.name, row.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+
+
+def kept_answers(answers: Path, cell: str, row: str) -> Path:
+    """The file with the texts of one row."""
+    name = "".join(character if character.isalnum() else "_" for character in row)
+    return answers / cell / f"{name}.json"
 
 
 def _chain(*parts: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -237,16 +237,18 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
         case NlsrParameters() if not continued:
             found = (
                 "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
+                "however similar they became"
             )
-            found += "however similar they became"
         case SafeLoraParameters(projector="paper", selection="threshold") if continued:
             found = (
                 "Of an adapter that was continued from the aligned one this found nothing to repair, because it lies "
+                "in the alignment's own subspace"
             )
-            found += "in the alignment's own subspace"
         case AntidoteParameters() if continued:
-            found = "Of an adapter that was continued from the aligned one this pruned the alignment too, and the harm "
-            found += "score stayed high"
+            found = (
+                "Of an adapter that was continued from the aligned one this pruned the alignment too, and the harm "
+                "score stayed high"
+            )
         case SafetyLockParameters(strength=strength) if strength >= DESTRUCTIVE:
             found = "Pushed so hard, a small model lost two fifths of its task accuracy or more"
         case _:
