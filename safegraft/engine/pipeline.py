@@ -143,11 +143,11 @@ def realign(
         similarities: dict[str, float] | None = None
         if out is None or not all(method.takes_all for method in methods):
             similarities = _score(adapter, methods[0], workers, progress)
+            clock.lap("score")
         runs = [
             _planned(strength, method, similarities, unreached, description, output_rank)
             for strength, method in zip(variants, methods, strict=True)
         ]
-        clock.lap("score")
         beside_out = side_car_folder(out) if out is not None else None
         if beside_out is not None and beside_out.exists() and any(run.method.side_car() for run in runs):
             raise FileExistsError(f"{beside_out} exists already.")

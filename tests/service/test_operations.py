@@ -130,9 +130,12 @@ def test_what_is_counted(watched: Running, http: httpx.Client, fresh: Path) -> N
     assert more("safegraft_jobs_ended_total", status="succeeded", method="gram") == 1
     assert more("safegraft_jobs_ended_total", status="failed", method="nlsr") == 1
     assert more("safegraft_job_failures_total", **{"code": "lineage_mismatch", "class": "user"}) == 1
-    for stage in ("fetch", "open", "score", "patch", "check", "render", "publish"):
+    for stage in ("fetch", "open", "patch", "check", "render", "publish"):
         assert more("safegraft_job_stage_seconds_count", stage=stage, method="gram") == 1
         assert more("safegraft_job_stage_seconds_sum", stage=stage, method="gram") > 0
+    # gram treats every module and reads none beforehand.
+    scored = ("safegraft_job_stage_seconds_count", (("method", "gram"), ("stage", "score")))
+    assert after.get(scored) == before.get(scored)
     assert more("safegraft_received_bytes_total") == adapter["bytes"]
     # Reports and all.
     assert more("safegraft_published_bytes_total") == sum(

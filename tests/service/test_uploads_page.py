@@ -15,7 +15,7 @@ from safegraft.adapter import COMPANIONS
 from safegraft.archive import MAX_MEMBERS
 from safegraft.contracts.files import MAX_PART_BYTES, MAX_PARTS
 from safegraft.ingest import GROWTH, MAX_COMPANION_BYTES, ROOM
-from service.body import IDLE_SECONDS, MAX_COLONS, MIN_RATE
+from service.body import IDLE_SECONDS, MAX_BRACKETS, MAX_COLONS, MIN_RATE
 from service.receiving import MAX_SEGMENTS
 from service.settings import GatewaySettings
 from tests.service.conftest import SAFEGRAFT, Running, environment_of, start
@@ -113,7 +113,7 @@ def test_the_page_names_every_limit() -> None:
         f"| {MAX_PART_BYTES // 2**20} MiB; {MAX_PARTS:,} |".replace(",", " "),
         f"| {MAX_COMPANION_BYTES // 2**20} MiB; 1 MiB |",
         f"| {MAX_MEMBERS}; {MAX_SEGMENTS} |",
-        f"`SAFEGRAFT_MAX_JSON_BYTES` ({settings.max_json_bytes // 2**20} MiB); {MAX_COLONS} |",
+        f"`SAFEGRAFT_MAX_JSON_BYTES` ({settings.max_json_bytes // 2**20} MiB); {MAX_COLONS}; {MAX_BRACKETS:,} |",
         f"| {IDLE_SECONDS:g} s; {MIN_RATE // 1024} KiB/s |",
         f"beyond {ROOM // 2**20} MiB and {GROWTH} times its size",
     ):
