@@ -167,7 +167,7 @@ ROWS: dict[str, Row] = {
         _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
     )
 }  # fmt: skip
-MAIN = (NO_REPAIR, DEFAULT, EARLIER, "nlsr", "safelora", "antidote", "safetylock")
+MAIN = (NO_REPAIR, DEFAULT, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
 TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, EARLIER, "nlsr", "nlsr P_L=0", "safelora")
 # Cells in which the aligned model is asked something else than in the headline case.
@@ -201,10 +201,12 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     )  # fmt: skip
     for name in ("trigger", "disguise", "evade", "evade-all", "dpo"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
+    for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
+        yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.
     for name in FLOORS:
         yield from once(CELLS[name], ALIGNED)
-    yield from once(headline, *ROWS)
     yield from once(CELLS["continued-1"], *ON_CONTINUED)
+    yield from once(headline, *ROWS)
     for cell in CELLS.values():
         yield from once(cell, *MAIN)

@@ -191,7 +191,7 @@ def _label_places(dots: dict[str, float]) -> dict[str, float]:
 def _title(parameter: str, strength: float, summary: Summary) -> str:
     return (
         f"{parameter} {words.plain(strength)}: kept {words.percent(summary.kept)}, changed by "
-        f"{words.percent(summary.edit)}, median similarity {words.number(summary.similarity_after.median)}"
+        f"{words.change(summary.edit)}, median similarity {words.number(summary.similarity_after.median)}"
     )
 
 
@@ -199,7 +199,7 @@ def _description(parameter: str, runs: dict[float, Summary]) -> str:
     (first, one), *_, (last, two) = runs.items()
     return (
         f"{len(runs)} values of {parameter}. From {words.plain(first)} to {words.plain(last)}, kept goes from "
-        f"{words.percent(one.kept)} to {words.percent(two.kept)}, changed by from {words.percent(one.edit)} to "
-        f"{words.percent(two.edit)}, the median similarity from {words.number(one.similarity_after.median)} to "
+        f"{words.percent(one.kept)} to {words.percent(two.kept)}, the change from {words.change(one.edit)} to "
+        f"{words.change(two.edit)}, the median similarity from {words.number(one.similarity_after.median)} to "
         f"{words.number(two.similarity_after.median)}."
     )

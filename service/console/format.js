@@ -33,6 +33,7 @@ export function percent(share, digits = 0) {
 /** 27 %, or 1.8 times its size: what an update changed by. */
 export function change(edit) {
   if (!Number.isFinite(edit) || Math.round(100 * edit) <= 100) return percent(edit);
+  if (edit > 1e6) return "more than a million times its size";
   const digits = edit < 10 ? 2 : edit < 100 ? 1 : 0;
   const text = edit.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   return `${digits ? text.replace(/\.?0+$/, "") : text} times its size`;

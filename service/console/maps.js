@@ -2,7 +2,7 @@
 // the console's pictures and the report's are the same.
 
 import { h, put, s } from "./dom.js";
-import { number, percent, plain, shown, signed } from "./format.js";
+import { change, number, percent, plain, shown, signed } from "./format.js";
 
 const USUAL_KINDS = [
   "q_proj",
@@ -368,7 +368,7 @@ function drawing(report, width, height, tell) {
   let lastLabel = -Infinity;
   const stripes = runs.map(({ strength, summary }, index) => {
     const at = `${parameter} ${plain(strength)}`;
-    const figures = `: kept ${percent(summary.kept)}, changed by ${percent(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`;
+    const figures = `: kept ${percent(summary.kept)}, changed by ${change(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`;
     const stripe = s("rect", {
       class: "stripe",
       x: edges[index],

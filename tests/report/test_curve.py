@@ -73,7 +73,7 @@ def test_the_order_in_which_strengths_were_asked_for_does_not_bend_the_line() ->
 
 def test_the_description_names_both_ends() -> None:
     assert drawn(five()).description.replace("\xa0", " ") == (
-        "5 values of general_weight. From 0.1 to 3, kept goes from 37 % to 81 %, changed by from 71 % to 26 %, the "
+        "5 values of general_weight. From 0.1 to 3, kept goes from 37 % to 81 %, the change from 71 % to 26 %, the "
         "median similarity from 0.98 to 0.86."
     )
 
