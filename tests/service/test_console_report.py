@@ -111,7 +111,10 @@ def test_pointer_and_keys_tell_every_figure_of_the_chart(page: "Page") -> None:
     readout = page.locator(".curve + .readout")
     assert readout.inner_text() == "Point at a strength, or move with the arrow keys."
     stripes.nth(1).hover()
-    assert readout.inner_text() == "general_weight 1: kept 50\u00a0%, changed by 2.9 times its size, median similarity 0.91"
+    assert (
+        readout.inner_text()
+        == "general_weight 1: kept 50\u00a0%, changed by 2.9 times its size, median similarity 0.91"
+    )
     page.mouse.move(0, 0)
     page.get_by_role("region", name="Table of the strengths").focus()
     page.keyboard.press("Shift+Tab")
