@@ -6,8 +6,10 @@ is time and memory: no number in them means anything.
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -27,8 +29,11 @@ from safegraft.contracts.reference import (
     SafetyLockStatistics,
 )
 from safegraft.engine.bundle import served
+from safegraft.engine.lowrank import pack_mask
 from safegraft.engine.tensors import NAMES, TensorWriter
 from safegraft.files import sha256_file
+
+SPARSITY = 0.8
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,11 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
     modules = shape.modules()
     sites = sorted({shape.site(name) for name in modules})
     nlsr: dict[str, tuple[str, tuple[int, ...]]] = {}
+    masks: dict[str, tuple[int, ...]] = {}
     for name, (d, k) in modules.items():
+        masks |= {
+            f"{name}.mask_A.low_rank": (rank, k), f"{name}.mask_B.low_rank": (d, rank), f"{name}.rows.low_rank": (d,),
+        }  # fmt: skip
         nlsr |= {
             f"{name}.A": ("BF16", (rank, k)),
             f"{name}.B": ("BF16", (d, rank)),
@@ -102,7 +111,7 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
             f"{name}.mask_B.low_rank": ("U8", (-(-d * rank // 8),)),
             f"{name}.rows.low_rank": ("U8", (-(-d // 8),)),
         }
-    _write(folder / NLSR, nlsr, {".B": 0.01})
+    _write(folder / NLSR, nlsr, {".B": 0.01}, masks)
     gram: dict[str, tuple[str, tuple[int, ...]]] = {}
     for site in sites:
         k = modules[site][1]
@@ -143,7 +152,7 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
         general_prompts=prompts,
         unsafe_prompts=prompts,
         parameters=BuildParameters(
-            amplification=0.9, sparsity=0.8, mask_scope="row", ridge=1e-2, smallest_pair=0.0, max_pairs=pairs,
+            amplification=0.9, sparsity=SPARSITY, mask_scope="row", ridge=1e-2, smallest_pair=0.0, max_pairs=pairs,
             max_tokens=1024, answer_tokens=32, batch_size=8, skipped_prefix=0, rank=None, dtype="bfloat16",
             device="cpu",
         ),
@@ -167,18 +176,32 @@ def write_reference(folder: Path, shape: Shape, *, rank: int, pairs: int) -> Non
     (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
-def _write(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]], scales: dict[str, float]) -> None:
+def _write(
+    path: Path,
+    shapes: dict[str, tuple[str, tuple[int, ...]]],
+    scales: dict[str, float],
+    masks: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> None:
     with path.open("w+b") as file:
         writer = TensorWriter(file, shapes)
         for name, (dtype, size) in shapes.items():
             scale = next((value for part, value in scales.items() if part in name), 1.0)
-            writer.write(name, _random(dtype, size, scale))
+            writer.write(name, _mask(masks[name]) if name in masks else _random(dtype, size, scale))
         writer.close()
+
+
+def _mask(size: tuple[int, ...]) -> Tensor:
+    """Packed, with as many ones in each row as a reference has: one row drawn by chance, the others are it, rolled."""
+    *rows, columns = size
+    chosen = torch.zeros(columns, dtype=torch.bool)
+    chosen[torch.randperm(columns)[: max(1, round((1.0 - SPARSITY) * columns))]] = True
+    if rows:
+        places = torch.arange(columns) + torch.randint(0, columns, (rows[0], 1))
+        chosen = chosen[places % columns]
+    return pack_mask(chosen)
 
 
 def _random(dtype: str, size: tuple[int, ...], scale: float) -> Tensor:
     kinds = {name: kind for kind, name in NAMES.items()}
-    if dtype == "U8":
-        return torch.randint(0, 256, size, dtype=torch.uint8)
     value = torch.randn(size) * scale
     return (value.abs() if len(size) == 1 else value).to(kinds[dtype])

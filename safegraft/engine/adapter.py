@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safegraft.adapter import CONFIG, WEIGHTS, AdapterDescription, LoraModule
 from safegraft.engine.methods.base import Module
-from safegraft.engine.tensors import TORCH_DTYPES, TensorReader, TensorWriter, to_bytes
+from safegraft.engine.tensors import TORCH_DTYPES, TensorReader, TensorWriter, view_of_bytes
 from safegraft.errors import InvalidTensors
 from safegraft.files import atomic_file
 from safegraft.header import TensorEntry
@@ -51,9 +51,13 @@ class AdapterReader:
         """One tensor in its own dtype."""
         return self._tensors.tensor(name)
 
-    def bytes(self, name: str) -> bytearray:
-        """One tensor's bytes as the customer sent them."""
-        return self._tensors.bytes(name)
+    def holds(self, name: str, raw: memoryview) -> bool:
+        """Whether these are one tensor's bytes as the customer sent them."""
+        return self._tensors.holds(name, raw)
+
+    def copy(self, name: str, writer: TensorWriter) -> None:
+        """Writes one tensor's bytes as the customer sent them."""
+        writer.copy(name, self._tensors)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -142,7 +146,7 @@ class AdapterWriter:
             self.replace(module, before, before, reader)
             return
         for entry in (module.a, module.b):
-            self._writer.write(entry.name, reader.bytes(entry.name))
+            reader.copy(entry.name, self._writer)
         self._write_bias(module, None)
 
     def replace(
@@ -162,21 +166,23 @@ class AdapterWriter:
         for entry, own, new, padding in parts:
             if new is own and not missing:
                 # A factor that the repair left alone: the customer's very bytes.
-                self._writer.write(entry.name, reader.bytes(entry.name))
+                reader.copy(entry.name, self._writer)
                 rounded.append(own)
                 continue
-            stored = self._fitting(entry.name, torch.nn.functional.pad(new, padding), entry.dtype)
-            raw = to_bytes(stored)
+            if missing:
+                new = torch.nn.functional.pad(new, padding)
+            stored = new.to(TORCH_DTYPES[entry.dtype])
+            rounded.append(self._fitting(entry.name, stored, entry.dtype))
+            raw = view_of_bytes(stored)
             changed = changed or not self._is(stored, entry, raw, reader)
             self._writer.write(entry.name, raw)
-            rounded.append(stored.float())
         changed = self._write_bias(module, bias) or changed
         return before.with_factors(rounded[1], rounded[0]), changed
 
-    def _is(self, stored: Tensor, entry: TensorEntry, raw: bytes, reader: AdapterReader) -> bool:
+    def _is(self, stored: Tensor, entry: TensorEntry, raw: memoryview, reader: AdapterReader) -> bool:
         """Whether a factor is the customer's, perhaps filled up with zeros."""
         if tuple(stored.shape) == entry.shape:
-            return raw == reader.bytes(entry.name)
+            return reader.holds(entry.name, raw)
         own = reader.tensor(entry.name)
         filled = torch.zeros_like(stored, device="cpu")
         filled[: own.shape[0], : own.shape[1]] = own
@@ -186,19 +192,22 @@ class AdapterWriter:
         if not self._layout.biases:
             return False
         value = torch.zeros(module.outputs) if bias is None else bias / module.scaling
-        self._writer.write(bias_key(module), self._fitting(bias_key(module), value, module.b.dtype))
+        stored = value.to(TORCH_DTYPES[module.b.dtype])
+        self._fitting(bias_key(module), stored, module.b.dtype)
+        self._writer.write(bias_key(module), stored)
         return bool(value.any())
 
-    def _fitting(self, name: str, tensor: Tensor, dtype: str) -> Tensor:
-        stored = tensor.to(TORCH_DTYPES[dtype])
-        if not _finite(stored):
+    def _fitting(self, name: str, stored: Tensor, dtype: str) -> Tensor:
+        """What was rounded, in float32."""
+        rounded = stored.float()
+        if not _finite(rounded):
             raise InvalidTensors(
                 f"{name}: the repaired values do not fit into {dtype}.",
                 code="out_of_range",
                 param=name,
                 hint="Save the adapter as bfloat16 or float32.",
             )
-        return stored
+        return rounded
 
 
 @contextmanager

@@ -338,7 +338,7 @@ def _write_gram(
             for name in names:
                 with TensorReader(waiting.path(name)) as reader:
                     for key in waiting.shapes(name):
-                        writer.write(key, reader.bytes(key))
+                        writer.copy(key, reader)
             writer.close()
     return GramStatistics(pairs=pairs, energy=energy)
 

@@ -51,8 +51,18 @@ def _usual(product: Tensor) -> bool:
     """Whether a product of factors is so far from the ends of float32 that nothing in it was lost."""
     if not product.numel():
         return False
-    largest = float(product.abs().max())
-    return _SMALL < largest < _LARGE
+    return _SMALL < largest(product) < _LARGE
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest absolute value; NaN where there is one. Without a copy of the tensor, as abs() makes."""
+    low, high = torch.aminmax(tensor)
+    return float(torch.maximum(-low, high))
+
+
+def largest_along(tensor: Tensor, dim: int) -> Tensor:
+    """`largest` of each row or column; dim: that which is left out."""
+    return torch.maximum(-tensor.amin(dim=dim), tensor.amax(dim=dim))
 
 
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +73,7 @@ def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not b.numel() or not a.numel():
         return b, a
-    of_b, of_a = b.abs().amax(dim=0), a.abs().amax(dim=1)
+    of_b, of_a = largest_along(b, 0), largest_along(a, 1)
     used = (of_b > 0) & (of_a > 0)
     # Half of the difference of the logarithms; in two steps, because one alone may leave float32's range.
     shift = torch.where(used, ((of_a.log2() - of_b.log2()) / 2).round(), 0.0).nan_to_num(0.0).int()
@@ -86,8 +96,8 @@ def out_of_range() -> InvalidTensors:
 
 def _exponent(factor: Tensor) -> int:
     """The power of two of the largest entry; 0 for zeros and for what is not finite (the result then tells)."""
-    largest = factor.abs().max().item() if factor.numel() else 0.0
-    return math.frexp(largest)[1] if 0.0 < largest < math.inf else 0
+    found = largest(factor) if factor.numel() else 0.0
+    return math.frexp(found)[1] if 0.0 < found < math.inf else 0
 
 
 def energies(b: Tensor, p: Tensor, weight: Tensor, *, of_b: Tensor | None = None) -> tuple[float, float]:
@@ -109,7 +119,8 @@ def with_gram(of_b: Tensor, a: Tensor, *others: Tensor) -> tuple[float, ...] | N
     product = of_b @ a
     if not (_usual(product) and _usual(of_b) and all(_usual(other) for other in (a, *others))):
         return None
-    return tuple(float((product * other).sum(dtype=torch.float64)) for other in others)
+    # A row's sum in float32, which is added up pairwise and fast; the rows' in float64.
+    return tuple(float((product * other).sum(dim=1).sum(dtype=torch.float64)) for other in others)
 
 
 def norm(b: Tensor, a: Tensor) -> float:

@@ -437,7 +437,8 @@ def _check(run: Run, folder: Path, description: AdapterDescription) -> None:
 
 def _same(before: TensorReader, after: TensorReader, name: str) -> bool:
     if before.header.tensors[name].shape == after.header.tensors[name].shape:
-        return before.bytes(name) == after.bytes(name)
+        # Up to the first difference: of what was changed next to nothing is read.
+        return all(one == other for one, other in zip(before.pieces(name), after.pieces(name), strict=True))
     old, new = before.tensor(name), after.tensor(name)
     filled = torch.zeros_like(new)
     filled[tuple(slice(0, size) for size in old.shape)] = old

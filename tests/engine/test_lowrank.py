@@ -1,5 +1,7 @@
 """The low-rank algebra against dense float64 matrices."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,3 +98,20 @@ def test_products_with_one_gram_matrix_are_the_inner_products() -> None:
     # Zeros and what leaves float32's range are the caller's to compute otherwise.
     assert lowrank.with_gram(b.T @ b, torch.zeros(6, 30), a) is None
     assert lowrank.with_gram(b.T @ b, a * 2.0**110, a) is None
+
+
+@pytest.mark.parametrize("value", [3.0, -3.0, 0.0, math.inf, -math.inf])
+def test_the_largest_absolute_value_needs_no_copy(value: float) -> None:
+    tensor = torch.linspace(-1.0, 1.0, 35).reshape(5, 7)
+    tensor[3, 2] = value
+    assert lowrank.largest(tensor) == float(tensor.abs().max())
+    for dim in (0, 1):
+        assert torch.equal(lowrank.largest_along(tensor, dim), tensor.abs().amax(dim=dim))
+
+
+def test_nothing_hides_a_nan() -> None:
+    tensor = torch.ones(5, 7)
+    tensor[3, 2] = math.nan
+    assert math.isnan(lowrank.largest(tensor))
+    assert bool(lowrank.largest_along(tensor, 0).isnan()[2])
+    assert bool(lowrank.largest_along(tensor, 1).isnan()[3])

@@ -29,6 +29,8 @@ from safegraft.engine.reference import EigenPairs, LoadedReference
 # Eigenpairs of so many sites stay in memory during a job, unless V and W are larger than 32 MB of float32 together: the
 # wide inputs of down projections, which one module alone reads, are not worth keeping.
 RECENT_SITES, RECENT_ENTRIES = 3, 2**22
+# Largest entries of a row between which no product with it leaves float32's range.
+USUAL = 2.0**-40, 2.0**40
 
 Value = TypeVar("Value")
 Fidelity = Literal["paper", "authors' code", "variant"]
@@ -115,16 +117,18 @@ class Module:
     def _gram_b(self) -> Tensor:
         return self._scaled_b.T @ self._scaled_b
 
-    def projected(self, pairs: EigenPairs) -> tuple[Tensor, Tensor]:
+    def projected(self, pairs: EigenPairs) -> tuple[Tensor, Tensor | None]:
         """(U⁻¹·A·W (r, m), the diagonal of U (r, 1)), computed once for one W.
 
-        U: powers of two near the largest entry of each of A's rows. The products in between have a wider range than A.
+        U: powers of two near the largest entry of each of A's rows, since the products in between have a wider range
+        than A; None for rows of the usual sizes, of which dividing and multiplying by them would change no bit.
         """
-        known: tuple[Tensor, Tensor, Tensor] | None = self.__dict__.get("_projected")
+        known: tuple[Tensor, Tensor, Tensor | None] | None = self.__dict__.get("_projected")
         if known is None or known[0] is not pairs.w:
-            largest = self.a.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(self.a.dtype).tiny)
+            largest = lowrank.largest_along(self.a, 1)[:, None].clamp_min(torch.finfo(self.a.dtype).tiny)
             unit = torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
-            known = pairs.w, (self.a / unit) @ pairs.w, unit
+            usual = bool(((unit > USUAL[0]) & (unit < USUAL[1])).all())
+            known = (pairs.w, self.a @ pairs.w, None) if usual else (pairs.w, (self.a / unit) @ pairs.w, unit)
             self.__dict__["_projected"] = known
         return known[1], known[2]
 
@@ -289,7 +293,7 @@ class Method(ABC):
         pairs = self.pairs(module)
         if a is module.a:
             p, unit = module.projected(pairs)
-            p = p * unit
+            p = p if unit is None else p * unit
         else:
             p = a @ pairs.w
         if without is not None:

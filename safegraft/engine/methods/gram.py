@@ -16,6 +16,7 @@ and λ² in that of λ: safety inputs count the more, the less general ones look
 from collections.abc import Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from safegraft.contracts.methods import GramParameters
@@ -91,7 +92,10 @@ class Gram(Method):
         pairs = self.pairs(module, self.parameters.pairs)
         gain = self._gain(pairs)
         p, unit = module.projected(pairs)
-        left = module.a - _back(p, gain, pairs) * unit
+        if unit is None:
+            left = torch.addmm(module.a, p * gain, pairs.v.T, alpha=-1.0)
+        else:
+            left = module.a - _back(p, gain, pairs) * unit
         if self.on_aligned:
             push = self._push(module)
         else:
