@@ -28,13 +28,17 @@ def copying(found: dict[str, Any]) -> str:
         [
             row["shape"], str(row["rank"]), f"{row['megabytes']:g} MB", row["method"], ratio(row),
             f"{row['gigaflop']:g}", f"{row['gigaflop_per_second'] / peak:.0%}",
+            f"{row['ratio'] * row['gigaflop_per_second'] / peak:.2g}",
         ]
         for row in found["rows"]
     ]  # fmt: skip
     return markdown.table(
-        ["shapes of", "rank", "file", "method", "× copying the file", "GFLOP of products", "of the machine's rate"],
+        [
+            "shapes of", "rank", "file", "method", "× copying the file", "GFLOP of products", "of the machine's rate",
+            "× copying, products alone at that rate",
+        ],
         lines,
-    )
+    )  # fmt: skip
 
 
 def memory(found: dict[str, Any]) -> str:

@@ -52,8 +52,8 @@ def fast_products() -> Iterator[bool]:
         yield False
         return
     with _setting.lock:
-        # Read when oneDNN is first used. It keeps code and memory for every shape, 1024 of them if it is not told, and
-        # the numbers of rows that nlsr transplants are all different: that was a gigabyte.
+        # Read when oneDNN is first used. It keeps code and memory for every shape, 1024 of them if it is not told; an
+        # adapter may have a rank of its own in every module, and that was a gigabyte.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES_KEPT))
         # Read when PyTorch first has a large tensor. Pages of 2 MiB where Linux has them: a module's factors are some
         # thousands of small ones, and having them anew costs more than what is written into them.
