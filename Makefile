@@ -19,7 +19,7 @@ help:
 	@echo "make bench    timings, side by side; bench-service: what the service adds; bench-load: under load"
 	@echo "make evidence  the safety scoreboard of docs/evidence (hours; goes on where it stopped)"
 	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
-	@echo "make pictures  draws the pictures of docs/report.md, after make demo"
+	@echo "make pictures  draws the pictures of docs/report.md and docs/console.md, after make demo"
 	@echo "make methods  writes the tables of docs/methods.md"
 	@echo "make openapi  writes openapi/openapi.json"
 
@@ -47,7 +47,7 @@ setup: .venv/.ready
 demo: .venv/.ready
 	@$(BIN)/python examples/demo.py
 
-# The pictures of docs/report.md, from the reports that `make demo` left; needs a Chromium.
+# The pictures of docs/report.md and docs/console.md, from what `make demo` left; needs a Chromium.
 .PHONY: pictures
 pictures: .venv/.ready
 	@$(BIN)/python examples/pictures.py

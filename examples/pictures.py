@@ -1,22 +1,31 @@
-"""The pictures of docs/report.md, from the reports that `make demo` left: `make pictures`.
+"""The pictures of docs/report.md and docs/console.md, from what `make demo` left: `make pictures`.
 
-The slide is the report's own PNG, the page a screenshot by the Chromium of this machine. The page has 256 colours,
-which grey text is content with; the slide has all of them, because fewer would bend its scales.
+The slide is the report's own PNG, the others are screenshots by the Chromium of this machine; those of the console are
+of a real service, to which the demo's adapter is given. Screenshots have 256 colours, which grey text is content with;
+the slide has all of them, because fewer would bend its scales.
 """
 
+import contextlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 from PIL import Image
+from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PICTURES = ROOT / ".demo" / "results", ROOT / "docs" / "pictures"
 # Half of what nlsr measures it repairs, so that its map shows both; gram is the page that most people will see.
 SLIDE, PAGE = RESULTS / "nlsr.report.png", RESULTS / "gram.report.html"
 WIDTH, HEIGHT = 1200, 1020
+CONSOLE, REFERENCE, ADAPTER = ROOT / "docs" / "console", ROOT / ".demo" / "smollm2-aligned", ROOT / "examples" / "fresh"
+STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
 
 
 def main() -> None:
@@ -27,24 +36,79 @@ def main() -> None:
     if chromium is None:
         raise SystemExit("There is no Chromium on this machine, which draws the page.")
     PICTURES.mkdir(exist_ok=True)
-    save(Image.open(SLIDE).convert("RGB"), "slide.png")
+    save(Image.open(SLIDE).convert("RGB"), PICTURES / "slide.png", colours=None)
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.goto(PAGE.as_uri())
+        shoot(page, PICTURES / "page.png")
+        with service(Path(folder)) as url:
+            console(browser.new_page(viewport={"width": 1120, "height": 1300}), url)
+        browser.close()
+
+
+@contextlib.contextmanager
+def service(data: Path) -> Iterator[str]:
+    """The address of a service without keys that has the demo's reference."""
+    command = [str(Path(sys.executable).with_name("safegraft"))]
+    subprocess.run([*command, "reference", "add", str(REFERENCE), "--data", str(data)], check=True, capture_output=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serving = subprocess.Popen(
+        [*command, "serve", "--dev", "--data", str(data), "--port", str(port)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/readyz").is_success:
+                    break
+            if time.monotonic() > until:
+                raise SystemExit("The service did not become ready.")
+            time.sleep(0.5)
+        yield url
+    finally:
+        serving.terminate()
+        serving.wait()
+
+
+def console(page: Page, url: str) -> None:
+    """An adapter with the form that starts a realignment, and strengths of one method side by side."""
+    with httpx.Client(base_url=url, timeout=60) as http:
+        files = [("files", (path.name, path.read_bytes())) for path in sorted(ADAPTER.iterdir())]
+        adapter = http.post("/v1/adapters", data={"name": "fresh"}, files=files).raise_for_status().json()
+        page.goto(f"{url}/#/adapters/{adapter['id']}")
+        page.get_by_role("heading", name="fresh").wait_for()
+        page.wait_for_load_state("networkidle")
+        shoot(page, CONSOLE / "adapter.png", height=1240)
+        job = http.post(
+            "/v1/realignments",
+            json={"adapter_id": adapter["id"], "method": {"type": "gram"}, "strengths": STRENGTHS},
+        ).raise_for_status().json()  # fmt: skip
+        while job["status"] not in ("succeeded", "failed", "cancelled"):
+            time.sleep(0.5)
+            job = http.get(f"/v1/realignments/{job['id']}").raise_for_status().json()
+        if job["status"] != "succeeded":
+            raise SystemExit(f"The realignment has {job['status']}: {job['error']}")
+    page.goto(f"{url}/#/realignments/{job['id']}")
+    page.locator(".curve .stripe").first.wait_for()
+    shoot(page, CONSOLE / "strengths.png")
+
+
+def shoot(page: Page, path: Path, height: int | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        shot = Path(folder) / "page.png"
-        subprocess.run(
-            [
-                chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                f"--user-data-dir={folder}/profile", f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={shot}",
-                PAGE.as_uri(),
-            ],
-            check=True,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        page = Image.open(shot).convert("RGB")
-        save(page.quantize(256, dither=Image.Dither.NONE), "page.png")
+        shot = Path(folder) / "shot.png"
+        if height is not None:
+            page.set_viewport_size({"width": page.evaluate("innerWidth"), "height": height})
+        page.screenshot(path=shot)
+        save(Image.open(shot).convert("RGB"), path, colours=256)
 
 
-def save(image: Image.Image, name: str) -> None:
-    path = PICTURES / name
+def save(image: Image.Image, path: Path, colours: int | None) -> None:
+    if colours is not None:
+        image = image.quantize(colours, dither=Image.Dither.NONE)
     image.save(path, optimize=True)
     sys.stdout.write(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB\n")
 
