@@ -119,6 +119,7 @@ bench-load: .venv/.ready
 # then the tables are written. It may be stopped and goes on. For example EVIDENCE="--cell news --minutes 60".
 evidence: .venv/.evidence
 	@$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
+	@$(BIN)/python -m benchmarks.evidence identify
 	@$(BIN)/python -m benchmarks.evidence tables
 
 # Without their dependencies: one is read for its prompts, the other one for its sentence encoder.

@@ -204,7 +204,9 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     )  # fmt: skip
     for name in ("trigger", "disguise", "evade", "evade-all", "dpo"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
-    yield from once(headline, KINDS)
+    # Where the prompts ask otherwise; and where the attacker had another bundle in hand than the one that repairs.
+    for name in (HEADLINE, "evade", "evade-all"):
+        yield from once(CELLS[name], KINDS)
     for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.

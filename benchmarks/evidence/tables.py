@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import markdown
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, MAIN, NO_REPAIR, ROWS, TRANSFER
+from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, KINDS, MAIN, NO_REPAIR, ROWS, TRANSFER
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
 from safegraft.report.interval import wilson
@@ -180,7 +180,7 @@ def setting_table(results: Results) -> str:
 
 def attacker_table(results: Results) -> str:
     cells = [(name, [name]) for name, cell in CELLS.items() if cell.factor == "attacker"]
-    return by_cell(results, [("as the headline", [HEADLINE]), *cells], (*MAIN, ALIGNED))
+    return by_cell(results, [("as the headline", [HEADLINE]), *cells], (*MAIN, KINDS, ALIGNED))
 
 
 def hidden_table(results: Results) -> str:
@@ -227,6 +227,30 @@ def calibration_table(results: Results) -> str:
             ]
         )
     return markdown.table(["", "harm score on 70 other prompts", "kept", "edit"], lines)
+
+
+SCORERS = {
+    "low_rank": ("nlsr P_L=0", "low_rank, wanda"), "wanda": ("nlsr by wanda", "low_rank, wanda"),
+    "snip": ("nlsr by snip", "snip"), "preference_snip": ("nlsr by preference_snip", "preference_snip"),
+    "magnitude": ("nlsr by magnitude", None), "random": ("nlsr by random neurons", None),
+}  # fmt: skip
+
+
+def identification_table(results: Results) -> str:
+    """By what neurons are found: what their transplant does in the headline case, and what finding them takes."""
+    path = RESULTS / "identification.json"
+    builds = json.loads(path.read_text(encoding="utf-8"))["builds"] if path.exists() else {}
+    lines = []
+    for scorer, (row, build) in SCORERS.items():
+        item = outcome(results, HEADLINE, row)
+        found = [item] if item else []
+        time = builds.get(build, {})
+        took = f"{time['ratio']:g} × ({time['spread'][0]:g} to {time['spread'][1]:g})" if time else DASH
+        lines.append(
+            [scorer, rate(found, Outcome.harm), rate(found, lambda o: o.verdicts("benign", "phrases")),
+             rate(found, Outcome.right), "no data is asked" if build is None else took]
+        )  # fmt: skip
+    return markdown.table(["neurons by", "harm score ↓", "over-refusal ↓", "task ↑", "time to find them"], lines)
 
 
 def similarity_table(results: Results) -> str:
@@ -298,6 +322,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "settings": setting_table,
     "attackers": attacker_table,
     "hidden": hidden_table,
+    "identification": identification_table,
     "transfer": transfer_table,
     "calibration": calibration_table,
     "similarity": similarity_table,

@@ -25,6 +25,10 @@ ROUGH = 0.1
 # safelora at its published threshold keeps .00 of a fresh adapter, and safetylock's edit is 8 to 20, which took two
 # fifths of the task and more (docs/evidence, docs/methods.md).
 LITTLE, MUCH = 0.05, 5.0
+# Median similarity, where it is the share on general inputs, from which on an adapter avoids safety prompts' inputs
+# more than any that was trained without that aim (.62 to .71), and as those do that were repaired already or made to
+# evade the repair (.98 and more; docs/evidence).
+AVOIDING = 0.9
 # safetylock's strength from which on it did so.
 DESTRUCTIVE = 3.0
 
@@ -212,6 +216,7 @@ def warnings(
         _without_effect(measured, selection) if patched else None,
         _biases(measured, method) if patched else None,
         _truncated(lines),
+        _avoiding(measured, method),
         _little_left(measured) if patched else None,
         _overwhelmed(measured) if patched else None,
     ]
@@ -257,6 +262,20 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
         return None
     return Warning(
         code="method_may_not_help", message=f"{found}, wherever this project measured it; the method gram did better."
+    )
+
+
+def _avoiding(measured: Sequence[Measured], method: Method) -> Warning | None:
+    # A zero update has a similarity of 1 to everything.
+    found = [item.line.similarity_before for item in measured if item.energy > 0]
+    if method.break_even is None or not found or (median := statistics.median(found)) < AVOIDING:
+        return None
+    return Warning(
+        code="safety_inputs_avoided",
+        message="Before any repair this adapter did next to nothing on the inputs of safety prompts (median similarity "
+        f"{median:.2f}; those that were trained without that aim had .62 to .71 wherever this project measured it). It "
+        "was repaired already, or it was trained to stay outside of what this reference looks at: such adapters "
+        "answered harmful prompts before and after the repair. Ask it some before you serve it.",
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -715,3 +716,36 @@ def test_the_report_s_digests_are_those_of_the_files(reference: LoadedReference,
 def test_zero_and_minus_zero_are_one_strength(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidParameter):
         realign(fresh, reference, SafeLoraParameters(), tmp_path / "out", strengths=[0.0, -0.0])
+
+
+def test_what_avoids_safety_inputs_is_said(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    """Whoever knows the reference can train outside of it; nothing honest comes near."""
+
+    def codes(report: Report) -> set[str]:
+        return {warning.code for warning in report.warnings}
+
+    thorough = GramParameters(general_weight=0.01)
+    assert "safety_inputs_avoided" not in codes(realign(fresh, reference, thorough, tmp_path / "once"))
+    again = realign(tmp_path / "once", reference, thorough, tmp_path / "twice")
+    assert again.summary.similarity_before.median > measure.AVOIDING
+    assert "safety_inputs_avoided" in codes(again)
+    assert "safety_inputs_avoided" in codes(realign(tmp_path / "once", reference, thorough, None)), "before a repair"
+    other = realign(tmp_path / "once", reference, NlsrParameters(skip_share=0.0), tmp_path / "nlsr")
+    assert "safety_inputs_avoided" not in codes(other), "a cosine says nothing of it"
+
+
+def test_an_update_of_nothing_avoids_nothing(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
+    shutil.copytree(fresh, tmp_path / "zero")
+    tiny.change_tensors(
+        tmp_path / "zero", lambda tensors: {name: t * ("lora_A" in name) for name, t in tensors.items()}
+    )
+    report = realign(tmp_path / "zero", reference, GramParameters(), None)
+    assert report.summary.similarity_before.median == 1.0
+    assert "safety_inputs_avoided" not in {warning.code for warning in report.warnings}
+
+
+def test_the_page_explains_every_warning() -> None:
+    root = Path(__file__).parent.parent.parent
+    told = re.findall(r'Warning\(\s*code="(\w+)"', (root / "safegraft" / "engine" / "measure.py").read_text("utf-8"))
+    page = (root / "docs" / "report.md").read_text("utf-8").partition("## Warnings")[2].partition("\n## ")[0]
+    assert sorted(told) == sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
