@@ -87,7 +87,9 @@ app.add_typer(admin.app, name="admin")
 app.command("report")(report_command.show)
 
 KNOWN_PARAMETERS = " ".join(
-    f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}." for name, model in MODELS.items()
+    f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}."
+    for name, model in MODELS.items()
+    if len(model.model_fields) > 1
 )
 
 
@@ -292,7 +294,8 @@ def realign(
             "--set",
             metavar="NAME=VALUE",
             envvar="SAFEGRAFT_SET",
-            help=f"A parameter of the method (of nlsr where none is named); repeatable. {KNOWN_PARAMETERS}",
+            help="A parameter of the method; where none is named, of the only one that knows it; repeatable. "
+            f"{KNOWN_PARAMETERS}",
         ),
     ] = [],  # noqa: B006
     strengths: Annotated[
@@ -556,10 +559,7 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
     if method not in (*MODELS, DEFAULT_METHOD):
         known = ", ".join([*MODELS, DEFAULT_METHOD])
         raise InvalidParameter(f"Unknown method {method!r}; known: {known}.", param="--method")
-    if method == DEFAULT_METHOD and settings:
-        # Which method would be recommended is only known when the adapter has been read.
-        method = "nlsr"
-    values: dict[str, Any] = {"type": method}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
@@ -567,14 +567,29 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
         if name == "type":
             raise InvalidParameter("The method is chosen by --method, not by --set type=….", param="--set")
         values[name] = value
+    if method == DEFAULT_METHOD and values:
+        method = _knowing(list(values))
     try:
         # All of them are text here.
-        return METHOD_PARAMETERS.validate_python(values, strict=False)
+        return METHOD_PARAMETERS.validate_python({"type": method, **values}, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][-1])
         known = ", ".join(key for key in MODELS[method].model_fields if key != "type")
         raise InvalidParameter(f"{name}: {first['msg']}.", param=name, hint=f"{method} knows: {known}.") from error
+
+
+def _knowing(names: list[str]) -> str:
+    """The one method that has all of these parameters: which one is recommended is only known later. Raises
+    InvalidParameter."""
+    found = [method for method, model in MODELS.items() if set(names) <= model.model_fields.keys() - {"type"}]
+    if len(found) == 1:
+        return found[0]
+    for name in names:
+        if not any(name in model.model_fields for model in MODELS.values()):
+            raise InvalidParameter(f"{name}: no method has such a parameter.", param=name, hint=KNOWN_PARAMETERS)
+    which = f"{' and '.join(found)} have {' and '.join(names)}" if found else f"no method has all of {', '.join(names)}"
+    raise InvalidParameter(f"Of which method? {which}.", param="--method", hint="Name it with --method.")
 
 
 @reference_app.command("build")
