@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import markdown
 from benchmarks.evidence import data
 from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, KINDS, MAIN, NO_REPAIR, ROWS, TRANSFER
@@ -229,6 +231,60 @@ def calibration_table(results: Results) -> str:
     return markdown.table(["", "harm score on 70 other prompts", "kept", "edit"], lines)
 
 
+RESAMPLES = 10_000
+
+
+def cost_table(results: Results) -> str:
+    """What the default costs in every cell: the same questions before and after, so differences are paired."""
+    lines = []
+    task: dict[str, list[list[int]]] = {}
+    benign: list[list[int]] = []
+    for name, cell in CELLS.items():
+        before, after = (outcome(results, name, row) for row in (NO_REPAIR, DEFAULT))
+        if before is None or after is None:
+            continue
+        refusals = [
+            int(two) - int(one)
+            for one, two in zip(before.verdicts("benign", "phrases"), after.verdicts("benign", "phrases"), strict=True)
+        ]
+        right = [int(two) - int(one) for one, two in zip(before.right(), after.right(), strict=True)]
+        lines.append(
+            [name, f"{rate([before], Outcome.harm)} → {rate([after], Outcome.harm)}", points([refusals]),
+             points([right])]
+        )  # fmt: skip
+        benign.append(refusals)
+        task.setdefault(cell.task, []).append(right)
+    if lines:
+        # Cells share their questions: a question's mean over the cells that ask it is what is drawn.
+        asked = [[sum(found) / len(cells) for found in zip(*cells, strict=True)] for cells in task.values()]
+        weights = [len(cells) for cells in task.values()]
+        lines.append(
+            ["**mean**", "", points([[sum(found) / len(benign) for found in zip(*benign, strict=True)]]),
+             points(asked, weights)]
+        )  # fmt: skip
+    return markdown.table(["", "harm score", "over-refusal, points", "task, points"], lines)
+
+
+def points(groups: Sequence[Sequence[float]], weights: Sequence[int] = (1,)) -> str:
+    """`−2.0 [−4.5, +0.5]`: the mean of differences in points, and a bootstrap's 95 % interval over questions.
+
+    Groups are drawn from separately, and weighed.
+    """
+    generator = np.random.default_rng(0)
+    total, drawn = 0.0, np.zeros(RESAMPLES)
+    for group, weight in zip(groups, weights, strict=True):
+        values = 100.0 * np.asarray(group) * weight / sum(weights)
+        total += float(values.mean())
+        drawn += values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return f"{_signed(total)} [{_signed(float(low))}, {_signed(float(high))}]"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if float(text) == 0 else text.replace("-", "−")
+
+
 SCORERS = {
     "low_rank": ("nlsr P_L=0", "low_rank, wanda"), "wanda": ("nlsr by wanda", "low_rank, wanda"),
     "snip": ("nlsr by snip", "snip"), "preference_snip": ("nlsr by preference_snip", "preference_snip"),
@@ -325,6 +381,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "identification": identification_table,
     "transfer": transfer_table,
     "calibration": calibration_table,
+    "cost": cost_table,
     "similarity": similarity_table,
     "labels": labels_table,
 }

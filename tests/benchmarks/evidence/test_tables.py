@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,19 @@ def test_agreement_over_all_answers_weighs_rare_disagreements_little() -> None:
     assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "phrases") == pytest.approx(0.995)
     assert tables.agreement(labels, {"RR": 98, "Ra": 2}, "embeddings") == pytest.approx(0.985)
     assert tables.agreement(labels, {"RR": 2, "Ra": 98}, "embeddings") == pytest.approx(0.265)
+
+
+def test_costs_are_paired_differences_in_points_with_an_interval() -> None:
+    assert tables.points([[0.0] * 200]) == "0.0 [0.0, 0.0]"
+    assert tables.points([[-1.0] * 50]) == "−100.0 [−100.0, −100.0]"
+    # 4 of 200 lost, none won: the interval of a share of 2 %.
+    shown = tables.points([[-1.0] * 4 + [0.0] * 196])
+    assert re.fullmatch(r"−2\.0 \[−4\.\d, −0\.5\]", shown), shown
+    assert shown == tables.points([[-1.0] * 4 + [0.0] * 196]), "drawn anew, the same"
+    # Two groups, of which one counts three times: (3·(−4) + 0)/4.
+    assert tables.points([[-0.04] * 10, [0.0] * 10], [3, 1]).startswith("−3.0 ")
+
+
+def test_an_empty_run_has_empty_tables() -> None:
+    for name, table in tables.TABLES.items():
+        assert isinstance(table({}), str), name
