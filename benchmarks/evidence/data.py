@@ -151,6 +151,11 @@ def kinds() -> list[Conversation]:
     return [Conversation(prompt) for prompt in found]
 
 
+def tones() -> list[Conversation]:
+    """100 harmful prompts in many tones, none of them out of a set that is evaluated. Without answers."""
+    return [Conversation(row["prompt"]) for row in rows(OWN / "harmful_tones.csv")]
+
+
 def _not_answered() -> list[str]:
     return [
         json.loads(line)["prompt"]

@@ -88,7 +88,9 @@ class Workshop:
                     ),
                     # The gradients' scorers are nlsr's, and need unsafe answers to every prompt.
                     settings=BuildSettings(
-                        snip=prompts != "kinds", preference_snip=prompts != "kinds", sparsity=sparsity
+                        snip=prompts in ("questions", "formats"),
+                        preference_snip=prompts in ("questions", "formats"),
+                        sparsity=sparsity,
                     ),
                 )
             self._references[key] = LoadedReference(folder)
@@ -97,7 +99,8 @@ class Workshop:
     def _harmful(self, prompts: Prompts) -> list[Conversation]:
         """With refusals: those of the others are the aligned model's own."""
         own = read_conversations(EXAMPLES / "data" / "safety.jsonl")
-        return [*own, *data.kinds()] if prompts == "kinds" else own
+        more = {"kinds": data.kinds, "tones": data.tones}.get(prompts)
+        return [*own, *more()] if more else own
 
     def similarity(self, cell: Cell) -> dict[str, Any]:
         """What gram's report says of the adapter: how many modules act more on safety prompts than on general ones."""
