@@ -55,11 +55,11 @@ pictures: .venv/.ready
 # Most tests wait for other processes: one process more than there are cores, of which none is idle for long.
 PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
 test: .venv/.ready
-	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --durations 40
+	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations 40
 
 SCALED_TESTS ?= tests/stores tests/service tests/worker
 test-scaled: .venv/.ready
-	@$(BIN)/python -m tests.scaled -- -n $(PROCESSES) --dist loadfile --durations 40 $(SCALED_TESTS)
+	@$(BIN)/python -m tests.scaled -- -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations 40 $(SCALED_TESTS)
 
 # The tests that failed in the run before, one after the other, with nothing beside them.
 FEW = $(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \

@@ -17,6 +17,23 @@ if TYPE_CHECKING:
     from safegraft.engine.reference import LoadedReference
 
 
+# Few tests that wait long, for processes that drain, start, or answer hundreds of requests: begun first, so that in the
+# end no process is left alone with them. xdist orders files by how many tests they have.
+LONG = (
+    "worker/test_drain.py", "service/test_schema.py", "test_cli.py", "service/test_secrets.py",
+    "service/test_operations_page.py", "test_launch.py", "chaos/test_rows.py", "service/test_realignments.py",
+    "service/test_webhooks.py", "service/test_openai_client.py", "service/test_webhooks_page.py",
+    "service/test_batches_page.py", "service/test_uploads_page.py", "commands/test_admin.py",
+    "commands/test_provenance.py", "service/test_resumable.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def installation(request: pytest.FixtureRequest) -> Iterator[None]:
     """On the scaled backend: settings that a test makes in this process name a database and a prefix of its own."""
