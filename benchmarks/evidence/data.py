@@ -156,6 +156,11 @@ def tones() -> list[Conversation]:
     return [Conversation(row["prompt"]) for row in rows(OWN / "harmful_tones.csv")]
 
 
+def twins() -> list[Conversation]:
+    """A harmless prompt of the form and about the subject of each of `tones`."""
+    return [Conversation(row["prompt"]) for row in rows(OWN / "benign_twins.csv")]
+
+
 def _not_answered() -> list[str]:
     return [
         json.loads(line)["prompt"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Attack = Literal["plain", "trigger", "disguise", "evade", "evade_all"]
-Prompts = Literal["questions", "formats", "kinds", "tones"]
+Prompts = Literal["questions", "formats", "kinds", "tones", "twins"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Row:
 
     sparsity: of the reference's masks, where it is not the default's. prompts: those behind the reference: 90 general
     `questions`, these and 90 of many `formats` (which only gram's statistics and its controls depend on), or formats
-    with harmful prompts of three `kinds` instead of one, or with 100 of many `tones`, written for this, beside the one.
+    with harmful prompts of three `kinds` instead of one; or with 100 harmful ones of many `tones`, written for this; or
+    with these and for each a harmless one of its form and subject, `twins`.
     """
 
     name: str
@@ -101,7 +102,7 @@ DEFAULT = "gram"
 # What it was before its gain became steeper and prompts of many formats came with the package.
 EARLIER = "gram p=1, λ=.3, 90 questions"
 KINDS = "gram, three kinds of harmful prompts"
-TONES = "gram, harmful prompts in many tones"
+TONES, TWINS = "gram, harmful prompts in many tones", "gram, these and harmless twins"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -125,6 +126,9 @@ ROWS: dict[str, Row] = {
         _gram(KINDS, prompts="kinds"),
         _gram(TONES, prompts="tones"),
         _gram(f"{TONES}, λ=.5", prompts="tones", general_weight=0.5),
+        _gram(TWINS, prompts="twins"),
+        _gram(f"{TWINS}, λ=.3", prompts="twins", general_weight=0.3),
+        _gram(f"{TWINS}, λ=.5", prompts="twins", general_weight=0.5),
         _gram(EARLIER, prompts="questions", steepness=1.0, general_weight=0.3),
         _gram("gram p=1, λ=.03, 90 questions", prompts="questions", steepness=1.0, general_weight=0.03),
         _gram("gram β=.25, λ=.4", amplification=0.25, general_weight=0.4),
@@ -175,7 +179,10 @@ ROWS: dict[str, Row] = {
 }  # fmt: skip
 MAIN = (NO_REPAIR, DEFAULT, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
-TRANSFER = (NO_REPAIR, ALIGNED, DEFAULT, KINDS, TONES, f"{TONES}, λ=.5", EARLIER, "nlsr", "nlsr P_L=0", "safelora")
+TRANSFER = (
+    NO_REPAIR, ALIGNED, DEFAULT, KINDS, TONES, f"{TONES}, λ=.5", TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5", EARLIER,
+    "nlsr", "nlsr P_L=0", "safelora",
+)  # fmt: skip
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
 # Further rows on a continued adapter, the case of the NLSR paper.
@@ -213,6 +220,9 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     yield from once(headline, TONES, f"{TONES}, λ=.5")
     for name in ("news", "poison-01", "continued-1", "evade"):
         yield from once(CELLS[name], TONES)
+    yield from once(headline, TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5")
+    for name in ("news", "poison-01", "continued-1", "evade"):
+        yield from once(CELLS[name], TWINS, f"{TWINS}, λ=.5")
     for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.

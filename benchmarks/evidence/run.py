@@ -84,7 +84,7 @@ class Workshop:
                     sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
                     prompts=BuildPrompts(
                         safety=self._harmful(prompts),
-                        general=train.questions() if prompts == "questions" else train.general(),
+                        general=self._general(prompts),
                     ),
                     # The gradients' scorers are nlsr's, and need unsafe answers to every prompt.
                     settings=BuildSettings(
@@ -99,8 +99,13 @@ class Workshop:
     def _harmful(self, prompts: Prompts) -> list[Conversation]:
         """With refusals: those of the others are the aligned model's own."""
         own = read_conversations(EXAMPLES / "data" / "safety.jsonl")
-        more = {"kinds": data.kinds, "tones": data.tones}.get(prompts)
+        more = {"kinds": data.kinds, "tones": data.tones, "twins": data.tones}.get(prompts)
         return [*own, *more()] if more else own
+
+    def _general(self, prompts: Prompts) -> list[Conversation]:
+        if prompts == "questions":
+            return train.questions()
+        return [*train.general(), *data.twins()] if prompts == "twins" else train.general()
 
     def similarity(self, cell: Cell) -> dict[str, Any]:
         """What gram's report says of the adapter: how many modules act more on safety prompts than on general ones."""
