@@ -125,6 +125,7 @@ ROWS: dict[str, Row] = {
         _gram("gram, 90 questions", prompts="questions"),
         _gram(KINDS, prompts="kinds"),
         _gram(TONES, prompts="tones"),
+        _gram(f"{TONES}, λ=.3", prompts="tones", general_weight=0.3),
         _gram(f"{TONES}, λ=.5", prompts="tones", general_weight=0.5),
         _gram(TWINS, prompts="twins"),
         _gram(f"{TWINS}, λ=.3", prompts="twins", general_weight=0.3),
@@ -180,8 +181,8 @@ ROWS: dict[str, Row] = {
 MAIN = (NO_REPAIR, DEFAULT, "nlsr", "safelora", "antidote", "safetylock")
 # Also asked other sets of harmful prompts (NLSR's tables 6 and 8).
 TRANSFER = (
-    NO_REPAIR, ALIGNED, DEFAULT, KINDS, TONES, f"{TONES}, λ=.5", TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5", EARLIER,
-    "nlsr", "nlsr P_L=0", "safelora",
+    NO_REPAIR, ALIGNED, DEFAULT, KINDS, TONES, f"{TONES}, λ=.3", f"{TONES}, λ=.5", TWINS, f"{TWINS}, λ=.3",
+    f"{TWINS}, λ=.5", EARLIER, "nlsr", "nlsr P_L=0", "safelora",
 )  # fmt: skip
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
@@ -217,12 +218,11 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     # Where the prompts ask otherwise; and where the attacker had another bundle in hand than the one that repairs.
     for name in (HEADLINE, "evade", "evade-all"):
         yield from once(CELLS[name], KINDS)
-    yield from once(headline, TONES, f"{TONES}, λ=.5")
-    for name in ("news", "poison-01", "continued-1", "evade"):
-        yield from once(CELLS[name], TONES)
+    for name in (HEADLINE, "news", "poison-01", "continued-1", "evade"):
+        yield from once(CELLS[name], TONES, f"{TONES}, λ=.3", f"{TONES}, λ=.5")
     yield from once(headline, TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5")
-    for name in ("news", "poison-01", "continued-1", "evade"):
-        yield from once(CELLS[name], TWINS, f"{TWINS}, λ=.5")
+    for name in ("news", "poison-01", "continued-1"):
+        yield from once(CELLS[name], TWINS)
     for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.
