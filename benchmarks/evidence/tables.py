@@ -14,7 +14,19 @@ import numpy as np
 
 from benchmarks import markdown
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, CELLS, DEFAULT, HEADLINE, KINDS, MAIN, NO_REPAIR, ROWS, TRANSFER
+from benchmarks.evidence.grid import (
+    ALIGNED,
+    CELLS,
+    DEFAULT,
+    HEADLINE,
+    KINDS,
+    MAIN,
+    NO_REPAIR,
+    ROWS,
+    TONES,
+    TRANSFER,
+    TWINS,
+)
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
 from safegraft.report.interval import wilson
@@ -213,6 +225,18 @@ def transfer_table(results: Results) -> str:
     return markdown.table(["harm score", "AdvBench (held out)", "HarmBench", "Do-Not-Answer"], lines)
 
 
+def reference_table(results: Results) -> str:
+    """Other prompts behind the reference."""
+    cells = [
+        ("headline", [HEADLINE]), ("news", ["news"]), ("p = .01", ["poison-01"]), ("continued", ["continued-1"]),
+        ("evade", ["evade"]), ("evade-all", ["evade-all"]),
+    ]  # fmt: skip
+    rows = [
+        NO_REPAIR, DEFAULT, KINDS, TONES, f"{TONES}, λ=.3", f"{TONES}, λ=.5", TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5",
+    ]  # fmt: skip
+    return by_cell(results, cells, rows)
+
+
 def calibration_table(results: Results) -> str:
     """Strengths on prompts that are not evaluated: only what a strength would be chosen by."""
     lines = []
@@ -380,6 +404,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "hidden": hidden_table,
     "identification": identification_table,
     "transfer": transfer_table,
+    "references": reference_table,
     "calibration": calibration_table,
     "cost": cost_table,
     "similarity": similarity_table,
