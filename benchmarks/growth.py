@@ -26,6 +26,7 @@ from safegraft.adapter import WEIGHTS
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
+from safegraft.pages import prefer_large_pages
 
 RANKS = (8, 16, 32, 64, 128, 256)
 LAYERS = (10, 20, 40, 80)
@@ -84,6 +85,7 @@ def line(points: list[dict[str, Any]], over: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    prefer_large_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=3, metavar=("ADAPTER", "REFERENCE", "TURNS"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="two points a line, one turn, nothing written")

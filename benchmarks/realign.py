@@ -29,6 +29,7 @@ from safegraft.engine.methods.base import Kinship, Method, Selection
 from safegraft.engine.pipeline import realign
 from safegraft.engine.products import fast_products
 from safegraft.engine.reference import LoadedReference
+from safegraft.pages import prefer_large_pages
 
 # Of the eigenpairs of each layer input; a real reference of the small model keeps about as many, one of the large model
 # would be built with --max-pairs.
@@ -132,6 +133,7 @@ def rows(work: Path, shape: Shape, ranks: tuple[int, ...], methods: list[str], t
 
 
 def main() -> None:
+    prefer_large_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the small shape alone, two turns, nothing written")
     arguments = parser.parse_args()

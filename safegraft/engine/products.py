@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from safegraft.pages import prefer_large_pages
+
 # (rows, inner, columns): a factor with itself, square, wide, few rows.
 _SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
 _SHAPES_KEPT = 64
@@ -55,9 +57,7 @@ def fast_products() -> Iterator[bool]:
         # Read when oneDNN is first used. It keeps code and memory for every shape, 1024 of them if it is not told; an
         # adapter may have a rank of its own in every module, and that was a gigabyte.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES_KEPT))
-        # Read when PyTorch first has a large tensor. Pages of 2 MiB where Linux has them: a module's factors are some
-        # thousands of small ones, and having them anew costs more than what is written into them.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        prefer_large_pages()
         if _setting.blocks == 0:
             _setting.before = matmul.fp32_precision
             matmul.fp32_precision = "bf16"
