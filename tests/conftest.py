@@ -31,6 +31,7 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     place = {here / name: number for number, name in enumerate(LONG)}
+    assert all(path.is_file() for path in place), "a file of LONG was renamed"
     items.sort(key=lambda item: place.get(item.path, len(place)))
 
 

@@ -222,7 +222,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
         yield from once(CELLS[name], TONES, f"{TONES}, λ=.3", f"{TONES}, λ=.5")
     yield from once(headline, TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5")
     for name in ("news", "poison-01", "continued-1"):
-        yield from once(CELLS[name], TWINS)
+        yield from once(CELLS[name], TWINS, f"{TWINS}, λ=.5")
     for name in ("rank-8", "rank-64", "slow", "continued-20", "continued-2", "news-clean"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.

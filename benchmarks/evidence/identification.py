@@ -2,8 +2,8 @@
 
 A reference is built from the first prompts of examples/data/safety.jsonl, without general ones, in turn with the
 scorers that need no gradients (low_rank and wanda come out of one pass), with snip, and with preference_snip. Counted
-are the stages that belong to a scorer: statistics of the safe answers, gradients, masks. Ratios to the first build's,
-medians over turns.
+are statistics of the safe answers, gradients and masks; the first two scorers come with every build. Ratios to the
+first build's, medians over turns.
 """
 
 import json

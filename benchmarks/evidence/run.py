@@ -76,7 +76,7 @@ class Workshop:
         sparsity = sparsity if sparsity is not None else BuildSettings.sparsity
         key = aligned, prompts, sparsity
         if key not in self._references:
-            folder = self._folder / "references" / f"{aligned}-{prompts}-{sparsity:g}"
+            folder = self._folder / "references" / f"{aligned}-{prompts}-{sparsity:g}{self._edition(prompts)}"
             if not folder.exists():
                 print(f"reference {folder.name}: building", flush=True)
                 build_reference(
@@ -95,6 +95,13 @@ class Workshop:
                 )
             self._references[key] = LoadedReference(folder)
         return self._references[key]
+
+    def _edition(self, prompts: Prompts) -> str:
+        """Of prompts that are written here: what changes in them makes another reference."""
+        if prompts in ("questions", "formats"):
+            return ""
+        text = json.dumps([item.prompt for item in (*self._harmful(prompts), *self._general(prompts))])
+        return f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def _harmful(self, prompts: Prompts) -> list[Conversation]:
         """With refusals: those of the others are the aligned model's own."""

@@ -330,7 +330,7 @@ def identification_table(results: Results) -> str:
             [scorer, rate(found, Outcome.harm), rate(found, lambda o: o.verdicts("benign", "phrases")),
              rate(found, Outcome.right), "no data is asked" if build is None else took]
         )  # fmt: skip
-    return markdown.table(["neurons by", "harm score ↓", "over-refusal ↓", "task ↑", "time to find them"], lines)
+    return markdown.table(["neurons by", "harm score ↓", "over-refusal ↓", "task ↑", "time of a build with it"], lines)
 
 
 def similarity_table(results: Results) -> str:

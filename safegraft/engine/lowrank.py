@@ -120,7 +120,8 @@ def with_gram(of_b: Tensor, a: Tensor, *others: Tensor) -> tuple[float, ...] | N
     if not (_usual(product) and _usual(of_b) and all(_usual(other) for other in (a, *others))):
         return None
     # A row's sum in float32, which is added up pairwise and fast; the rows' in float64.
-    return tuple(float((product * other).sum(dim=1).sum(dtype=torch.float64)) for other in others)
+    found = tuple(float((product * other).sum(dim=1).sum(dtype=torch.float64)) for other in others)
+    return found if all(map(math.isfinite, found)) else None
 
 
 def norm(b: Tensor, a: Tensor) -> float:

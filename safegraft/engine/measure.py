@@ -274,8 +274,8 @@ def _avoiding(measured: Sequence[Measured], method: Method) -> Warning | None:
         code="safety_inputs_avoided",
         message="Before any repair this adapter did next to nothing on the inputs of safety prompts (median similarity "
         f"{median:.2f}; those that were trained without that aim had .62 to .71 wherever this project measured it). It "
-        "was repaired already, or it was trained to stay outside of what this reference looks at: such adapters "
-        "answered harmful prompts before and after the repair. Ask it some before you serve it.",
+        "was repaired already, or it was trained to stay outside of what this reference looks at: adapters of that "
+        "kind answered harmful prompts before gram's repair and after it. Ask it some before you serve it.",
     )
 
 

