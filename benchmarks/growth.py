@@ -26,7 +26,7 @@ from safegraft.adapter import WEIGHTS
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 
 RANKS = (8, 16, 32, 64, 128, 256)
 LAYERS = (10, 20, 40, 80)

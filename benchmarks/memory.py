@@ -20,7 +20,7 @@ from benchmarks.shapes import LLAMA_3_8B, write_adapter, write_reference
 from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 
 RANK, PAIRS = 128, 128
 ROWS: dict[str, dict[str, Any]] = {

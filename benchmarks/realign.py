@@ -29,7 +29,7 @@ from safegraft.engine.methods.base import Kinship, Method, Selection
 from safegraft.engine.pipeline import realign
 from safegraft.engine.products import fast_products
 from safegraft.engine.reference import LoadedReference
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 
 # Of the eigenpairs of each layer input; a real reference of the small model keeps about as many, one of the large model
 # would be built with --max-pairs.

@@ -25,7 +25,7 @@ from benchmarks import timing
 from benchmarks.shapes import LLAMA_3_8B, LLAMA_32_1B, SMOLLM2_135M, Shape
 from safegraft.engine import lowrank
 from safegraft.engine.parallel import each, one_thread_each
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 
 Factors = tuple[Tensor, Tensor]
 REFERENCE_RANK, RANK = 32, 32

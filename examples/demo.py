@@ -65,8 +65,8 @@ def build_reference() -> Path:
     return out
 
 
-def start_service(reference: Path, port: int) -> subprocess.Popen[bytes]:
-    data = WORK / "data"
+def start_service(reference: Path, port: int, data: Path = WORK / "data") -> subprocess.Popen[bytes]:
+    """A service without keys that has this reference, and is ready; what lay in its data folder is gone."""
     shutil.rmtree(data, ignore_errors=True)
     subprocess.run(safegraft("reference", "add", str(reference), "--data", str(data)), check=True)
     service = subprocess.Popen(safegraft("serve", "--dev", "--port", str(port), "--data", str(data)))

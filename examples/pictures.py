@@ -5,16 +5,12 @@ of a real service, to which the demo's adapter is given. Screenshots have 256 co
 the slide has all of them, because fewer would bend its scales.
 """
 
-import contextlib
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
+import demo  # type: ignore[import-not-found] # the module beside this one
 import httpx
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -42,41 +38,19 @@ def main() -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(PAGE.as_uri())
         shoot(page, PICTURES / "page.png")
-        with service(Path(folder)) as url:
-            console(browser.new_page(viewport={"width": 1120, "height": 1300}), url)
+        port = demo.free_port()
+        service = demo.start_service(REFERENCE, port, Path(folder) / "data")
+        try:
+            console(browser.new_page(viewport={"width": 1120, "height": 1300}), f"http://127.0.0.1:{port}")
+        finally:
+            service.terminate()
+            service.wait(60)
         browser.close()
-
-
-@contextlib.contextmanager
-def service(data: Path) -> Iterator[str]:
-    """The address of a service without keys that has the demo's reference."""
-    command = [str(Path(sys.executable).with_name("safegraft"))]
-    subprocess.run([*command, "reference", "add", str(REFERENCE), "--data", str(data)], check=True, capture_output=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serving = subprocess.Popen(
-        [*command, "serve", "--dev", "--data", str(data), "--port", str(port)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{url}/readyz").is_success:
-                    break
-            if time.monotonic() > until:
-                raise SystemExit("The service did not become ready.")
-            time.sleep(0.5)
-        yield url
-    finally:
-        serving.terminate()
-        serving.wait()
 
 
 def console(page: Page, url: str) -> None:
     """An adapter with the form that starts a realignment, and strengths of one method side by side."""
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
         files = [("files", (path.name, path.read_bytes())) for path in sorted(ADAPTER.iterdir())]
         adapter = http.post("/v1/adapters", data={"name": "fresh"}, files=files).raise_for_status().json()
         page.goto(f"{url}/#/adapters/{adapter['id']}")
@@ -87,11 +61,7 @@ def console(page: Page, url: str) -> None:
             "/v1/realignments",
             json={"adapter_id": adapter["id"], "method": {"type": "gram"}, "strengths": STRENGTHS},
         ).raise_for_status().json()  # fmt: skip
-        while job["status"] not in ("succeeded", "failed", "cancelled"):
-            time.sleep(0.5)
-            job = http.get(f"/v1/realignments/{job['id']}").raise_for_status().json()
-        if job["status"] != "succeeded":
-            raise SystemExit(f"The realignment has {job['status']}: {job['error']}")
+        demo.follow(http, job["id"], "gram")
     page.goto(f"{url}/#/realignments/{job['id']}")
     page.locator(".curve .stripe").first.wait_for()
     shoot(page, CONSOLE / "strengths.png")

@@ -54,7 +54,7 @@ from safegraft.files import read_bounded, sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
 from safegraft.ingest import companions_of
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.provenance import (
     Invocation,

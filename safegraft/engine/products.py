@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from safegraft.pages import prefer_large_pages
+from safegraft.large_pages import prefer_large_pages
 
 # (rows, inner, columns): a factor with itself, square, wide, few rows.
 _SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
