@@ -32,8 +32,8 @@ from rich.table import Column, Table
 from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, MAX_MANIFEST_BYTES, read_manifest, reference_id, verify_bundle
-from safegraft.commands import admin, keys, provenance
 from safegraft.commands import report as report_command
+from safegraft.commands.groups import Groups
 from safegraft.commands.report import tell_report
 from safegraft.commands.terminal import (
     Data,
@@ -43,11 +43,13 @@ from safegraft.commands.terminal import (
     out,
     plain,
     print_json,
+    references_of,
     settings_for,
     tell,
     use_any_encoding,
 )
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
+from safegraft.contracts.report import Subject
 from safegraft.dsse import load_public_key, load_signing_key
 from safegraft.errors import InvalidParameter, SafegraftError
 from safegraft.files import read_bounded, sha256_file
@@ -68,13 +70,11 @@ from safegraft.records import compatibility
 from safegraft.report import render, with_headline
 from safegraft.report.text import Look, inspection
 from safegraft.sizes import update_sizes
-from safegraft.stores.keys import KeyStore
-from safegraft.stores.references import open_references
-from safegraft.vault import open_vault
 from safegraft.verification import MAX_DOCUMENT_BYTES, Evidence
 
 app = typer.Typer(
     name="safegraft",
+    cls=Groups,
     help="Repairs the safety of fine-tuned LoRA adapters, after the fine-tuning and without training.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -82,9 +82,6 @@ app = typer.Typer(
 )
 reference_app = typer.Typer(help="Build, install and check references.", no_args_is_help=True)
 app.add_typer(reference_app, name="reference")
-app.add_typer(keys.app, name="keys")
-app.add_typer(provenance.app, name="provenance")
-app.add_typer(admin.app, name="admin")
 app.command("report")(report_command.show)
 
 KNOWN_PARAMETERS = " ".join(
@@ -221,7 +218,7 @@ def serve(
             code="no_api_keys",
             hint=f"Make one with: safegraft keys create --data {data}. Or try it with --dev.",
         )
-    if not open_references(settings_for(data)).installed():
+    if not references_of(settings_for(data)).installed():
         err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
     broker = os.environ.get("SAFEGRAFT_REDIS_URL") or os.environ.get("REDIS_URL", "")
     run(
@@ -376,6 +373,8 @@ def realign(
             output_rank=output_rank.value,
             progress=progress,
         )
+        subject = Subject(adapter=adapter.resolve().name, written_at=int(time.time()))
+        report = report.model_copy(update={"subject": subject})
         files = render(report, stem)
         if probing is not None:
             report = _probed(report, *probing, adapter, to, device)
@@ -415,6 +414,9 @@ def _refuse_inside(to: Path, adapter: Path) -> None:
 
 
 def _has_key(data: Path) -> bool:
+    from safegraft.stores.keys import KeyStore
+    from safegraft.vault import open_vault
+
     settings = settings_for(data)
     if not settings.database_url and not data.exists():
         return False  # asked without making anything
@@ -513,6 +515,8 @@ def verify_report(
     Exit status 1 where something differs."""
     body = read_bounded(report, MAX_DOCUMENT_BYTES)
     if media_type(body) is not None:
+        from safegraft.commands import provenance
+
         evidence = Evidence(
             adapter=adapter,
             side_cars=side_cars,
@@ -537,7 +541,7 @@ def verify_report(
             f"{report} is neither report nor provenance.", code="not_a_report", param="FILE"
         ) from error
     # Where it lies is for whoever checks to say: a path out of the report would be of its author's choice.
-    folder = _find(reference, data) if reference else open_references(settings_for(data)).folder(claimed.reference.id)
+    folder = _find(reference, data) if reference else references_of(settings_for(data)).folder(claimed.reference.id)
     from safegraft.engine.models import check_device
     from safegraft.engine.rerun import rerun
 
@@ -753,7 +757,7 @@ def add(
 
     A running service sees it without a restart.
     """
-    installed = open_references(settings_for(data)).add(reference)
+    installed = references_of(settings_for(data)).add(reference)
     if as_json:
         print_json({"id": installed.id, "name": installed.manifest.name, "folder": str(installed.folder)})
     else:
@@ -763,7 +767,7 @@ def add(
 @reference_app.command("list")
 def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     """Lists the installed references, newest first."""
-    found = open_references(settings_for(data)).installed()
+    found = references_of(settings_for(data)).installed()
     if as_json:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
@@ -781,7 +785,7 @@ def show(reference: str, data: Data = Path("var"), as_json: Json = False) -> Non
     if Path(reference).is_dir():
         raw = read_bounded(_bundle(Path(reference)) / MANIFEST, MAX_MANIFEST_BYTES)
     else:
-        raw = open_references(settings_for(data)).manifest(reference)
+        raw = references_of(settings_for(data)).manifest(reference)
     text = raw.decode("utf-8", "replace")
     # Programs get it as it is; a folder may hold anything under this name, which no terminal is to act on.
     sys.stdout.write("\n".join(map(plain, text.split("\n"))) if sys.stdout.isatty() else text)
@@ -803,7 +807,7 @@ def _find(reference: str, data: Path) -> Path:
     """The folder of an installed reference (by id) or of a bundle (by folder)."""
     if Path(reference).is_dir():
         return _bundle(Path(reference))
-    return open_references(settings_for(data)).folder(reference)
+    return references_of(settings_for(data)).folder(reference)
 
 
 def _bundle(folder: Path) -> Path:

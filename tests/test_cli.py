@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from safegraft import __version__
 from safegraft.cli import app
@@ -94,11 +95,19 @@ def test_every_option_has_its_environment_variable() -> None:
                 option = parameter.opts[0]
                 assert parameter.envvar == "SAFEGRAFT_" + option.removeprefix("--").replace("-", "_").upper()
                 checked.add(option)
-        for inner in getattr(command, "commands", {}).values():
-            check(inner)
+        if isinstance(command, TyperGroup):
+            context = typer.Context(command)
+            for name in command.list_commands(context):
+                check(command.get_command(context, name))
 
     check(typer.main.get_command(app))
-    assert {"--json", "--data", "--set", "--out", "--batch-size", "--analyze", "--dev"} <= checked
+    assert {"--json", "--data", "--set", "--out", "--batch-size", "--analyze", "--dev", "--scopes", "--dead"} <= checked
+
+
+def test_the_database_is_imported_by_commands_that_ask_it() -> None:
+    """It takes as long as everything else that the others import."""
+    listed = "import sys, safegraft.cli; print([name for name in ('sqlalchemy', 'torch') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_inspect(fresh: Path) -> None:

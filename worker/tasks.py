@@ -36,7 +36,7 @@ from safegraft.contracts.methods import strength_name
 from safegraft.contracts.queue import NOT_STARTED, REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.reference import ReferenceManifest
-from safegraft.contracts.report import Report
+from safegraft.contracts.report import Report, Subject
 from safegraft.dsse import load_signing_key
 from safegraft.errors import CorruptReference, LostLease, NotFound, OverLimit, SafegraftError, SystemFault, UserError
 from safegraft.files import folder_bytes, sha256_file, side_car_folder
@@ -394,6 +394,8 @@ def _attempt(bench: Bench, claim: Claim, beat: Heartbeat) -> None:
         )
         beat.report("publish")
         publishing = time.monotonic()
+        subject = Subject(adapter=customer.name or customer.id, realignment_id=claim.id, written_at=int(time.time()))
+        report = report.model_copy(update={"subject": subject})
         render(report, desk.report / "report")
         failpoints.hit("worker.written")
         timings = {**report.timings, "fetch": fetched - began, "render": time.monotonic() - publishing}

@@ -4,17 +4,20 @@ import json
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from sqlalchemy.engine import Engine
 
 from safegraft.errors import InvalidParameter
 from safegraft.report.text import Look
 from safegraft.settings import SharedSettings
-from safegraft.stores.database import open_database
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Engine
+
+    from safegraft.stores.references import ReferenceRegistry
 
 out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
@@ -52,6 +55,18 @@ def settings_for(data: Path) -> SharedSettings:
         raise InvalidParameter(f"The setting {where} cannot be used: {first['msg']}.", param=where) from None
 
 
-def database_of(settings: SharedSettings) -> Engine:
+# The stores are imported where a command asks for them: groups.py says why.
+
+
+def database_of(settings: SharedSettings) -> "Engine":
     """The service's database, made where it is not there yet. Raises SystemFault where it is another version's."""
+    from safegraft.stores.database import open_database
+
     return open_database(settings.database, upgrade=settings.database_upgrade)
+
+
+def references_of(settings: SharedSettings) -> "ReferenceRegistry":
+    """The references that are installed in the service's storage."""
+    from safegraft.stores.references import open_references
+
+    return open_references(settings)

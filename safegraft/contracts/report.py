@@ -186,6 +186,16 @@ class Environment(Part):
     dtype: str
 
 
+class Subject(Part):
+    """Which adapter this is a report of, and when it was written: what ties a printed page to a customer."""
+
+    adapter: str = Field(description="The adapter's name as its owner gave it, or its folder's.")
+    realignment_id: str | None = Field(None, description="The job; null where no service was asked.")
+    written_at: int = Field(
+        ge=0, le=253402300799, description="Unix time in seconds; the end of the year 9999 at most."
+    )
+
+
 class Report(Part):
     """With several strengths, `output`, `summary`, `layers` and `modules` are those of the first, which is the one in
     `method.parameters`; `variants` hold the curve."""
@@ -195,6 +205,7 @@ class Report(Part):
     headline: str | None = Field(
         None, description="The report in one sentence, without a full stop; null in what was written before it had one."
     )
+    subject: Subject | None = Field(None, description="Null in what was written before reports had one.")
     method: MethodRun
     recommendation: Recommendation
     reference: ReferenceUsed

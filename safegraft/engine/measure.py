@@ -214,6 +214,7 @@ def warnings(
         _incomplete(description, manifest) if not method.on_aligned else None,
         _unreached(unreached, len(lines)) if method.type not in ("safetylock", "none") else None,
         _without_effect(measured, selection) if patched else None,
+        _fell_short(measured, method) if patched else None,
         _biases(measured, method) if patched else None,
         _truncated(lines),
         _avoiding(measured, method),
@@ -343,6 +344,21 @@ def _without_effect(measured: Sequence[Measured], selection: Selection) -> Warni
         code="repair_without_effect",
         message=f"{_modules(len(unchanged), 'selected ')} did not change (the first is {unchanged[0]}): the update is "
         "zero, or already the reference's.",
+    )
+
+
+def _fell_short(measured: Sequence[Measured], method: Method) -> Warning | None:
+    """Of modules that acted more on safety prompts than on general ones, most still do."""
+    even = method.break_even
+    leaning = [item.line for item in measured if even is not None and item.line.similarity_before < even]
+    still = sum(even is not None and line.similarity_after < even for line in leaning)
+    if 2 * still <= len(leaning):
+        return None
+    return Warning(
+        code="repair_fell_short",
+        message=f"Of {_modules(len(leaning))} that acted more on safety prompts than on general ones, {still} still "
+        "did after the repair: the strength is too weak, or the reference was built from too few prompts to tell them "
+        "apart. Take another strength or reference, or ask the adapter some harmful prompts before you serve it.",
     )
 
 

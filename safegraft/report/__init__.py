@@ -6,19 +6,20 @@ from safegraft.contracts.report import Report
 from safegraft.files import write_atomic
 from safegraft.report.html import to_html
 from safegraft.report.png import figures, to_png
-from safegraft.report.table import to_csv
+from safegraft.report.table import tables, to_csv
 from safegraft.report.words import headline
 
-__all__ = ["figures", "headline", "render", "to_csv", "to_html", "to_json", "to_png", "with_headline"]
+__all__ = ["figures", "headline", "render", "tables", "to_csv", "to_html", "to_json", "to_png", "with_headline"]
 
 
 def render(report: Report, stem: Path) -> list[Path]:
-    """Writes `<stem>.json`, `.html`, `.csv`, `.png`, `.changes.png`, and where there is something to draw `.layers.png`
-    and `.strengths.png`; the stem may contain dots. Returns the paths, `.json` first."""
+    """Writes `<stem>.json`, `.html`, `.csv`, `.png`, `.changes.png`; where there is something to draw `.layers.png`,
+    of several strengths `.strengths.csv` and `.png`, of an evaluation `.evaluation.csv` and `.png`. The stem may
+    contain dots. Returns the paths, `.json` first."""
     contents = {
         ".json": to_json(report).encode(),
         ".html": to_html(report).encode(),
-        ".csv": to_csv(report).encode(),
+        **{f".{ending}": text.encode() for ending, text in tables(report).items()},
         **{f".{ending}": data for ending, data in figures(report).items()},
     }
     paths = []

@@ -11,9 +11,7 @@ import math
 import shlex
 from functools import cache
 from importlib.resources import files
-
-from jinja2 import Environment, StrictUndefined, Template
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from safegraft.contracts.methods import STRENGTH
 from safegraft.contracts.report import Report
@@ -21,6 +19,9 @@ from safegraft.report import words
 from safegraft.report.chart import chart_of
 from safegraft.report.curve import curve_of
 from safegraft.report.grid import grid_of, has_two_sides, level_colours, most_notable, short_kinds, sides_of
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 # Beyond this the page would weigh megabytes; JSON and CSV hold every module.
 MAX_ROWS = 1000
@@ -94,7 +95,11 @@ def _sha256(script: str) -> str:
 
 
 @cache
-def _template() -> Template:
+def _template() -> "Template":
+    # Here: commands that show no page need not wait for it.
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
     folder = files("safegraft.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(shown=words.shown, sha256=_sha256)

@@ -1,5 +1,5 @@
 """The report's figures as pictures of 16:9 for slides and tickets: the maps, similarity by layer, the largest changes,
-and where there are several strengths, their curve.
+where there are several strengths, their curve, and what an evaluation measured.
 
 Layers run from left to right, so that 30 and 100 of them fill the same slide. Exact values are in the page and the
 CSV: a slide that is read from the last row has no room for them.
@@ -29,6 +29,7 @@ from safegraft.report.grid import (
     short_kinds,
     sides_of,
 )
+from safegraft.report.interval import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,6 +69,8 @@ def figures(report: Report) -> dict[str, bytes]:
         found["layers.png"] = _picture(report, _layers, at_first=True)
     if curve_of(report, width=100, height=100) is not None:
         found["strengths.png"] = _picture(report, _strengths, at_first=False)
+    if report.evaluation is not None:
+        found["evaluation.png"] = _picture(report, _evaluation, at_first=True)
     return found
 
 
@@ -151,8 +154,9 @@ def _origin(report: Report, room: float, *, at_first: bool = True) -> list[str]:
     if words.is_sweep(report) and at_first:
         # The title is about all strengths, the picture is of one.
         method += f", shown at {_plain(words.first_strength(report), 80)}"
-    lines = [model]
-    for part in (f"reference {name}", method):
+    parts = [_plain(part, 80) for part in words.subject(report)] + [model]
+    lines = [parts[0]]
+    for part in (*parts[1:], f"reference {name}", method):
         longer = f"{lines[-1]}  ·  {part}"
         if _inches(longer, TEXT) <= room:
             lines[-1] = longer
@@ -339,6 +343,37 @@ def _curve(axes: "Axes", curve: Curve) -> None:
             if dot.label_at is not None:
                 axes.text(dot.x, dot.label_at, dot.label, size=TEXT, weight="bold", color=colour, ha="center")
     _key(axes, 3)
+
+
+def _evaluation(figure: "Figure", report: Report, top: float) -> None:
+    """Each measure before and after, with its 95 % interval."""
+    assert report.evaluation is not None
+    _write(figure, "How it behaves: before and after, with 95 % intervals", LEFT, top, size=TEXT, color=INK)
+    measures = report.evaluation.measures()
+    left, down, row = LEFT + 2.2, top + 0.75, 1.25
+    axes = _axes(figure, left, down, WIDTH - RIGHT - 4.6 - left, row * len(measures))
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(len(measures) - 0.5, -0.5)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.50", "0.75", "1"], size=TEXT)
+    axes.set_yticks(range(len(measures)))
+    names = [(words.MEASURES[name][0], words.MEASURES[name][1].rpartition("; ")[2]) for name, _, _ in measures]
+    axes.set_yticklabels(["\n".join(pair) for pair in names], size=TEXT, color=INK)
+    axes.grid(axis="x", color=RULE, linewidth=1)
+    axes.set_axisbelow(True)
+    for index, (_, before, after) in enumerate(measures):
+        for share, side, colour, face, at in (
+            (before, "before", BEFORE, "white", -0.14), (after, "after", AFTER, AFTER, 0.14),
+        ):  # fmt: skip
+            low, high = wilson(share.hits, share.total)
+            value, label = share.hits / share.total, side if index == 0 else None
+            axes.plot([low, high], [index + at] * 2, color=colour, linewidth=2.5, solid_capstyle="butt")
+            axes.plot(
+                [value], [index + at], marker="o", markersize=10, linestyle="none", color=colour, markeredgewidth=2,
+                markerfacecolor=face, label=label,
+            )  # fmt: skip
+            text = f"{side} {words.share(share)}, {words.interval(share)} ({share.hits:,} of {share.total:,})"
+            axes.text(1.06, index + at, text, size=TEXT, color=colour, va="center")
+    _key(axes, 2)
 
 
 def _changes(figure: "Figure", report: Report, top: float) -> None:

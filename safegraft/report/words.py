@@ -6,6 +6,7 @@ the template's work.
 
 import math
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 
 from safegraft.contracts.methods import (
     AntidoteParameters,
@@ -206,6 +207,15 @@ def recommendation(report: Report) -> str:
     if method == report.method.type:
         return "It is the one that is recommended for this adapter and reference" + because
     return f"Had no method been named, {shown(method, 60)} would have run" + because
+
+
+def subject(report: Report) -> list[str]:
+    """Whose report it is and of when, in parts; nothing where it does not say so."""
+    about = report.subject
+    if about is None:
+        return []
+    at = f"{datetime.fromtimestamp(about.written_at, UTC):%Y-%m-%d %H:%M} UTC"
+    return [about.adapter, *([about.realignment_id] if about.realignment_id else []), at]
 
 
 def outcome(report: Report) -> str:

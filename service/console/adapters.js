@@ -1,12 +1,22 @@
 // Adapters: the drop zone, the list, and what one adapter is.
 
-import { ApiError, get, remove } from "./api.js";
+import { ApiError, events, get, remove } from "./api.js";
 import { code, command, confirmed, copyButton, empty, facts, h, loading, put, say } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { count, counted, duration, named, percent, plain, shown, size, time } from "./format.js";
 import { actionButton, adapterLink, badge, curl, errorBox, methodLine, pages } from "./parts.js";
 import { startForm } from "./start.js";
-import { NoAdapter, chosen, deliver, dropped, judged, refuses } from "./upload.js";
+import { NoAdapter, chosen, deliver, dropped, judged, refuses, unfinished } from "./upload.js";
+
+// The upload under way and what became of the last one. Not a page's: it goes on while others are looked at.
+const upload = { running: null, state: h("div", { class: "upload-state" }) };
+addEventListener("beforeunload", (event) => {
+  if (upload.running) event.preventDefault();
+});
+events.addEventListener("left", () => {
+  upload.running?.abort();
+  put(upload.state);
+});
 
 /** #/: drop an adapter, and what goes on. */
 export function homeView(main, { signal, go }) {
@@ -39,10 +49,24 @@ function dropZone({ signal, go }) {
     tabindex: "-1",
     "aria-hidden": "true",
   });
-  const state = h("div", { class: "upload-state" });
+  const { state } = upload;
+  if (!upload.running && !state.hasChildNodes()) {
+    const left = unfinished();
+    if (left.length)
+      put(
+        state,
+        h(
+          "p",
+          { class: "soft" },
+          "Not sent to its end: ",
+          named(left.map(({ name, bytes }) => `${name} (${size(bytes)})`).join(", "), 300),
+          ". Drop the same files again and it goes on where it was.",
+        ),
+      );
+  }
   const zone = h(
     "section",
-    { class: "drop", "aria-labelledby": "drop-title" },
+    { class: upload.running ? "drop busy" : "drop", "aria-labelledby": "drop-title" },
     h("h2", { id: "drop-title" }, "Drop an adapter here"),
     h(
       "p",
@@ -63,13 +87,10 @@ function dropZone({ signal, go }) {
     archive,
     state,
   );
-  let busy = null;
 
   async function take(reading) {
-    if (busy) return say("An upload is under way.");
-    const here = (busy = new AbortController());
-    const stop = () => here.abort();
-    signal.addEventListener("abort", stop);
+    if (upload.running) return say("An upload is under way.");
+    const here = (upload.running = new AbortController());
     zone.classList.add("busy");
     const view = progressView(() => here.abort());
     let label = "";
@@ -79,15 +100,27 @@ function dropZone({ signal, go }) {
       label = delivery.label;
       put(state, view.element);
       view.begin(delivery);
+      view.tell({
+        phase: "sending",
+        sent: 0,
+        resumed: 0,
+        total: delivery.files.reduce((sum, file) => sum + file.size, 0),
+      });
       say(`Uploading ${shown(label || "the adapter")}.`);
       const name = shown(label, 200);
       const adapter = await deliver({ ...delivery, name }, { onState: view.tell, signal: here.signal });
       if (delivery.left.length)
         sessionStorage.setItem(`safegraft.left.${adapter.id}`, JSON.stringify(delivery.left.slice(0, 200)));
+      put(state);
+      if (signal.aborted) {
+        // Another page is looked at: it is not taken away.
+        put(state, h("p", null, adapterLink(adapter.id, adapter.name), " has arrived."));
+        say(`${shown(adapter.name || "The adapter")} has arrived.`);
+        return;
+      }
       say("The adapter is ready.");
       go(`#/adapters/${adapter.id}`);
     } catch (error) {
-      if (signal.aborted) return;
       if (error.name === "AbortError" || here.signal.aborted) {
         put(state, h("p", { class: "soft" }, "Stopped. Drop the same files again and it goes on where it was."));
       } else {
@@ -101,23 +134,16 @@ function dropZone({ signal, go }) {
             ? h("p", { class: "soft" }, "Drop the same files again and it goes on where it was.")
             : null;
         put(state, errorBox(error, { title }), more);
-        state.scrollIntoView({ block: "nearest" });
+        if (signal.aborted) say(title);
+        else state.scrollIntoView({ block: "nearest" });
       }
     } finally {
-      signal.removeEventListener("abort", stop);
-      zone.classList.remove("busy");
+      state.closest(".drop")?.classList.remove("busy");
       folder.value = archive.value = "";
-      busy = null;
+      upload.running = null;
     }
   }
 
-  addEventListener(
-    "beforeunload",
-    (event) => {
-      if (busy) event.preventDefault();
-    },
-    { signal },
-  );
   let over = 0;
   const withFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
   zone.addEventListener("dragenter", (event) => {
@@ -354,11 +380,8 @@ export async function adapterView(main, { signal, id, go }) {
   put(main, h("h1", null, "Adapter"), loading("Loading the adapter …"));
   const [adapter, references, jobs] = await Promise.all([
     get(`v1/adapters/${encodeURIComponent(id)}`, { signal }),
-    get("v1/references", { signal }).catch(() => ({ data: [] })),
-    get("v1/realignments", { query: { adapter_id: id, limit: 100 }, signal }).catch(() => ({
-      data: [],
-      has_more: false,
-    })),
+    get("v1/references", { signal }),
+    get("v1/realignments", { query: { adapter_id: id, limit: 100 }, signal }),
   ]);
   if (signal.aborted) return;
   const form = h("div", null, loading("Loading methods and references …"));
@@ -441,7 +464,8 @@ export async function adapterView(main, { signal, id, go }) {
     jobsSection(adapter, jobs, signal),
     filesSection(adapter, go),
   );
-  startForm(form, { adapter, references: references.data, signal, go });
+  if (references.data.length) startForm(form, { adapter, references: references.data, signal, go });
+  else put(form, empty("Nothing can be started without a reference."));
 }
 
 function sentence(adapter) {

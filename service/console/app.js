@@ -114,6 +114,7 @@ function leave(message) {
   here.abort();
   open = false;
   remember("");
+  events.dispatchEvent(new Event("left"));
   nav.hidden = true;
   signOut.hidden = true;
   put(health);
@@ -126,7 +127,8 @@ function leave(message) {
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
-  const given = field.value.trim();
+  // As it stands in commands and headers.
+  const given = field.value.trim().replace(/^(authorization:\s*)?bearer\s+/i, "");
   if (!given) {
     fault.textContent = "Paste an API key first.";
     field.setAttribute("aria-invalid", "true");

@@ -102,7 +102,7 @@ const STEPS = [
 /** "2 minutes ago"; seconds: Unix time, now: likewise. */
 export function relative(seconds, now = Date.now() / 1000) {
   const away = seconds - now;
-  if (Math.abs(away) < 10) return "just now";
+  if (Math.abs(away) < 10) return away > 1 ? "in a few seconds" : "just now";
   for (const [unit, length] of STEPS) {
     if (Math.abs(away) >= length) return RELATIVE.format(Math.trunc(away / length), unit);
   }

@@ -2,7 +2,7 @@
 // the console's pictures and the report's are the same.
 
 import { h, put, s } from "./dom.js";
-import { change, number, percent, plain, shown, signed } from "./format.js";
+import { change, counted, number, percent, plain, shown, signed } from "./format.js";
 
 const USUAL_KINDS = [
   "q_proj",
@@ -135,25 +135,25 @@ export function heatmaps(report, twoSides, marked) {
     ? [
         ["before", "Before", scale],
         ["after", "After", scale],
-        [
-          "difference",
-          "Difference",
-          aroundZero(cells.map((cell) => cell.difference)),
-        ],
+        ["difference", "Difference", aroundZero(cells.map((cell) => cell.difference))],
       ]
     : [["before", "Similarity", scale]];
+  // What is pointed at in one map is told below all of them.
+  const told = [];
   const short = grid.kinds.map((kind) => kind.replace(/_proj$/, "") || kind);
   const labels = new Set(short).size === short.length ? short : grid.kinds;
   return h(
     "div",
     { class: `maps${grid.kinds.length > 9 ? " wide" : ""}` },
-    sides.map(([side, title, range]) => map(grid, labels, side, title, range, twoSides, marked)),
+    sides.map(([side, title, range]) => map(grid, labels, side, title, range, { twoSides, marked, told })),
   );
 }
 
-function map(grid, labels, side, title, scale, twoSides, marked) {
+function map(grid, labels, side, title, scale, { twoSides, marked, told }) {
   const difference = side === "difference";
-  const told = difference ? signed : number;
+  const figure = difference ? signed : number;
+  const readouts = new Map();
+  told.push((where) => readouts.get(where)?.());
   const readout = h("p", { class: "readout small soft" }, "Point at a cell, or move with the arrow keys.");
   const cells = [];
   const body = grid.layers.map((layer, row) =>
@@ -167,7 +167,7 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
         const value = cell[side];
         const rgb = colour((value - scale.low) / (scale.high - scale.low), difference ? DIFFERENCES : COLOURS);
         const mark = twoSides && cell.repaired ? (cell.repaired === cell.modules ? 2 : 1) : 0;
-        const text = `${told(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
+        const text = `${figure(value, 3)}${mark ? `, ${mark === 2 ? "repaired" : "partly repaired"}` : ""}`;
         const td = h(
           "td",
           {
@@ -181,12 +181,14 @@ function map(grid, labels, side, title, scale, twoSides, marked) {
           mark && marked && !difference ? h("i", { "aria-hidden": "true" }, MARK[mark]) : null,
           h("span", { class: "hidden" }, text),
         );
-        const show = () =>
+        readouts.set(`${row}|${column}`, () =>
           put(
             readout,
-            h("strong", null, told(value, 4)),
+            h("strong", null, figure(value, 4)),
             ` · ${layer === null ? "outside of the layers" : `layer ${layer}`}, ${shown(kind, 60)}${cell.modules > 1 ? `, mean of ${cell.modules} modules` : ""}${twoSides ? `: ${number(cell.before, 3)} → ${number(cell.after, 3)}, ${mark ? (mark === 2 ? "repaired" : `${cell.repaired} of ${cell.modules} repaired`) : "left as it was"}` : ""}`,
-          );
+          ),
+        );
+        const show = () => told.forEach((tell) => tell(`${row}|${column}`));
         td.addEventListener("mouseenter", show);
         td.addEventListener("focus", show);
         cells.push(td);
@@ -307,16 +309,50 @@ function axisOfReport(report) {
 
 /** Kept, edit and similarity over the strengths, told exactly by pointer and keys. Drawn again when its width changes. */
 export function curve(report, signal) {
+  return chart({
+    keys: LINES.map(([name, text]) => [name, text]),
+    hint: "Point at a strength, or move with the arrow keys.",
+    cut: axisOfReport(report).cut,
+    draw: (width, tell) => drawing(report, width, width < 560 ? 300 : 340, tell),
+    signal,
+  });
+}
+
+/** Each layer's mean similarity, before and after; null where there are no two layers to draw a line through. */
+export function layerLines(report, twoSides, signal) {
+  const lines = report.layers
+    .filter((line) => line.layer !== null)
+    .filter((line) => Number.isFinite(line.similarity_before) && Number.isFinite(line.similarity_after))
+    .sort((a, b) => a.layer - b.layer);
+  if (new Set(lines.map(({ layer }) => layer)).size < 2) return null;
+  return chart({
+    keys: twoSides
+      ? [
+          ["edit", "before"],
+          ["kept", "after"],
+        ]
+      : [["edit", "similarity"]],
+    hint: "Point at a layer, or move with the arrow keys.",
+    draw: (width, tell) => layerDrawing(lines, twoSides, width, width < 560 ? 240 : 280, tell),
+    signal,
+  });
+}
+
+/** A chart with its keys and a line that tells what is pointed at. keys: [class, text]; draw(width, tell) gives the SVG. */
+function chart({ keys, hint, draw, signal, cut = false }) {
   const place = h("div", { class: "curve" });
-  const readout = h("p", { class: "readout small soft" }, "Point at a strength, or move with the arrow keys.");
-  const draw = () => {
+  const readout = h("p", { class: "readout small soft" }, hint);
+  const redraw = () => {
     const width = Math.round(place.clientWidth);
     if (width > 0 && width !== Number(place.dataset.width)) {
       place.dataset.width = String(width);
-      put(place, drawing(report, width, width < 560 ? 300 : 340, (...told) => put(readout, ...told)));
+      put(
+        place,
+        draw(width, (...told) => put(readout, ...told)),
+      );
     }
   };
-  const watch = new ResizeObserver(draw);
+  const watch = new ResizeObserver(redraw);
   watch.observe(place);
   signal.addEventListener("abort", () => watch.disconnect());
   return h(
@@ -325,7 +361,7 @@ export function curve(report, signal) {
     h(
       "ul",
       { class: "keys small" },
-      LINES.map(([name, text]) =>
+      keys.map(([name, text]) =>
         h(
           "li",
           null,
@@ -339,10 +375,101 @@ export function curve(report, signal) {
         ),
       ),
     ),
-    axisOfReport(report).cut ? h("p", { class: "soft small" }, CUT) : null,
+    cut ? h("p", { class: "soft small" }, CUT) : null,
     place,
     readout,
   );
+}
+
+/** What is pointed at, one stripe each. items: [[what, its figures]], edges: where stripes begin, and the last one's end. */
+function stripesOf(items, edges, top, bottom, tell) {
+  return items.map(([at, figures], index) => {
+    const stripe = s("rect", {
+      class: "stripe",
+      x: edges[index],
+      y: top,
+      width: edges[index + 1] - edges[index],
+      height: bottom - top,
+      tabindex: index ? -1 : 0,
+      role: "img",
+      "aria-label": at + figures,
+    });
+    const show = () => tell(h("strong", null, at), figures);
+    stripe.addEventListener("mouseenter", show);
+    stripe.addEventListener("focus", show);
+    return stripe;
+  });
+}
+
+/** Left and right arrows go from stripe to stripe. */
+function withArrows(svg, stripes) {
+  svg.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    const from = stripes.indexOf(event.target);
+    if (!move || from < 0) return;
+    event.preventDefault();
+    const to = stripes[from + move];
+    if (!to) return;
+    stripes[from].setAttribute("tabindex", "-1");
+    to.setAttribute("tabindex", "0");
+    to.focus();
+  });
+  return svg;
+}
+
+const halfway = (places) => places.slice(1).map((place, index) => (place + places[index]) / 2);
+
+function layerDrawing(lines, twoSides, width, height, tell) {
+  const [left, right, top, bottom] = [40, width - 10, 12, height - 44];
+  const [first, last] = [lines[0].layer, lines.at(-1).layer];
+  const x = (layer) => left + 10 + ((layer - first) / (last - first)) * (right - left - 20);
+  const { low, high } = scaleOf(lines.flatMap((line) => [line.similarity_before, line.similarity_after]));
+  const y = (value) => bottom - ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (bottom - top);
+  const step = [0.02, 0.05, 0.1, 0.2, 0.5].find((size) => (high - low) / size <= 5.001) ?? 0.5;
+  const ticks = [];
+  for (let at = Math.ceil(low / step - 1e-6); at <= Math.floor(high / step + 1e-6); at++) ticks.push(at * step);
+  const every = [1, 2, 5, 10, 20, 50, 100].find((size) => size >= (last - first + 1) / (width / 64)) ?? 200;
+  const stripes = stripesOf(
+    lines.map((line) => [
+      `Layer ${line.layer}`,
+      twoSides
+        ? `: ${number(line.similarity_before, 4)} before, ${number(line.similarity_after, 4)} after; ${line.repaired} of ${counted(line.modules, "module")} repaired`
+        : `: ${number(line.similarity_before, 4)}, mean of ${counted(line.modules, "module")}`,
+    ]),
+    [left, ...halfway(lines.map(({ layer }) => x(layer))), right],
+    top,
+    bottom,
+    tell,
+  );
+  const sides = [["edit", "similarity_before"], ...(twoSides ? [["kept", "similarity_after"]] : [])];
+  const svg = s(
+    "svg",
+    {
+      class: "lines",
+      viewBox: `0 0 ${width} ${height}`,
+      width,
+      height,
+      role: "group",
+      "aria-label": `Mean similarity of ${lines.length} layers${twoSides ? ", before and after" : ""}; the table below has every module.`,
+    },
+    ticks.map((value) => [
+      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
+      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, step < 0.1 ? 2 : 1)),
+    ]),
+    lines
+      .filter(({ layer }) => layer % every === 0)
+      .map(({ layer }) => s("text", { x: x(layer), y: bottom + 18, "text-anchor": "middle" }, String(layer))),
+    s("text", { x: (left + right) / 2, y: height - 8, "text-anchor": "middle" }, "layer"),
+    sides.map(([name, side]) =>
+      s("polyline", {
+        class: `${name}-line`,
+        points: lines.map((line) => `${x(line.layer).toFixed(1)},${y(line[side]).toFixed(1)}`).join(" "),
+      }),
+    ),
+    sides.map(([name, side]) => lines.map((line) => marker(name, x(line.layer), y(line[side])))),
+    stripes,
+  );
+  return withArrows(svg, stripes);
 }
 
 function marker(name, x, y) {
@@ -364,26 +491,18 @@ function drawing(report, width, height, tell) {
   const { low, high, step } = axisOfReport(report);
   const y = (value) => bottom - ((Math.min(high, Math.max(low, value)) - low) / (high - low)) * (bottom - top);
   const ticks = Array.from({ length: Math.round((high - low) / step) + 1 }, (_, index) => low + index * step);
-  const edges = [left, ...runs.slice(1).map((run, index) => (x(run.strength) + x(runs[index].strength)) / 2), right];
+  const edges = [left, ...halfway(runs.map(({ strength }) => x(strength))), right];
   let lastLabel = -Infinity;
-  const stripes = runs.map(({ strength, summary }, index) => {
-    const at = `${parameter} ${plain(strength)}`;
-    const figures = `: kept ${percent(summary.kept)}, changed by ${change(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`;
-    const stripe = s("rect", {
-      class: "stripe",
-      x: edges[index],
-      y: top,
-      width: edges[index + 1] - edges[index],
-      height: bottom - top,
-      tabindex: index ? -1 : 0,
-      role: "img",
-      "aria-label": at + figures,
-    });
-    const show = () => tell(h("strong", null, at), figures);
-    stripe.addEventListener("mouseenter", show);
-    stripe.addEventListener("focus", show);
-    return stripe;
-  });
+  const stripes = stripesOf(
+    runs.map(({ strength, summary }) => [
+      `${parameter} ${plain(strength)}`,
+      `: kept ${percent(summary.kept)}, changed by ${change(summary.edit)}, median similarity ${number(summary.similarity_after.median)}`,
+    ]),
+    edges,
+    top,
+    bottom,
+    tell,
+  );
   const svg = s(
     "svg",
     {
@@ -424,16 +543,5 @@ function drawing(report, width, height, tell) {
     ),
     stripes,
   );
-  svg.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const from = stripes.indexOf(event.target);
-    if (!move || from < 0) return;
-    event.preventDefault();
-    const to = stripes[from + move];
-    if (!to) return;
-    stripes[from].setAttribute("tabindex", "-1");
-    to.setAttribute("tabindex", "0");
-    to.focus();
-  });
-  return svg;
+  return withArrows(svg, stripes);
 }

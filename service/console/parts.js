@@ -87,8 +87,10 @@ export function actionButton(label, work, properties = {}) {
  * A list that turns pages. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
  */
 export function pages({ fetch, row, label, nothing, signal }) {
-  const before = [];
-  let after = null;
+  // Where the list was turned to is kept with the entry of the browser's history, so that going back finds it again.
+  const kept = history.state?.pages;
+  const before = [...(kept?.before ?? [])];
+  let after = kept?.after ?? null;
   const list = h("ul", { class: "rows", "aria-label": label });
   const turn = h("nav", { class: "pager", "aria-label": `Pages of ${label}` });
   const place = h("div", { "aria-busy": "true" }, loading("Loading …"));
@@ -150,6 +152,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
 
   function go(to) {
     after = to;
+    history.replaceState({ pages: { before, after } }, "");
     show(true);
   }
 
@@ -160,6 +163,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
     restart: () => {
       before.length = 0;
       after = null;
+      history.replaceState(null, "");
       return show();
     },
   };

@@ -15,7 +15,7 @@ export function realignmentsView(main, { signal, query, replace }) {
     status: query.get("status") ?? "",
     adapter_id: query.get("adapter_id") ?? "",
     reference_id: query.get("reference_id") ?? "",
-    metadata: query.get("metadata") ?? "",
+    metadata: /.=/.test(query.get("metadata") ?? "") ? query.get("metadata") : "",
   };
 
   function asked() {
@@ -48,8 +48,16 @@ export function realignmentsView(main, { signal, query, replace }) {
         : empty("No realignments yet.", h("a", { href: "#/" }, "Drop an adapter")),
     );
 
+  const fault = h("p", { class: "fault small", role: "alert" });
   function set(name, value) {
-    wanted[name] = value.trim();
+    const text = value.trim();
+    const slip = name === "metadata" && text && !text.slice(1).includes("=");
+    if (name === "metadata") {
+      fault.textContent = slip ? "Write key=value, for example customer=c-17." : "";
+      metadata.setAttribute("aria-invalid", String(slip));
+      if (slip) return;
+    }
+    wanted[name] = text;
     const kept = new URLSearchParams(Object.entries(wanted).filter(([, text]) => text));
     replace(`#/realignments${kept.size ? `?${kept}` : ""}`);
     sayNothing();
@@ -81,10 +89,25 @@ export function realignmentsView(main, { signal, query, replace }) {
     id: fresh("adapter"),
     type: "text",
     value: wanted.adapter_id,
-    placeholder: "adp_…",
+    placeholder: "its name, or adp_…",
     spellcheck: "false",
-    on: { change: (event) => set("adapter_id", event.target.value) },
+    list: fresh("adapters"),
+    on: {
+      change: async (event) => {
+        const text = event.target.value.trim();
+        const [id] = [...(await names)].find(([, name]) => name === text) ?? [text];
+        set("adapter_id", id);
+      },
+    },
   });
+  // The newest by name: two of one name are told apart by their ids.
+  const suggestions = h("datalist", { id: adapter.getAttribute("list") });
+  names.then((known) =>
+    put(
+      suggestions,
+      [...known].map(([id, name]) => h("option", { value: id }, shown(name || id, 80))),
+    ),
+  );
   const metadata = h("input", {
     id: fresh("metadata"),
     type: "text",
@@ -93,7 +116,8 @@ export function realignmentsView(main, { signal, query, replace }) {
     spellcheck: "false",
     on: { change: (event) => set("metadata", event.target.value) },
   });
-  const one = (label, control) => h("div", { class: "field" }, h("label", { for: control.id }, label), control);
+  const one = (label, controls) =>
+    h("div", { class: "field" }, h("label", { for: [controls].flat()[0].id }, label), controls);
   sayNothing();
   put(
     main,
@@ -103,8 +127,8 @@ export function realignmentsView(main, { signal, query, replace }) {
       { class: "filters", "aria-label": "Filters", on: { submit: (event) => event.preventDefault() } },
       one("Status", status),
       one("Reference", reference),
-      one("Adapter", adapter),
-      one("Metadata", metadata),
+      one("Adapter", [adapter, suggestions]),
+      one("Metadata", [metadata, fault]),
       h("button", { type: "button", on: { click: () => list.reload() } }, "Refresh"),
     ),
     list.element,
@@ -307,25 +331,20 @@ export async function realignmentView(main, { signal, id, go }) {
         );
         buttons.push(h("a", { class: "button", href: `#/adapters/${job.result.adapter_id}` }, "Show it"));
       }
-      add(
-        actionButton("Report as HTML", (tell) =>
-          downloadFile(`v1/realignments/${job.id}/report.html`, `${job.id}.report.html`, { onState: tell }),
-        ),
-      );
-      add(
-        actionButton(
-          "JSON",
-          (tell) => downloadFile(`v1/realignments/${job.id}/report.json`, `${job.id}.report.json`, { onState: tell }),
-          { "aria-label": "Report as JSON" },
-        ),
-      );
-      add(
-        actionButton(
-          "CSV",
-          (tell) => downloadFile(`v1/realignments/${job.id}/report.csv`, `${job.id}.report.csv`, { onState: tell }),
-          { "aria-label": "Report as CSV" },
-        ),
-      );
+      for (const [form, label] of [
+        ["html", "Report as HTML"],
+        ["json", "JSON"],
+        ["csv", "CSV"],
+      ]) {
+        add(
+          actionButton(
+            label,
+            (tell) =>
+              downloadFile(`v1/realignments/${job.id}/report.${form}`, `${job.id}.report.${form}`, { onState: tell }),
+            { "aria-label": `Report as ${form.toUpperCase()}` },
+          ),
+        );
+      }
     }
     add(deleteButton());
     put(actions, buttons);
@@ -358,10 +377,52 @@ export async function realignmentView(main, { signal, id, go }) {
     put(result, place);
     try {
       const report = await get(`v1/realignments/${job.id}/report`, { signal });
-      put(place, reportView(report, { job, signal }));
+      put(place, reportView(report, { job, signal }), files(report));
     } catch (error) {
       if (!signal.aborted) put(place, errorBox(error, { title: "The report could not be read.", retry: showReport }));
     }
+  }
+
+  /** The pictures for slides, and where it all comes from: those that this report has. */
+  function files(report) {
+    const figures = [
+      ["report.png", "Maps"],
+      ["report.changes.png", "Largest changes"],
+      new Set(report.layers.map(({ layer }) => layer).filter((layer) => layer !== null)).size > 1 && [
+        "report.layers.png",
+        "Similarity by layer",
+      ],
+      report.variants.length > 1 && ["report.strengths.png", "Strengths"],
+      report.variants.length > 1 && ["report.strengths.csv", "Table of strengths"],
+      ["provenance", "Provenance"],
+    ].filter(Boolean);
+    const made = figures.map(([path, label]) => {
+      const kind = path.endsWith(".png") ? "a picture" : path.endsWith(".csv") ? "CSV" : "JSON";
+      return actionButton(
+        label,
+        (tell) =>
+          downloadFile(`v1/realignments/${job.id}/${path}`, `${job.id}.${path}${kind === "JSON" ? ".json" : ""}`, {
+            onState: tell,
+          }),
+        { "aria-label": `${label}, as ${kind}` },
+      );
+    });
+    return h(
+      "section",
+      { "aria-labelledby": "files-title" },
+      h("h2", { id: "files-title" }, "For slides and records"),
+      h(
+        "p",
+        { class: "soft" },
+        "The same figures as PNG pictures of 1920 × 1080, and a signed or unsigned statement of what was made from what.",
+      ),
+      h(
+        "div",
+        { class: "actions" },
+        made.map(({ button }) => button),
+      ),
+      made.map(({ where }) => where),
+    );
   }
 
   function deleteButton() {
@@ -390,7 +451,10 @@ export async function realignmentView(main, { signal, id, go }) {
           action: "Delete it",
         });
         if (!sure) return;
-        await remove(`v1/realignments/${job.id}`, { adapters: sure.adapters ? "true" : "" });
+        await remove(`v1/realignments/${job.id}`, { adapters: sure.adapters ? "true" : "" }).catch((error) => {
+          // Another tab was faster.
+          if (error.status !== 404) throw error;
+        });
         say("Deleted.");
         go("#/realignments");
       },

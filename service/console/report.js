@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { code, command, facts, fresh, h, put } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { change, count, counted, named, number, percent, plain, shown, size } from "./format.js";
-import { curve, heatmaps } from "./maps.js";
+import { curve, heatmaps, layerLines } from "./maps.js";
 import { actionButton, curl } from "./parts.js";
 
 const FIRST_LINES = 60;
@@ -70,6 +70,7 @@ export function reportView(report, { job, signal }) {
       ),
       heatmaps(report, twoSides, some),
     ),
+    byLayer(report, twoSides, signal),
     modules(report, twoSides),
     side(report, job),
     h(
@@ -121,7 +122,39 @@ export function reportView(report, { job, signal }) {
         ),
       ),
     ),
+    glossary(),
   );
+}
+
+function byLayer(report, twoSides, signal) {
+  const lines = layerLines(report, twoSides, signal);
+  if (!lines) return null;
+  return h(
+    "section",
+    { "aria-labelledby": "layers-title" },
+    h("h2", { id: "layers-title" }, "Similarity by layer"),
+    h("p", { class: "soft" }, "The mean of each layer's modules."),
+    lines,
+  );
+}
+
+// Word for word as safegraft/report/template.html says them.
+const TERMS = [
+  ["Update", "What the fine-tuning adds to the model’s weights. A LoRA adapter is a compact form of it."],
+  ["Module", "One weight matrix of the model that the adapter changes, such as the query projection of layer 12."],
+  ["Reference", "The operator’s record, made once per model, of what safe behaviour looks like inside each module."],
+  [
+    "Similarity",
+    "How well a module’s update agrees with what the reference records as safe: 1 at most, higher is better. What exactly is compared depends on the method and is said above.",
+  ],
+  [
+    "Kept, changed by",
+    "Kept is the share of the original update still present after the repair: 100\u00a0% is all, 0\u00a0% none, less than that means turned round. Changed by is the size of the difference in units of the original update; above 100\u00a0% the difference is larger than the update was. The two need not add up to 100\u00a0%: a repair also moves weights on which the adapter’s usual inputs hardly depend, and little of what it does to them.",
+  ],
+];
+
+function glossary() {
+  return h("section", { "aria-labelledby": "terms-title" }, h("h2", { id: "terms-title" }, "Five terms"), facts(TERMS));
 }
 
 function reason(title, text) {

@@ -596,21 +596,26 @@ function suggestion(schema) {
   ];
 }
 
+const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
+
 /** Numbers with commas or spaces between them. Raises Error that says which one is none. */
 export function numbersOf(text) {
   const words = text.split(/[\s,;]+/).filter(Boolean);
   const values = words.map(Number);
-  const wrong = words.find((_, index) => !Number.isFinite(values[index]));
+  // Not all that JavaScript takes for a number: 0x10 is a slip.
+  const wrong = words.find((word, index) => !NUMBER.test(word) || !Number.isFinite(values[index]));
   const problem =
     wrong !== undefined
       ? `“${shown(wrong, 40)}” is no number. Write values like 0.1, 0.3, 1.`
-      : !values.length
-        ? "Write the strengths to compare, for example 0.1, 0.3, 1."
-        : values.length > MOST_STRENGTHS
-          ? `At most ${MOST_STRENGTHS} strengths at once; these are ${values.length}.`
-          : new Set(values).size !== values.length
-            ? "Each strength once."
-            : "";
+      : text.includes(";") && /\d,\d/.test(text)
+        ? "A comma stands between two values here. Write decimals with a point: 0.1, 0.3, 1."
+        : !values.length
+          ? "Write the strengths to compare, for example 0.1, 0.3, 1."
+          : values.length > MOST_STRENGTHS
+            ? `At most ${MOST_STRENGTHS} strengths at once; these are ${values.length}.`
+            : new Set(values).size !== values.length
+              ? "Each strength once."
+              : "";
   if (problem) throw Object.assign(new Error(problem), { code: "bad_strengths" });
   return values;
 }
@@ -624,7 +629,10 @@ function pairsOf(text) {
     const at = line.indexOf("=");
     if (at < 1)
       throw Object.assign(new Error(`Metadata: “${shown(line, 60)}” is no key=value.`), { code: "bad_metadata" });
-    found[line.slice(0, at).trim()] = line.slice(at + 1).trim();
+    const name = line.slice(0, at).trim();
+    if (Object.hasOwn(found, name))
+      throw Object.assign(new Error(`Metadata: “${shown(name, 60)}” is there twice.`), { code: "bad_metadata" });
+    found[name] = line.slice(at + 1).trim();
   }
   return found;
 }

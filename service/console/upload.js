@@ -26,6 +26,14 @@ const MOST_ENTRIES = 5000;
 const RETRIES = 6;
 const NOTE = "safegraft.upload.";
 
+/** Files whose upload began in this tab and did not end: [{name, bytes}]. */
+export function unfinished() {
+  return Object.keys(sessionStorage)
+    .filter((key) => key.startsWith(NOTE))
+    .map((key) => key.slice(NOTE.length).split("|"))
+    .map((parts) => ({ name: parts.slice(0, -3).join("|"), bytes: Number(parts.at(-3)) }));
+}
+
 /** Whether an answer is about the adapter itself, so that sending it again would change nothing. */
 export function refuses(error) {
   return error instanceof ApiError && [400, 413, 422].includes(error.status);
@@ -123,7 +131,13 @@ export function judged(items) {
       : "Drop the whole folder that PEFT saved.";
     throw new NoAdapter(`${WEIGHTS} is missing. ${why}`, "missing_weights");
   }
-  if (!weights.size) throw new NoAdapter(`${WEIGHTS} is empty.`, "empty_file");
+  const config = inside.find(({ path }) => path === best[0]).file;
+  for (const [name, file] of [
+    [WEIGHTS, weights],
+    [CONFIG, config],
+  ]) {
+    if (!file.size) throw new NoAdapter(`${name} is empty.`, "empty_file");
+  }
   const files = inside.map(({ file }) => file).filter((file) => travels(file.name) && file.size > 0);
   const left = items
     .map(({ path }) => path)

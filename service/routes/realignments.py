@@ -38,6 +38,7 @@ class ReportForm(StrEnum):
     layers = "layers.png"
     changes = "changes.png"
     strengths = "strengths.png"
+    strength_table = "strengths.csv"
 
 
 AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
@@ -49,9 +50,10 @@ MEDIA = {
     ReportForm.layers: "image/png",
     ReportForm.changes: "image/png",
     ReportForm.strengths: "image/png",
+    ReportForm.strength_table: "text/csv; charset=utf-8",
 }
-# Pictures of which there are none where there is nothing to draw.
-FIGURES = (ReportForm.layers, ReportForm.changes, ReportForm.strengths)
+# Of which there are none where there is nothing to draw or to list.
+FIGURES = (ReportForm.layers, ReportForm.changes, ReportForm.strengths, ReportForm.strength_table)
 
 
 @router.post("", status_code=202, operation_id="createRealignment", summary="Start a realignment job")
@@ -214,7 +216,8 @@ def report_as(
     realignment_id: RealignmentId, form: ReportForm, request: Request, here: Here, tenant: Tenant
 ) -> Response:
     """The report as JSON, as one self-contained HTML page, as CSV, or a picture of it for slides: `png` has the maps,
-    `layers.png` similarity by layer, `changes.png` the largest changes, `strengths.png` the curve of several strengths.
+    `layers.png` similarity by layer, `changes.png` the largest changes, `strengths.png` and `strengths.csv` the curve
+    of several strengths.
     """
     return _report(here, request, tenant, realignment_id, form)
 
@@ -260,10 +263,11 @@ def _report(here: Services, request: Request, tenant: str, job_id: str, form: Re
         if form not in FIGURES:
             raise
         raise NotFound(
-            f"The report of {job_id} has no {form}: there is nothing to draw in it.",
+            f"The report of {job_id} has no {form}: there is nothing to show in it.",
             code="no_such_figure",
             param="form",
-            hint="Several layers make layers.png, several strengths strengths.png; report.png is always there.",
+            hint="Several layers make layers.png, several strengths strengths.png and strengths.csv; report.png and "
+            "report.csv are always there.",
         ) from error
     return downloads.small_file(request, data, media_type=MEDIA[form], headers=headers)
 

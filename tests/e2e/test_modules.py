@@ -155,6 +155,20 @@ def test_what_is_no_adapter_by_its_names_is_told_at_once(module: Any, paths: lis
     assert module("upload.js", judge, paths) == code
 
 
+def test_an_empty_file_is_called_empty_and_not_missing(module: Any) -> None:
+    judge = """({judged}, empty) => {
+        const file = (name) => new File(name === empty ? [] : ["x"], name);
+        try {
+            const names = ["adapter_config.json", "adapter_model.safetensors"];
+            judged(names.map((name) => ({path: name, file: file(name)})));
+        } catch (error) {
+            return error.message;
+        }
+    }"""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert module("upload.js", judge, name) == f"{name} is empty."
+
+
 def test_of_nested_folders_the_outer_adapter_is_taken(module: Any) -> None:
     paths = ["run/adapter_config.json", "run/adapter_model.safetensors", "run/tokenizer.json", "run/training_args.bin",
              "run/checkpoint-10/adapter_config.json", "run/checkpoint-10/adapter_model.safetensors"]  # fmt: skip
@@ -213,6 +227,8 @@ def test_times_read_as_people_say_them(module: Any) -> None:
         (-61, "1 minute ago"),
         (-7300, "2 hours ago"),
         (90, "in 1 minute"),
+        (5, "in a few seconds"),
+        (-5, "just now"),
         (-90000, "yesterday"),
     ):
         assert module("format.js", tell, away) == wanted
@@ -265,3 +281,6 @@ def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
     assert "Each strength once" in module("start.js", read, "1, 1.0")
     assert "At most 16" in module("start.js", read, json.dumps(list(range(17))).strip("[]"))
     assert "Write the strengths" in module("start.js", read, " ")
+    for slip in ("0x10", "0b1", "1e", "Infinity", "1_000"):
+        assert f"“{slip}” is no number" in module("start.js", read, f"0.1, {slip}")
+    assert "decimals with a point" in module("start.js", read, "0,1; 0,3")

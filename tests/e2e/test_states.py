@@ -232,6 +232,63 @@ def test_an_upload_goes_on_after_a_reload_and_after_a_break(tab: Tab, tmp_path: 
     assert "optimizer.pt" in page.get_by_label("Warnings").inner_text()
 
 
+def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: Path) -> None:
+    page = tab.page
+    files = {path.name: path.read_bytes() for path in CONTINUED.iterdir()}
+    archive = tar_of(tmp_path / "wandering.tar", {**files, "optimizer.pt": bytes(range(256)) * (34 * 4096)})
+    held: list[Any] = []
+    tab.sign_in()
+    page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
+    tab.choose_archive(archive)
+    page.locator(".uploading progress").wait_for()
+    tab.open("#/adapters")
+    page.get_by_role("heading", name="Adapters", exact=True).wait_for()
+    tab.open("#/")
+    page.locator(".drop.busy progress").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_text("Stopped. Drop the same files again").wait_for()
+    page.unroute_all(behavior="ignoreErrors")
+    page.reload()
+    page.get_by_text("Not sent to its end: wandering.tar").wait_for()
+    tab.look("unfinished")
+    page.route("**/v1/adapters", lambda route: (page.wait_for_timeout(1500), route.continue_()))
+    tab.choose_archive(archive)
+    page.get_by_text("Hashed and sent.").wait_for()
+    tab.open("#/references")
+    page.get_by_role("heading", name="References", exact=True).wait_for()
+    page.wait_for_timeout(4000)
+    assert page.url.endswith("#/references"), "nobody is taken away from what they look at"
+    tab.open("#/")
+    page.get_by_role("link", name="wandering").first.wait_for()
+    page.get_by_text("has arrived.").wait_for()
+
+
+def test_a_list_of_references_that_cannot_be_read_is_not_called_empty(tab: Tab, console: Console) -> None:
+    page = tab.page
+    adapter = console.upload(FRESH, name="without references for now")
+    tab.sign_in()
+    fault = {"error": {"message": "The database does not answer.", "code": "database_unavailable", "type": "x"}}
+    page.route("**/v1/references", lambda route: route.fulfill(status=503, json=fault))
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_text("The database does not answer.").wait_for()
+    assert page.get_by_text("No reference is installed").count() == 0
+    page.unroute("**/v1/references")
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_role("heading", name="Realign it").wait_for()
+
+
+def test_nothing_scrolls_sideways_on_the_narrowest_phones(tab: Tab, console: Console) -> None:
+    page = tab.page
+    adapter = console.upload(FRESH, name="narrow")
+    tab.sign_in()
+    page.set_viewport_size({"width": 320, "height": 640})
+    for where in ("#/", "#/adapters", f"#/adapters/{adapter['id']}", "#/realignments", "#/references"):
+        tab.open(where)
+        page.locator("h1").wait_for()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320, where
+
+
 def test_cancel_and_delete_ask_first(tab: Tab, console: Console) -> None:
     page = tab.page
     tab.sign_in()
@@ -324,8 +381,15 @@ def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     page.get_by_role("button", name="Older →").click()
     page.get_by_text("Page 2", exact=True).wait_for()
     assert rows.count() == 3
+    rows.first.get_by_role("link").first.click()
+    page.get_by_role("heading", name="The request").wait_for()
+    page.go_back()
+    page.get_by_text("Page 2", exact=True).wait_for()
     page.get_by_role("button", name="← Newer").click()
     page.get_by_text("Page 1", exact=True).wait_for()
+    page.get_by_label("Metadata").fill("team")
+    page.keyboard.press("Enter")
+    page.get_by_text("Write key=value").wait_for()
     page.get_by_label("Metadata").fill("team=odd")
     page.keyboard.press("Enter")
     page.wait_for_function("() => document.querySelectorAll('.rows > li').length === 11")

@@ -734,6 +734,26 @@ def test_what_avoids_safety_inputs_is_said(reference: LoadedReference, fresh: Pa
     assert "safety_inputs_avoided" not in codes(other), "a cosine says nothing of it"
 
 
+def test_a_repair_that_leaves_most_modules_as_they_leaned_is_said(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    def told(weight: float, out: Path | None) -> list[str]:
+        report = realign(fresh, reference, GramParameters(general_weight=weight), out)
+        even = report.method.break_even
+        assert even is not None
+        leaning = [line for line in report.modules if line.similarity_before < even]
+        assert leaning
+        still = sum(line.similarity_after < even for line in leaning)
+        found = [item.message for item in report.warnings if item.code == "repair_fell_short"]
+        assert bool(found) == (out is not None and 2 * still > len(leaning))
+        return found
+
+    (message,) = told(1000.0, tmp_path / "weak")
+    assert "the strength is too weak" in message
+    assert told(0.01, tmp_path / "strong") == []
+    assert told(1000.0, None) == [], "nothing was repaired, nor meant to be"
+
+
 def test_an_update_of_nothing_avoids_nothing(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
     shutil.copytree(fresh, tmp_path / "zero")
     tiny.change_tensors(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from safegraft.contracts.report import ModuleLine, Report
-from safegraft.report import headline, render, to_csv, to_json, with_headline
-from tests.report.samples import METHODS, five, line, lines, probe, report
+from safegraft.report import figures, headline, render, tables, to_csv, to_json, with_headline
+from tests.report.samples import METHODS, evaluation, five, line, lines, probe, report
 
 
 def test_render_writes_all_files_beside_a_stem_with_dots(tmp_path: Path) -> None:
@@ -23,6 +23,13 @@ def test_render_writes_all_files_beside_a_stem_with_dots(tmp_path: Path) -> None
 def test_equal_reports_give_equal_files(tmp_path: Path) -> None:
     first, second = (render(report(lines(2)), tmp_path / name) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_an_evaluation_has_a_slide_and_a_table_of_its_own() -> None:
+    assert "evaluation.png" not in figures(report(lines(2)))
+    found = figures(report(lines(2), evaluation=evaluation()))
+    assert found["evaluation.png"].startswith(b"\x89PNG")
+    assert found["evaluation.png"] not in [data for ending, data in found.items() if ending != "evaluation.png"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -52,14 +59,42 @@ def test_csv_holds_the_modules_of_the_first_strength_alone() -> None:
     original = five()
     rows = list(csv.DictReader(io.StringIO(to_csv(original), newline="")))
     assert [row["name"] for row in rows] == [module.name for module in original.modules]
+    assert {row["strength"] for row in rows} == {str(original.variants[0].strength)}
+
+
+def test_csv_of_strengths_has_the_curves_figures() -> None:
+    original = five()
+    rows = list(csv.DictReader(io.StringIO(tables(original)["strengths.csv"], newline="")))
+    assert len(rows) == len(original.variants) == 5
+    for row in rows:
+        (found,) = [item for item in original.variants if item.strength == float(row["strength"])]
+        assert (float(row["kept"]), float(row["edit"])) == (found.summary.kept, found.summary.edit)
+        assert float(row["similarity_after_median"]) == found.summary.similarity_after.median
+        assert row["output_sha256"] == (found.output.sha256 if found.output else "")
+    assert [float(row["strength"]) for row in rows] == sorted(item.strength for item in original.variants)
+    assert set(tables(report(lines(2)))) == {"csv"}
+
+
+def test_csv_of_an_evaluation_has_what_was_counted() -> None:
+    original = report(lines(2), evaluation=evaluation())
+    rows = list(csv.DictReader(io.StringIO(tables(original)["evaluation.csv"], newline="")))
+    found = [(row["measure"], row["side"], int(row["hits"]), int(row["total"])) for row in rows]
+    assert found == [
+        (name, side, share.hits, share.total)
+        for name, before, after in evaluation().measures()
+        for side, share in (("before", before), ("after", after))
+    ]
+    for row in rows:
+        assert 0 <= float(row["low"]) <= float(row["share"]) <= float(row["high"]) <= 1
 
 
 def test_csv_holds_every_field_of_every_module() -> None:
     original = report([*lines(4), line("lm_head", None, 0.5, 0.75, selection_probability=0.25)])
     rows = list(csv.DictReader(io.StringIO(to_csv(original), newline="")))
     assert len(rows) == len(original.modules)
-    assert list(rows[0]) == list(ModuleLine.model_fields)
+    assert list(rows[0]) == [*ModuleLine.model_fields, "strength"]
     for row, module in zip(rows, original.modules, strict=True):
+        assert row.pop("strength") == ""
         cells = {key: value or None for key, value in row.items()}
         assert ModuleLine.model_validate(cells) == module
 

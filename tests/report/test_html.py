@@ -21,7 +21,7 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Digest, Recommendation, ReferenceUsed, Report, Warning
+from safegraft.contracts.report import Digest, Recommendation, ReferenceUsed, Report, Subject, Warning
 from safegraft.report import to_html
 from safegraft.report.grid import level_colours
 from safegraft.report.html import LARGEST, MAX_ROWS
@@ -246,6 +246,17 @@ def test_an_evaluation_is_told_with_its_intervals() -> None:
     assert "Judged by: key phrases." in text
     assert "But for the evaluation above, this report measures weights" in text
     assert "How it behaves" not in Page(to_html(report(lines(3)))).text
+
+
+def test_a_page_says_whose_it_is() -> None:
+    subject = Subject(adapter="c-17 <b>", realignment_id="rlg_0123", written_at=1_800_000_000)
+    html = to_html(report(lines(3), subject=subject))
+    page = Page(html)
+    assert "c-17 <b> · rlg_0123 · 2027-01-15 08:00 UTC" in page.text
+    assert "<title>c-17 &lt;b&gt;: " in html
+    local = Page(to_html(report(lines(3), subject=Subject(adapter="mine", written_at=253402300799)))).text
+    assert "mine · 9999-12-31 23:59 UTC" in local
+    assert 'class="subject' not in to_html(report(lines(3)))
 
 
 def test_the_largest_change_comes_first() -> None:

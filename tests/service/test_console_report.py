@@ -1,14 +1,17 @@
 """What the console says of a report, in the browser that says it, against what the report's other forms say."""
 
 import json
+import re
 from collections.abc import Iterator
+from html import unescape
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from safegraft.contracts.methods import MODELS, SafetyLockParameters
 from safegraft.contracts.report import Report
-from safegraft.report import headline, to_json, words
+from safegraft.report import headline, to_html, to_json, words
+from safegraft.report.chart import chart_of
 from safegraft.report.curve import axis_of
 from tests.report.samples import BIASES, SIDE_CAR, five, line, lines, report, sweep, variant
 from tests.service.pages import ORIGIN, opened
@@ -106,9 +109,10 @@ def test_a_large_edit_is_drawn_where_it_is_or_said_to_be_cut(page: "Page", edit:
 
 def test_pointer_and_keys_tell_every_figure_of_the_chart(page: "Page") -> None:
     show(page, sweep(variant(0.1, 0.3, 37.0, 0.96), variant(1, 0.5, 2.9, 0.91), variant(3, 0.8, 0.4, 0.86)))
-    stripes = page.locator(".curve .stripe")
+    strengths = page.locator("[aria-labelledby=variants-title]")
+    stripes = strengths.locator(".curve .stripe")
     stripes.first.wait_for()
-    readout = page.locator(".curve + .readout")
+    readout = strengths.locator(".curve + .readout")
     assert readout.inner_text() == "Point at a strength, or move with the arrow keys."
     stripes.nth(1).hover()
     assert (
@@ -124,7 +128,40 @@ def test_pointer_and_keys_tell_every_figure_of_the_chart(page: "Page") -> None:
         assert readout.inner_text().startswith(f"general_weight {told}:")
     labels = [stripe.get_attribute("aria-label") for stripe in stripes.all()]
     assert labels[2] == readout.inner_text()
-    assert page.locator(".curve .stripe[tabindex='0']").count() == 1
+    assert strengths.locator(".curve .stripe[tabindex='0']").count() == 1
+
+
+def test_layers_are_drawn_and_told_as_the_report_does(page: "Page") -> None:
+    sample = report([*lines(12), line("lm_head", None, 0.5)])
+    show(page, sample)
+    drawn = page.locator("[aria-labelledby=layers-title]")
+    stripes = drawn.locator(".stripe")
+    stripes.first.wait_for()
+    charted = chart_of(sample.layers, width=1040, height=280, two_sides=True)
+    assert charted is not None
+    assert stripes.count() == len(charted.points) == 12
+    for number in (0, 7):
+        stripes.nth(number).hover()
+        assert drawn.locator(".readout").inner_text() == charted.points[number].title
+    show(page, report([line("model.layers.3.q_proj", 3, 0.5, 0.9)]))
+    assert page.locator("[aria-labelledby=layers-title]").count() == 0
+
+
+def test_what_is_pointed_at_in_one_map_is_told_below_all(page: "Page") -> None:
+    show(page, report(lines(4)))
+    maps = page.locator("figure.map")
+    maps.nth(1).locator("td").nth(9).hover()
+    told = [readout.inner_text().partition(" · ")[2] for readout in maps.locator(".readout").all()]
+    assert len(told) == 3
+    assert len(set(told)) == 1
+
+
+def test_the_five_terms_are_the_reports(page: "Page") -> None:
+    show(page, report(lines(3)))
+    theirs = unescape(re.sub(r"<[^>]+>", "", to_html(report(lines(3)))))
+    for text in page.locator("[aria-labelledby=terms-title] dd").all_inner_texts():
+        assert text in theirs
+    assert page.locator("[aria-labelledby=terms-title] dt").count() == 5
 
 
 WEIGHT = "Write a number from 0.01 to 1000; 0.2 is the default."
