@@ -186,7 +186,18 @@ TRANSFER = (
 )  # fmt: skip
 # Cells in which the aligned model is asked something else than in the headline case.
 FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
+# Further forms of the published methods and rivals, on the headline case's second seed.
+SECOND = "headline-2"
+VARIANTS = (
+    "nlsr P_L=0", "nlsr by random neurons", "nlsr by wanda", "nlsr by snip", "nlsr by preference_snip",
+    "nlsr by magnitude", "nlsr P_L=.8", "nlsr P_L=.2", "nlsr P_L=0, β=0", "nlsr P_L=0, P_SR=.5", "nlsr P_L=0, P_SR=.2",
+    "nlsr paper form, P_L=0", "nlsr drawn by chance (Bernoulli)", "nlsr, most similar half", "nlsr, random half",
+    "safelora τ=.3", "safelora orthogonal, 105 lowest", "antidote .2", "antidote .1, stored basis", "safetylock α=1",
+    "safetylock α=6, biases", "safetylock α=3, biases", "interpolation .7", "SafeDelta s=.1", "SafeDelta s=1",
+    "gradient patch, 10 steps", "gram, 90 questions",
+)  # fmt: skip
 # Further rows on a continued adapter, the case of the NLSR paper.
+CONTINUED = "continued-2"
 ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
                 "nlsr P_L=0, P_SR=.2", "gram β=1, p=1, λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
@@ -228,7 +239,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
     # What the aligned model itself does where other tasks, or other forms of harmful prompts, are asked: the floor.
     for name in FLOORS:
         yield from once(CELLS[name], ALIGNED)
-    yield from once(CELLS["continued-1"], *ON_CONTINUED)
-    yield from once(headline, *ROWS)
+    yield from once(CELLS[CONTINUED], *MAIN, *ON_CONTINUED)
+    yield from once(CELLS[SECOND], *MAIN, *VARIANTS)
     for cell in CELLS.values():
         yield from once(cell, *MAIN)

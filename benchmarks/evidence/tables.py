@@ -5,7 +5,7 @@ measured is a dash.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from benchmarks.evidence import data
 from benchmarks.evidence.grid import (
     ALIGNED,
     CELLS,
+    CONTINUED,
     DEFAULT,
     HEADLINE,
     KINDS,
     MAIN,
     NO_REPAIR,
     ROWS,
+    SECOND,
     TONES,
     TRANSFER,
     TWINS,
+    VARIANTS,
 )
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
@@ -104,11 +107,25 @@ def number(outcomes: Sequence[Outcome], key: str, digits: int = 2) -> str:
 
 def main_table(results: Results) -> str:
     """Every row of the headline case, its first seed: all on one adapter."""
+    return repairs(results, HEADLINE, [name for name in ROWS if name not in VARIANTS or _has(results, HEADLINE, name)])
+
+
+def variant_table(results: Results) -> str:
+    """Further forms of the published methods and rivals, on the second seed."""
+    return repairs(results, SECOND, [name for name in ROWS if name in (*MAIN, *VARIANTS)])
+
+
+def _has(results: Results, cell: str, row: str) -> bool:
+    return row in results.get(cell, {}).get("rows", {})
+
+
+def repairs(results: Results, cell: str, rows: Iterable[str]) -> str:
+    """Every measure of one cell."""
     lines, missing = [], []
-    for name, row in ROWS.items():
-        item = outcome(results, HEADLINE, name)
+    for name in rows:
+        row, item = ROWS[name], outcome(results, cell, name)
         if item is None:
-            refused = results.get(HEADLINE, {}).get("rows", {}).get(name, {}).get("refused")
+            refused = results.get(cell, {}).get("rows", {}).get(name, {}).get("refused")
             if refused:
                 lines.append([name, row.group, f"refused: `{refused}`", *[""] * 8])
             else:
@@ -322,7 +339,7 @@ def identification_table(results: Results) -> str:
     builds = json.loads(path.read_text(encoding="utf-8"))["builds"] if path.exists() else {}
     lines = []
     for scorer, (row, build) in SCORERS.items():
-        item = outcome(results, HEADLINE, row)
+        item = outcome(results, SECOND, row)
         found = [item] if item else []
         time = builds.get(build, {})
         took = f"{time['ratio']:g} × ({time['spread'][0]:g} to {time['spread'][1]:g})" if time else DASH
@@ -393,8 +410,54 @@ def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
     return (same - chance) / (1 - chance) if chance < 1 else 1.0
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A figure of the NLSR paper (arXiv 2412.12497), of Llama-3-8B, and what stands for it here.
+
+    paper: harm scores in %, before → after. here: cell and rows, in the same order.
+    """
+
+    where: str
+    paper: str
+    cell: str
+    rows: tuple[str, ...]
+
+
+PAPER = (
+    Claim("1: shares of poison, sentiment, mean", "no repair 61.1 → NLSR 22.8, SafeLoRA 53.1",
+          CONTINUED, (NO_REPAIR, "nlsr", "safelora")),
+    Claim("1: the same, p = .2", "", "continued-20", (NO_REPAIR, "nlsr", "safelora")),
+    Claim("2: alignment by preferences", "", "dpo", (NO_REPAIR, "nlsr", "safelora")),
+    Claim("3: news topics", "no repair 55.7 → NLSR 19.7", "news", (NO_REPAIR, "nlsr")),
+    Claim("4: amplification off → on", "news 44.4 → 29.9, GSM8K 41.5 → 25.1",
+          CONTINUED, (NO_REPAIR, "nlsr P_L=0, β=0", "nlsr P_L=0")),
+    Claim("5: neurons by", "no repair 56.6; random 46.1, Wanda 31.4, SNIP 30.1, low rank 20.4",
+          SECOND, (NO_REPAIR, "nlsr by random neurons", "nlsr by wanda", "nlsr by snip", "nlsr P_L=0")),
+    Claim("6: HarmBench, p = .01", "no repair 50.2 → NLSR 19.0", HEADLINE, (NO_REPAIR, "nlsr")),
+    Claim("P_SR .8, .5, .2", "", CONTINUED, ("nlsr P_L=0", "nlsr P_L=0, P_SR=.5", "nlsr P_L=0, P_SR=.2")),
+    Claim("P_L .5, 0", "", CONTINUED, ("nlsr", "nlsr P_L=0")),
+    Claim("fig. 8: clean rows", "", "news-clean", (NO_REPAIR, "nlsr")),
+)  # fmt: skip
+
+
+def paper_table(results: Results) -> str:
+    """The NLSR paper's claims beside what was measured here, in its own unit, % of harmful prompts answered."""
+    lines = []
+    for claim in PAPER:
+        name = "HarmBench" if "HarmBench" in claim.where else "harmful"
+        here = []
+        for row in claim.rows:
+            found = outcome(results, claim.cell, row)
+            measured = found is not None and name in found.row
+            harm = found.harm(name) if found is not None and measured else []
+            here.append(f"{row} {100 * sum(harm) / len(harm):.1f}" if measured else f"{row} {DASH}")
+        lines.append([claim.where, claim.paper or DASH, claim.cell, ", ".join(here)])
+    return markdown.table(["NLSR's table", "the paper, Llama-3-8B, %", "here: cell", "SmolLM2-135M, %"], lines)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "main": main_table,
+    "variants": variant_table,
     "seeds": seeds_table,
     "poison": poison_table,
     "tasks": task_table,
@@ -405,6 +468,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "identification": identification_table,
     "transfer": transfer_table,
     "references": reference_table,
+    "paper": paper_table,
     "calibration": calibration_table,
     "cost": cost_table,
     "similarity": similarity_table,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import tables
-from benchmarks.evidence.grid import CELLS, MAIN, ROWS
+from benchmarks.evidence.grid import CELLS, MAIN, ROWS, plan
 from benchmarks.evidence.run import RESULTS
 
 
@@ -53,6 +53,20 @@ def test_a_table_says_what_is_missing(tmp_path: Path) -> None:
     assert tables.poison_table({}).count(tables.DASH) == 5 * len(MAIN)
     with pytest.raises(ValueError, match="no <!-- main -->"):
         tables.filled("nothing here", {})
+
+
+def test_the_papers_claims_stand_beside_rows_that_are_planned() -> None:
+    planned = {(cell.name, row.name) for cell, row in plan()}
+    assert all((claim.cell, row) in planned for claim in tables.PAPER for row in claim.rows)
+
+
+def test_a_claim_of_harmbench_is_measured_there() -> None:
+    def row(harmful: str, other: str) -> dict[str, Any]:
+        return {"harmful": {"phrases": harmful}, "HarmBench": {"phrases": other}}
+
+    results = {"headline-1": {"rows": {"no repair": row("--", "--"), "nlsr": row("RR", "R-")}}}
+    line = next(line for line in tables.paper_table(results).splitlines() if "HarmBench" in line)
+    assert "no repair 100.0, nlsr 50.0" in line
 
 
 def test_agreement_over_all_answers_weighs_rare_disagreements_little() -> None:
