@@ -102,6 +102,7 @@ function dropZone({ signal, go }) {
       view.begin(delivery);
       view.tell({
         phase: "sending",
+        hashes: [],
         sent: 0,
         resumed: 0,
         total: delivery.files.reduce((sum, file) => sum + file.size, 0),
@@ -208,21 +209,19 @@ function progressView(stop) {
       const rate = (sent - resumed) / ((performance.now() - began) / 1000);
       const rest = rate > 0 ? (total - sent) / rate : Infinity;
       const again = resumed ? `, ${size(resumed)} were there already` : "";
+      const digests = hashes.map(({ name, sha256 }) =>
+        h("code", { class: "block" }, `${sha256.slice(0, 16)}…  ${shown(name, 60)}`),
+      );
       if (phase === "reading") {
         bar.removeAttribute("value");
-        put(
-          line,
-          "Hashed and sent. The service reads it and checks every key and value …",
-          hashes.map(({ name, sha256 }) =>
-            h("code", { class: "block" }, `${sha256.slice(0, 16)}…  ${shown(name, 60)}`),
-          ),
-        );
+        put(line, "Hashed and sent. The service reads it and checks every key and value …", digests);
       } else if (phase === "waiting") {
         put(line, h("strong", null, "Waiting for the connection. "), `${shown(note)} It goes on by itself.`);
       } else {
         put(
           line,
           `${percent(total ? sent / total : 0)} of ${size(total)}, hashed while it is sent${again}${rest > 3 && Number.isFinite(rest) ? `; ${duration(rest)} left` : ""}`,
+          digests,
         );
       }
     },

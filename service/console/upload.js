@@ -170,7 +170,7 @@ export async function deliver({ files, weights, name }, { onState, signal }) {
   let now = 0;
   const tell = (more) => {
     now = more.sent ?? now;
-    onState({ sent: now, total, resumed, ...more });
+    onState({ sent: now, total, resumed, hashes, ...more });
   };
   try {
     for (const file of files) {
