@@ -377,7 +377,9 @@ export async function realignmentView(main, { signal, id, go }) {
     put(result, place);
     try {
       const report = await get(`v1/realignments/${job.id}/report`, { signal });
-      put(place, reportView(report, { job, signal }), files(report));
+      const view = reportView(report, { job, signal });
+      view.append(files(report));
+      put(place, view);
     } catch (error) {
       if (!signal.aborted) put(place, errorBox(error, { title: "The report could not be read.", retry: showReport }));
     }
@@ -414,7 +416,7 @@ export async function realignmentView(main, { signal, id, go }) {
       h(
         "p",
         { class: "soft" },
-        "The same figures as PNG pictures of 1920 × 1080, and a signed or unsigned statement of what was made from what.",
+        "The same figures as pictures of 1920 × 1080, and what was made from what, signed where the operator has a key.",
       ),
       h(
         "div",

@@ -107,7 +107,7 @@ def test_progress_moves_module_by_module_and_the_heatmap_tells_exact_values(tab:
     lines = page.evaluate("[...window.lines]")
     assert any("of 210 modules" in line for line in lines), lines
     assert page.get_by_role("table").first.get_by_role("row").count() == 8
-    assert page.locator(".curve .kept-dot").count() == 7
+    assert page.locator("[aria-labelledby=variants-title] .curve .kept-dot").count() == 7
     tab.look("sweep")
 
     job_id = page.url.rpartition("/")[2]

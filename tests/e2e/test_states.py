@@ -260,7 +260,7 @@ def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: P
     assert page.url.endswith("#/references"), "nobody is taken away from what they look at"
     tab.open("#/")
     page.get_by_role("link", name="wandering").first.wait_for()
-    page.get_by_text("has arrived.").wait_for()
+    page.locator(".drop").get_by_text("has arrived.").wait_for()
 
 
 def test_a_list_of_references_that_cannot_be_read_is_not_called_empty(tab: Tab, console: Console) -> None:
