@@ -144,6 +144,9 @@ ROWS: dict[str, Row] = {
         _method("nlsr P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", skip_share=0.0),
         _method("nlsr P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0),
         _method("nlsr paper form, P_L=0", "sweep", type="nlsr", form="paper", skip_share=0.0),
+        _method("nlsr paper form, P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", form="paper", skip_share=0.0),
+        _method("nlsr paper form, P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", form="paper", skip_share=0.0),
+        _method("nlsr paper form, P_L=.5", "sweep", type="nlsr", form="paper"),
         _method("nlsr drawn by chance (Bernoulli)", "sweep", type="nlsr", selection="bernoulli"),
         _method("nlsr by wanda", "sweep", type="nlsr", scorer="wanda", skip_share=0.0),
         _method("nlsr by snip", "sweep", type="nlsr", scorer="snip", skip_share=0.0),
@@ -198,7 +201,8 @@ VARIANTS = (
 )  # fmt: skip
 # Further rows on a continued adapter, the case of the NLSR paper.
 CONTINUED = "continued-2"
-ON_CONTINUED = ("nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
+ON_CONTINUED = ("nlsr paper form, P_L=0, P_SR=.5", "nlsr paper form, P_L=0, P_SR=.2", "nlsr paper form, P_L=.5",
+                "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
                 "nlsr P_L=0, P_SR=.2", "gram β=1, p=1, λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 

@@ -79,6 +79,7 @@ class Workshop:
             folder = self._folder / "references" / f"{aligned}-{prompts}-{sparsity:g}{self._edition(prompts)}"
             if not folder.exists():
                 print(f"reference {folder.name}: building", flush=True)
+                gradients = prompts in ("questions", "formats") and sparsity == BuildSettings.sparsity
                 build_reference(
                     folder,
                     sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
@@ -86,10 +87,10 @@ class Workshop:
                         safety=self._harmful(prompts),
                         general=self._general(prompts),
                     ),
-                    # The gradients' scorers are nlsr's, and need unsafe answers to every prompt.
+                    # The gradients' scorers are nlsr's, tried at one sparsity, and need unsafe answers to every prompt.
                     settings=BuildSettings(
-                        snip=prompts in ("questions", "formats"),
-                        preference_snip=prompts in ("questions", "formats"),
+                        snip=gradients,
+                        preference_snip=gradients,
                         sparsity=sparsity,
                     ),
                 )

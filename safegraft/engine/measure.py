@@ -245,6 +245,12 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
                 "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
                 "however similar they became"
             )
+        case NlsrParameters(skip_share=left_out) if left_out > 0:
+            found = (
+                "As long as modules were left out, transplanting neurons did not lower the harm score of adapters that "
+                "were continued from the aligned one; with none left out (`skip_share` 0) and half of the neurons "
+                "(a reference built with `--sparsity` 0.5) it did"
+            )
         case SafeLoraParameters(projector="paper", selection="threshold") if continued:
             found = (
                 "Of an adapter that was continued from the aligned one this found nothing to repair, because it lies "

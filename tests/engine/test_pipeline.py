@@ -481,7 +481,8 @@ def test_an_unknown_label_and_a_doubtful_method_are_said(
         return {warning.code for warning in realign(folder, reference, parameters, None).warnings}
 
     assert "method_may_not_help" in codes(fresh, NlsrParameters())
-    assert "method_may_not_help" not in codes(continued, NlsrParameters())
+    assert "method_may_not_help" in codes(continued, NlsrParameters())
+    assert "method_may_not_help" not in codes(continued, NlsrParameters(skip_share=0.0))
     assert "method_may_not_help" not in codes(fresh, GramParameters())
     assert codes(fresh, GramParameters()) == set()
     other = rescaled(fresh, tmp_path / "other", 0)
