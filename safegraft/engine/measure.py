@@ -29,6 +29,8 @@ LITTLE, MUCH = 0.05, 5.0
 # more than any that was trained without that aim (.62 to .71), and as those do that were repaired already or made to
 # evade the repair (.98 and more; docs/evidence).
 AVOIDING = 0.9
+# Share of neurons left out (P_SR) above which NLSR's transplant did not help (docs/evidence).
+SPARSE = 0.5
 # safetylock's strength from which on it did so.
 DESTRUCTIVE = 3.0
 
@@ -240,16 +242,10 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
     """What docs/evidence and docs/methods.md found of this method, with these parameters, on this kind of adapter."""
     continued = not method.on_aligned
     match method.parameters:
-        case NlsrParameters() if not continued:
+        case NlsrParameters(skip_share=left_out) if left_out > 0 or manifest.parameters.sparsity > SPARSE:
             found = (
-                "Transplanting neurons did not lower the harm score of adapters that are unrelated to the aligned one, "
-                "however similar they became"
-            )
-        case NlsrParameters(skip_share=left_out) if left_out > 0:
-            found = (
-                "As long as modules were left out, transplanting neurons did not lower the harm score of adapters that "
-                "were continued from the aligned one; with none left out (`skip_share` 0) and half of the neurons "
-                "(a reference built with `--sparsity` 0.5) it did"
+                "Transplanting neurons halved the harm score only where no module was left out (`skip_share` 0) and "
+                "half of the neurons or more were taken (a reference built with `--sparsity` 0.5 or less)"
             )
         case SafeLoraParameters(projector="paper", selection="threshold") if continued:
             found = (
