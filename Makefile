@@ -63,7 +63,7 @@ test-scaled: .venv/.ready
 
 # The tests that failed in the run before, one after the other, with nothing beside them.
 FEW = $(BIN)/python -c "import json; n = len(json.load(open('.pytest_cache/v/cache/lastfailed'))); \
-	raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 3 else 0)"
+	raise SystemExit(f'{n} tests failed: too many to blame on a busy machine.' if n > 6 else 0)"
 AGAIN := --last-failed --last-failed-no-failures none -n 0
 test-again: .venv/.ready
 	@$(FEW)

@@ -104,6 +104,8 @@ export function pages({ fetch, row, label, nothing, signal }) {
       const page = await fetch(after);
       // An answer that was overtaken by a later question is none.
       if (signal.aborted || turned !== turns) return;
+      // What was on this page was deleted since; the first one knows whether there is anything at all.
+      if (!page.data.length && before.length) return restart();
       put(
         list,
         page.data.map((item) => h("li", null, row(item))),
@@ -156,17 +158,15 @@ export function pages({ fetch, row, label, nothing, signal }) {
     show(true);
   }
 
+  function restart() {
+    before.length = 0;
+    after = null;
+    history.replaceState(null, "");
+    return show();
+  }
+
   show();
-  return {
-    element: place,
-    reload: () => show(),
-    restart: () => {
-      before.length = 0;
-      after = null;
-      history.replaceState(null, "");
-      return show();
-    },
-  };
+  return { element: place, reload: () => show(), restart };
 }
 
 /** The first part of a curl command against this service; the key stays a variable. */

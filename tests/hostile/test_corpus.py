@@ -36,7 +36,7 @@ FOLDERS = [case for case in CASES if case.kind not in ARCHIVED and not case.larg
 ALLOWED, JUDGE_MEMORY = 2**29, 2**28
 # By which the gateway may grow, whatever it was sent.
 GATEWAY_GROWTH = 2**26
-# The best of so many counts: other things run on the machine as well, but not always.
+# Of the processor, where the kernel counts them: others use the machine as well. The best of so many tries counts.
 TRIES = 3
 SECONDS, LARGE_SECONDS = 1.0, 5.0
 MEDIA = {".tar": "application/x-tar", ".zip": "application/zip"}
@@ -169,10 +169,11 @@ def test_the_gateway_answers_by_its_code_at_once_and_keeps_nothing(
 ) -> None:
     folder = place.write(case)
     limit = LARGE_SECONDS if case.large else SECONDS
+    clock = place.gateway.worked if sys.platform == "linux" else time.monotonic
     for _ in range(TRIES):
-        start = time.monotonic()
+        start = clock()
         answer = send(client, folder)
-        took = time.monotonic() - start
+        took = clock() - start
         check(client, answer, case)
         if took < limit:
             break

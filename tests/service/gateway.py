@@ -1,5 +1,6 @@
 """A gateway of its own, as uvicorn runs it: without broker and workers, and a test may kill it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -42,6 +43,20 @@ class Gateway:
                 assert self.process.poll() is None, self.log.read_text()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+
+    def worked(self) -> float:
+        """CPU seconds of the gateway and of its processes, ended ones too. Linux."""
+        ticks, waiting = 0, [self.process.pid]
+        while waiting:
+            number = waiting.pop()
+            try:
+                # Behind the name, which may hold anything: times of its own, and of children that it waited for.
+                ticks += sum(map(int, Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[11:15]))
+                for thread in Path(f"/proc/{number}/task").glob("*/children"):
+                    waiting += map(int, thread.read_text().split())
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended since it was named
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     @property
     def log(self) -> Path:
