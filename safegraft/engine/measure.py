@@ -352,8 +352,10 @@ def _without_effect(measured: Sequence[Measured], selection: Selection) -> Warni
 def _fell_short(measured: Sequence[Measured], method: Method) -> Warning | None:
     """Of modules that acted more on safety prompts than on general ones, most still do."""
     even = method.break_even
-    leaning = [item.line for item in measured if even is not None and item.line.similarity_before < even]
-    still = sum(even is not None and line.similarity_after < even for line in leaning)
+    if even is None:
+        return None
+    leaning = [item.line for item in measured if item.line.similarity_before < even]
+    still = sum(line.similarity_after < even for line in leaning)
     if 2 * still <= len(leaning):
         return None
     return Warning(

@@ -310,7 +310,7 @@ function axisOfReport(report) {
 /** Kept, edit and similarity over the strengths, told exactly by pointer and keys. Drawn again when its width changes. */
 export function curve(report, signal) {
   return chart({
-    keys: LINES.map(([name, text]) => [name, text]),
+    keys: LINES,
     hint: "Point at a strength, or move with the arrow keys.",
     cut: axisOfReport(report).cut,
     draw: (width, tell) => drawing(report, width, width < 560 ? 300 : 340, tell),
@@ -417,6 +417,19 @@ function withArrows(svg, stripes) {
   return svg;
 }
 
+/** A chart's drawing with its rules, one for each tick and told with that many digits, below what is drawn. */
+function framed({ width, height, left, right, ticks, y, digits, label }, ...drawn) {
+  return s(
+    "svg",
+    { class: "lines", viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": label },
+    ticks.map((value) => [
+      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
+      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, digits)),
+    ]),
+    drawn,
+  );
+}
+
 const halfway = (places) => places.slice(1).map((place, index) => (place + places[index]) / 2);
 
 function layerDrawing(lines, twoSides, width, height, tell) {
@@ -442,20 +455,9 @@ function layerDrawing(lines, twoSides, width, height, tell) {
     tell,
   );
   const sides = [["edit", "similarity_before"], ...(twoSides ? [["kept", "similarity_after"]] : [])];
-  const svg = s(
-    "svg",
-    {
-      class: "lines",
-      viewBox: `0 0 ${width} ${height}`,
-      width,
-      height,
-      role: "group",
-      "aria-label": `Mean similarity of ${lines.length} layers${twoSides ? ", before and after" : ""}; the table below has every module.`,
-    },
-    ticks.map((value) => [
-      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
-      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, step < 0.1 ? 2 : 1)),
-    ]),
+  const label = `Mean similarity of ${lines.length} layers${twoSides ? ", before and after" : ""}; the table below has every module.`;
+  const svg = framed(
+    { width, height, left, right, ticks, y, digits: step < 0.1 ? 2 : 1, label },
     lines
       .filter(({ layer }) => layer % every === 0)
       .map(({ layer }) => s("text", { x: x(layer), y: bottom + 18, "text-anchor": "middle" }, String(layer))),
@@ -503,20 +505,9 @@ function drawing(report, width, height, tell) {
     bottom,
     tell,
   );
-  const svg = s(
-    "svg",
-    {
-      class: "lines",
-      viewBox: `0 0 ${width} ${height}`,
-      width,
-      height,
-      role: "group",
-      "aria-label": `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.`,
-    },
-    ticks.map((value) => [
-      s("line", { class: "rule", x1: left, x2: right, y1: y(value), y2: y(value) }),
-      s("text", { x: left - 8, y: y(value) + 4, "text-anchor": "end" }, number(value, 1)),
-    ]),
+  const label = `Kept, changed by and median similarity over ${runs.length} values of ${parameter}; the table below has the figures.`;
+  const svg = framed(
+    { width, height, left, right, ticks, y, digits: 1, label },
     runs.map(({ strength }, index) => {
       if (x(strength) - lastLabel < 38 && index > 0) return null;
       lastLabel = x(strength);

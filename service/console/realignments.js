@@ -9,13 +9,15 @@ import { STATUS, actionButton, adapterLink, badge, curl, errorBox, isOpen, metho
 import { reportView } from "./report.js";
 import { follow } from "./sse.js";
 
+const isPair = (text) => text.indexOf("=") > 0;
+
 /** #/realignments?status=…: newest first. */
 export function realignmentsView(main, { signal, query, replace }) {
   const wanted = {
     status: query.get("status") ?? "",
     adapter_id: query.get("adapter_id") ?? "",
     reference_id: query.get("reference_id") ?? "",
-    metadata: /.=/.test(query.get("metadata") ?? "") ? query.get("metadata") : "",
+    metadata: isPair(query.get("metadata") ?? "") ? query.get("metadata") : "",
   };
 
   function asked() {
@@ -51,8 +53,8 @@ export function realignmentsView(main, { signal, query, replace }) {
   const fault = h("p", { class: "fault small", role: "alert" });
   function set(name, value) {
     const text = value.trim();
-    const slip = name === "metadata" && text && !text.slice(1).includes("=");
     if (name === "metadata") {
+      const slip = Boolean(text) && !isPair(text);
       fault.textContent = slip ? "Write key=value, for example customer=c-17." : "";
       metadata.setAttribute("aria-invalid", String(slip));
       if (slip) return;
