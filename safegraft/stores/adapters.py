@@ -1,8 +1,9 @@
 """Adapter records. Their bytes lie in the object store under the record's prefix."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.engine import Connection, Engine, Row
 
 from safegraft.contracts.adapter import Adapter
@@ -10,6 +11,20 @@ from safegraft.errors import Conflict, NotFound
 from safegraft.stores import totals
 from safegraft.stores.database import adapters, reading, realignments
 from safegraft.stores.quotas import claim_room
+
+
+@dataclass(frozen=True)
+class AdapterFilters:
+    """What a list of adapters is narrowed to; None does not narrow.
+
+    name: a part of it, in small or capital letters (of other alphabets than A to Z as the database knows them). origin:
+    uploaded, or the result of a realignment.
+    """
+
+    name: str | None = None
+    base_model: str | None = None
+    sha256: str | None = None
+    origin: Literal["uploaded", "realigned"] | None = None
 
 
 class AdapterStore:
@@ -41,9 +56,16 @@ class AdapterStore:
         with reading(self._engine) as connection:
             return str(_find(connection, tenant, adapter_id).prefix)
 
-    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Adapter], bool]:
+    def page(
+        self,
+        tenant: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        filters: AdapterFilters = AdapterFilters(),
+    ) -> tuple[list[Adapter], bool]:
         """Newest first; and whether there are more."""
-        query = select(adapters).where(adapters.c.tenant == tenant)
+        query = select(adapters).where(adapters.c.tenant == tenant, *_narrowed(filters))
         if after is not None:
             query = query.where(adapters.c.id < after)
         with reading(self._engine) as connection:
@@ -106,6 +128,20 @@ def _find(connection: Connection, tenant: str, adapter_id: str) -> Row[Any]:
     if row is None:
         raise NotFound(f"There is no adapter {adapter_id[:80]!r}.", code="adapter_not_found", param="adapter_id")
     return row
+
+
+def _narrowed(filters: AdapterFilters) -> list[ColumnElement[bool]]:
+    body = adapters.c.body
+    found: list[ColumnElement[bool]] = []
+    if filters.name is not None:
+        found.append(body["name"].as_string().icontains(filters.name, autoescape=True))
+    for key, value in (("base_model", filters.base_model), ("sha256", filters.sha256)):
+        if value is not None:
+            found.append(body[key].as_string() == value)
+    if filters.origin is not None:
+        made_by = body["origin", "realignment_id"].as_string()
+        found.append(made_by.is_(None) if filters.origin == "uploaded" else made_by.is_not(None))
+    return found
 
 
 def _shown(row: Row[Any]) -> Adapter:

@@ -1,10 +1,20 @@
 // Adapters: the drop zone, the list, and what one adapter is.
 
 import { ApiError, events, get, remove } from "./api.js";
-import { code, command, confirmed, copyButton, empty, facts, h, loading, put, say } from "./dom.js";
+import { code, command, confirmed, copyButton, empty, facts, fresh, h, loading, put, say } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { count, counted, duration, named, percent, plain, shown, size, time } from "./format.js";
-import { actionButton, adapterLink, badge, curl, errorBox, methodLine, pages } from "./parts.js";
+import {
+  actionButton,
+  adapterLink,
+  badge,
+  curl,
+  errorBox,
+  filterForm,
+  methodLine,
+  pages,
+  withFilters,
+} from "./parts.js";
 import { startForm } from "./start.js";
 import { NoAdapter, chosen, deliver, dropped, judged, refuses, unfinished } from "./upload.js";
 
@@ -350,19 +360,63 @@ export function jobRow(job, names = new Map()) {
   );
 }
 
-/** #/adapters: all of them, newest first. */
-export function adaptersView(main, { signal }) {
+const ORIGINS = [
+  ["", "Any"],
+  ["uploaded", "Uploaded"],
+  ["realigned", "Made by a realignment"],
+];
+
+/** #/adapters?name=…: newest first. */
+export function adaptersView(main, { signal, query, replace }) {
+  const wanted = Object.fromEntries(["name", "base_model", "origin"].map((key) => [key, query.get(key) ?? ""]));
+  const nothing = h("div");
   const list = pages({
-    fetch: (after) => get("v1/adapters", { query: { limit: 20, after }, signal }),
+    fetch: (after) => get("v1/adapters", { query: { limit: 20, after, ...wanted }, signal }),
     row: adapterRow,
     label: "adapters",
-    nothing: empty("No adapters yet.", h("a", { href: "#/" }, "Drop the first one")),
+    nothing,
     signal,
   });
+  const sayNothing = () =>
+    put(
+      nothing,
+      Object.values(wanted).some(Boolean)
+        ? empty("No adapter matches these filters.")
+        : empty("No adapters yet.", h("a", { href: "#/" }, "Drop the first one")),
+    );
+  function set(key, value) {
+    wanted[key] = value.trim();
+    replace(withFilters("#/adapters", wanted));
+    sayNothing();
+    list.restart();
+  }
+  const text = (key, placeholder) =>
+    h("input", {
+      id: fresh(key),
+      type: "text",
+      value: wanted[key],
+      placeholder,
+      spellcheck: "false",
+      on: { change: (event) => set(key, event.target.value) },
+    });
+  const origin = h(
+    "select",
+    { id: fresh("origin"), on: { change: (event) => set("origin", event.target.value) } },
+    ORIGINS.map(([value, label]) => h("option", { value, selected: wanted.origin === value }, label)),
+  );
+  sayNothing();
   put(
     main,
     h("h1", null, "Adapters"),
     h("p", { class: "lead" }, "What was uploaded, and what realignments made of it. Newest first."),
+    filterForm(
+      [
+        ["Name", text("name", "a part of it")],
+        ["Base model", text("base_model", "its label, exactly")],
+        ["Origin", origin],
+      ],
+      () => list.reload(),
+    ),
     list.element,
   );
 }

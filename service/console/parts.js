@@ -83,6 +83,24 @@ export function actionButton(label, work, properties = {}) {
   return { button, where };
 }
 
+/** What a list is narrowed by, each [label, control, …what stands below it], and a button that asks again. */
+export function filterForm(fields, again) {
+  return h(
+    "form",
+    { class: "filters", "aria-label": "Filters", on: { submit: (event) => event.preventDefault() } },
+    fields.map(([label, control, ...below]) =>
+      h("div", { class: "field" }, h("label", { for: control.id }, label), control, below),
+    ),
+    h("button", { type: "button", on: { click: again } }, "Refresh"),
+  );
+}
+
+/** The address of a list with those filters that are set. */
+export function withFilters(path, wanted) {
+  const kept = new URLSearchParams(Object.entries(wanted).filter(([, text]) => text));
+  return `${path}${kept.size ? `?${kept}` : ""}`;
+}
+
 /**
  * A list that turns pages. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
  */

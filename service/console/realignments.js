@@ -5,7 +5,19 @@ import { adapterNames, jobRow } from "./adapters.js";
 import { code, command, confirmed, empty, facts, fresh, h, loading, put, say } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { counted, duration, named, shown, time } from "./format.js";
-import { STATUS, actionButton, adapterLink, badge, curl, errorBox, isOpen, methodLine, pages } from "./parts.js";
+import {
+  STATUS,
+  actionButton,
+  adapterLink,
+  badge,
+  curl,
+  errorBox,
+  filterForm,
+  isOpen,
+  methodLine,
+  pages,
+  withFilters,
+} from "./parts.js";
 import { reportView } from "./report.js";
 import { follow } from "./sse.js";
 
@@ -60,8 +72,7 @@ export function realignmentsView(main, { signal, query, replace }) {
       if (slip) return;
     }
     wanted[name] = text;
-    const kept = new URLSearchParams(Object.entries(wanted).filter(([, text]) => text));
-    replace(`#/realignments${kept.size ? `?${kept}` : ""}`);
+    replace(withFilters("#/realignments", wanted));
     sayNothing();
     list.restart();
   }
@@ -118,20 +129,18 @@ export function realignmentsView(main, { signal, query, replace }) {
     spellcheck: "false",
     on: { change: (event) => set("metadata", event.target.value) },
   });
-  const one = (label, controls) =>
-    h("div", { class: "field" }, h("label", { for: [controls].flat()[0].id }, label), controls);
   sayNothing();
   put(
     main,
     h("h1", null, "Realignments"),
-    h(
-      "form",
-      { class: "filters", "aria-label": "Filters", on: { submit: (event) => event.preventDefault() } },
-      one("Status", status),
-      one("Reference", reference),
-      one("Adapter", [adapter, suggestions]),
-      one("Metadata", [metadata, fault]),
-      h("button", { type: "button", on: { click: () => list.reload() } }, "Refresh"),
+    filterForm(
+      [
+        ["Status", status],
+        ["Reference", reference],
+        ["Adapter", adapter, suggestions],
+        ["Metadata", metadata, fault],
+      ],
+      () => list.reload(),
     ),
     list.element,
   );

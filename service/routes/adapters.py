@@ -1,6 +1,6 @@
 """/v1/adapters: upload, list, show, delete, download."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -9,7 +9,9 @@ from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
 from safegraft.contracts.files import AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
+from safegraft.contracts.realignment import NO_NUL
 from safegraft.errors import NotFound
+from safegraft.stores.adapters import AdapterFilters
 from safegraft.stores.objects import remove_or_leave
 from service import downloads, uploads
 from service.dependencies import After, Asking, Here, Limit, Tenant
@@ -67,9 +69,21 @@ async def create(
 
 
 @router.get("", operation_id="listAdapters", summary="List adapters")
-def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[Adapter]:
+def list_(
+    here: Here,
+    tenant: Tenant,
+    limit: Limit = 20,
+    after: After = None,
+    name: Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="A part of the name.")] = None,
+    base_model: Annotated[str | None, Query(max_length=4096, pattern=NO_NUL, description="The label, exactly.")] = None,
+    sha256: Annotated[str | None, Query(max_length=80, pattern=PRINTABLE, description=f"Of {WEIGHTS}.")] = None,
+    origin: Annotated[
+        Literal["uploaded", "realigned"] | None, Query(description="Uploaded, or the result of a realignment.")
+    ] = None,
+) -> Page[Adapter]:
     """Newest first."""
-    return page(*here.adapters.page(tenant, limit=limit, after=after))
+    filters = AdapterFilters(name=name, base_model=base_model, sha256=sha256, origin=origin)
+    return page(*here.adapters.page(tenant, limit=limit, after=after, filters=filters))
 
 
 @router.get("/{adapter_id}", operation_id="getAdapter", summary="Show an adapter")
