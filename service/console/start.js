@@ -6,6 +6,7 @@ import { named, plain, shown } from "./format.js";
 import { curl, errorBox } from "./parts.js";
 
 const MOST_STRENGTHS = 16;
+const DRAFT = "safegraft.draft.";
 
 /** Fills `place` with the form. */
 export async function startForm(place, { adapter, references, signal, go }) {
@@ -30,6 +31,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     name: "",
     metadata: "",
   };
+  recall(adapter.id, state, references);
   // One name for all attempts to send the same form, so that a lost answer makes no second job.
   let attempt = randomName();
 
@@ -325,7 +327,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
   });
   const more = h(
     "details",
-    null,
+    { open: Boolean(state.name || state.metadata || Object.keys(state.values).length) },
     h("summary", null, "All parameters"),
     h(
       "div",
@@ -359,12 +361,13 @@ export async function startForm(place, { adapter, references, signal, go }) {
     changed();
   });
 
+  const nameSubmit = () => put(submit, state.mode === "patch" ? "Start the realignment" : "Start the measurement");
   const modeName = fresh("mode");
   const mode = (value, label, text) => {
     const input = h("input", { type: "radio", name: modeName, checked: state.mode === value });
     input.addEventListener("change", () => {
       state.mode = value;
-      submit.textContent = value === "patch" ? "Start the realignment" : "Start the measurement";
+      nameSubmit();
       changed();
     });
     return h(
@@ -374,7 +377,8 @@ export async function startForm(place, { adapter, references, signal, go }) {
       h("span", null, h("span", { class: "strong" }, label), h("span", { class: "soft small block" }, text)),
     );
   };
-  const submit = h("button", { type: "submit", class: "primary" }, "Start the realignment");
+  const submit = h("button", { type: "submit", class: "primary" });
+  nameSubmit();
 
   const form = h(
     "form",
@@ -432,6 +436,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
     submit.setAttribute("aria-disabled", "true");
     try {
       const job = await post("v1/realignments", body, { headers: { "idempotency-key": attempt } });
+      sessionStorage.removeItem(DRAFT + adapter.id);
       say("Queued.");
       go(`#/realignments/${job.id}`);
     } catch (error) {
@@ -443,12 +448,29 @@ export async function startForm(place, { adapter, references, signal, go }) {
     }
   });
 
+  // What somebody chose, and not what this form chose beforehand: the next one may know better.
+  for (const kind of ["input", "change"])
+    form.addEventListener(kind, () => sessionStorage.setItem(DRAFT + adapter.id, JSON.stringify(state)));
+
   put(place, form);
   showReference();
   showMethods();
   showStrength();
   showMore();
   changed();
+}
+
+/** Into `state` what was chosen and typed for this adapter before its page was left, in this tab. */
+function recall(id, state, references) {
+  let draft;
+  try {
+    draft = JSON.parse(sessionStorage.getItem(DRAFT + id)) ?? {};
+  } catch {
+    return;
+  }
+  for (const key of Object.keys(state)) if (typeof draft[key] === typeof state[key]) state[key] = draft[key];
+  // References come and go; the rest is checked where it is shown.
+  if (!references.some((reference) => reference.id === state.reference)) state.reference = "";
 }
 
 /** Which control an error of the API belongs to. */

@@ -191,6 +191,42 @@ def test_the_form_shows_what_it_sends(tab: Tab, console: Console) -> None:
     assert [url for url in tab.asked[before:] if url.endswith("/v1/realignments")] == []
 
 
+def test_what_was_typed_for_an_adapter_is_there_again(tab: Tab, console: Console) -> None:
+    page = tab.page
+    tab.sign_in()
+    adapter = console.upload(FRESH, name="draft")
+    tab.open(f"#/adapters/{adapter['id']}")
+    start = page.get_by_role("button", name="Start the")
+    start.wait_for()
+    # Nothing was chosen yet, so nothing is kept: the next form may recommend something else.
+    assert page.evaluate("Object.keys(sessionStorage).filter((key) => key.includes('draft')).length") == 0
+    page.get_by_role("radio", name="Measure only").check()
+    page.get_by_label("general_weight", exact=True).fill("0.5")
+    page.get_by_text("All parameters").click()
+    page.get_by_label("Metadata", exact=True).fill("team=blue")
+    page.get_by_label("pairs", exact=True).fill("7")
+
+    page.get_by_role("link", name="References", exact=True).click()
+    page.get_by_role("heading", name="References").wait_for()
+    for again in (page.go_back, page.reload):
+        again()
+        start.wait_for()
+        assert start.inner_text() == "Start the measurement"
+        assert page.get_by_role("radio", name="Measure only").is_checked()
+        assert page.get_by_label("general_weight", exact=True).input_value() == "0.5"
+        assert page.get_by_label("Metadata", exact=True).input_value() == "team=blue"
+        assert page.get_by_label("pairs", exact=True).input_value() == "7"
+
+    start.click()
+    page.wait_for_url("**#/realignments/*")
+    sent = console.job(page.url.rpartition("/")[2])
+    assert (sent["mode"], sent["metadata"], sent["method"]["general_weight"]) == ("analyze", {"team": "blue"}, 0.5)
+    # It was sent: the next job of this adapter begins from the recommendation.
+    tab.open(f"#/adapters/{adapter['id']}")
+    start.wait_for()
+    assert start.inner_text() == "Start the realignment"
+
+
 def test_a_measurement_tells_the_lineage_on_the_adapters_page(new_tab: Callable[[], Tab], console: Console) -> None:
     tab = new_tab()
     page = tab.page

@@ -401,6 +401,17 @@ def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     tab.open("#/adapters")
     page.get_by_role("list", name="adapters").wait_for()
     tab.look("adapters")
+    page.get_by_label("Name", exact=True).fill("LISTE")
+    page.keyboard.press("Enter")
+    names = "[...document.querySelectorAll('.rows a')].map((a) => a.textContent)"
+    page.wait_for_function(f"() => {names}.length && {names}.every((name) => name === 'listed')")
+    assert page.url.endswith("#/adapters?name=LISTE")
+    page.get_by_label("Origin").select_option("realigned")
+    page.get_by_text("No adapter matches these filters.").wait_for()
+    tab.look("adapters-none")
+    page.reload()
+    page.get_by_text("No adapter matches these filters.").wait_for()
+    assert page.get_by_label("Name", exact=True).input_value() == "LISTE"
 
 
 def test_streams_that_are_refused_become_questions(tab: Tab, console: Console) -> None:
