@@ -328,8 +328,9 @@ def _signed(value: float) -> str:
     return "0.0" if float(text) == 0 else text.replace("-", "−")
 
 
+FIRST_BUILD = "low_rank, wanda"  # that the others' times are told in
 SCORERS = {
-    "low_rank": ("nlsr P_L=0", "low_rank, wanda"), "wanda": ("nlsr by wanda", "low_rank, wanda"),
+    "low_rank": ("nlsr P_L=0", FIRST_BUILD), "wanda": ("nlsr by wanda", FIRST_BUILD),
     "snip": ("nlsr by snip", "snip"), "preference_snip": ("nlsr by preference_snip", "preference_snip"),
     "magnitude": ("nlsr by magnitude", None), "random": ("nlsr by random neurons", None),
 }  # fmt: skip
@@ -344,7 +345,9 @@ def identification_table(results: Results) -> str:
         item = outcome(results, SECOND, row)
         found = [item] if item else []
         time = builds.get(build, {})
-        took = f"{time['ratio']:g} × ({time['spread'][0]:g} to {time['spread'][1]:g})" if time else DASH
+        took = f"{time['ratio']:.1f} × ({time['spread'][0]:.1f} to {time['spread'][1]:.1f})" if time else DASH
+        if build == FIRST_BUILD and time:
+            took = "1"
         lines.append(
             [scorer, rate(found, Outcome.harm), rate(found, lambda o: o.verdicts("benign", "phrases")),
              rate(found, Outcome.right), "no data is asked" if build is None else took]
