@@ -23,8 +23,11 @@ const upload = { running: null, state: h("div", { class: "upload-state" }) };
 addEventListener("beforeunload", (event) => {
   if (upload.running) event.preventDefault();
 });
+// Whoever signs in next is told nothing of the last one's upload.
+const LEFT = new DOMException("Signed out.", "AbortError");
+const isLeft = (signal) => signal.reason === LEFT;
 events.addEventListener("left", () => {
-  upload.running?.abort();
+  upload.running?.abort(LEFT);
   put(upload.state);
 });
 
@@ -120,6 +123,7 @@ function dropZone({ signal, go }) {
       say(`Uploading ${shown(label || "the adapter")}.`);
       const name = shown(label, 200);
       const adapter = await deliver({ ...delivery, name }, { onState: view.tell, signal: here.signal });
+      if (isLeft(here.signal)) return;
       if (delivery.left.length)
         sessionStorage.setItem(`safegraft.left.${adapter.id}`, JSON.stringify(delivery.left.slice(0, 200)));
       put(state);
@@ -132,6 +136,7 @@ function dropZone({ signal, go }) {
       say("The adapter is ready.");
       go(`#/adapters/${adapter.id}`);
     } catch (error) {
+      if (isLeft(here.signal)) return;
       if (error.name === "AbortError" || here.signal.aborted) {
         put(state, h("p", { class: "soft" }, "Stopped. Drop the same files again and it goes on where it was."));
       } else {
@@ -151,7 +156,7 @@ function dropZone({ signal, go }) {
     } finally {
       state.closest(".drop")?.classList.remove("busy");
       folder.value = archive.value = "";
-      upload.running = null;
+      if (upload.running === here) upload.running = null;
     }
   }
 

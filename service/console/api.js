@@ -49,7 +49,9 @@ export function remember(value) {
 export function address(path, query = {}) {
   const url = new URL(path, ROOT);
   for (const [name, value] of Object.entries(query)) {
-    if (value !== "" && value !== null && value !== undefined) url.searchParams.set(name, value);
+    // Metadata may be empty, and be looked for.
+    const given = value !== "" || name.startsWith("metadata[");
+    if (given && value !== null && value !== undefined) url.searchParams.set(name, value);
   }
   return url;
 }

@@ -2,7 +2,7 @@
 
 import { adapterView, adaptersView, homeView } from "./adapters.js";
 import { ROOT, ApiError, ask, events, get, key, noteReach, remember } from "./api.js";
-import { h, put, say } from "./dom.js";
+import { h, put, say, unasked } from "./dom.js";
 import { retell } from "./format.js";
 import { errorBox } from "./parts.js";
 import { realignmentView, realignmentsView } from "./realignments.js";
@@ -57,6 +57,7 @@ function decoded(text) {
 /** Shows the page that the address names. */
 async function show() {
   here.abort();
+  unasked();
   here = new AbortController();
   if (!open) return;
   const { signal } = here;
@@ -75,10 +76,11 @@ async function show() {
   document.title = `${title} · safegraft`;
   const context = {
     signal,
-    go,
     id,
     query: new URLSearchParams(text ?? ""),
-    replace: (hash) => history.replaceState(null, "", hash),
+    // A page that was left takes nobody away from the next one, and writes nothing over its address.
+    go: (to) => signal.aborted || go(to),
+    replace: (hash) => signal.aborted || history.replaceState(null, "", hash),
   };
   if (moved) {
     scrollTo(0, 0);
@@ -112,6 +114,7 @@ function enter() {
 
 function leave(message) {
   here.abort();
+  unasked();
   open = false;
   remember("");
   events.dispatchEvent(new Event("left"));
@@ -168,6 +171,8 @@ signOut.addEventListener("click", () => {
   leave("");
   // Also where uploads stood. After a key that was refused they stay, so that the next one goes on.
   sessionStorage.clear();
+  // The next one begins at the beginning, and not on the last one's page.
+  history.replaceState(null, "", "#/");
 });
 events.addEventListener("unauthorized", () => {
   if (open) leave("The key is not accepted any more: it was revoked or has expired. Sign in with another one.");

@@ -151,6 +151,11 @@ export function confirmed({ title, text, action, extra = null, danger = true }) 
   });
 }
 
+/** What was asked on a page that is left is answered with no. */
+export function unasked() {
+  document.querySelector("dialog[open]")?.close("no");
+}
+
 /** A line that says that something is on its way. */
 export function loading(what) {
   return h("p", { class: "loading", role: "status" }, h("span", { class: "spinner", "aria-hidden": "true" }), what);

@@ -307,6 +307,14 @@ function axisOfReport(report) {
   return axisOf(values.filter(Number.isFinite));
 }
 
+/** Whether the strengths did different things; as in safegraft/report/curve.py. */
+export function hasCurve({ variants }) {
+  return LINES.some(([, , take]) => {
+    const values = variants.map(({ summary }) => take(summary)).filter(Number.isFinite);
+    return values.length > 1 && Math.max(...values) - Math.min(...values) >= 1e-6;
+  });
+}
+
 /** Kept, edit and similarity over the strengths, told exactly by pointer and keys. Drawn again when its width changes. */
 export function curve(report, signal) {
   return chart({

@@ -115,7 +115,8 @@ export function pages({ fetch, row, label, nothing, signal }) {
 
   let turns = 0;
 
-  async function show(move = false) {
+  /** told: what the reader of a screen hears: "page" after a turn, "again" after other filters. */
+  async function show(told = "") {
     const turned = ++turns;
     place.setAttribute("aria-busy", "true");
     try {
@@ -133,7 +134,8 @@ export function pages({ fetch, row, label, nothing, signal }) {
         {
           type: "button",
           "aria-disabled": !before.length && "true",
-          on: { click: () => before.length && go(before.pop()) },
+          // Until the page asked for is there, its buttons are the last one's.
+          on: { click: () => before.length && turned === turns && go(before.pop()) },
         },
         "← Newer",
       );
@@ -144,7 +146,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
           "aria-disabled": !page.has_more && "true",
           on: {
             click: () => {
-              if (page.has_more) {
+              if (page.has_more && turned === turns) {
                 before.push(after);
                 go(page.last_id);
               }
@@ -153,15 +155,15 @@ export function pages({ fetch, row, label, nothing, signal }) {
         },
         "Older →",
       );
+      const held = [...turn.querySelectorAll("button")].indexOf(document.activeElement);
       put(
         turn,
         before.length || page.has_more ? [back, h("span", { class: "soft" }, `Page ${before.length + 1}`), on] : [],
       );
       put(place, page.data.length ? [list, turn] : nothing);
-      if (move) {
-        say(`Page ${before.length + 1}, ${page.data.length} entries.`);
-        place.scrollIntoView({ block: "nearest" });
-      }
+      if (held >= 0) turn.querySelectorAll("button")[held]?.focus();
+      if (told) say(page.data.length ? `Page ${before.length + 1}, ${page.data.length} entries.` : nothing.textContent);
+      if (told === "page") place.scrollIntoView({ block: "nearest" });
     } catch (error) {
       if (!signal.aborted && turned === turns)
         put(place, errorBox(error, { title: `The list of ${label} could not be read.`, retry: () => show() }));
@@ -173,14 +175,16 @@ export function pages({ fetch, row, label, nothing, signal }) {
   function go(to) {
     after = to;
     history.replaceState({ pages: { before, after } }, "");
-    show(true);
+    show("page");
   }
 
   function restart() {
+    // A field that loses the focus because its page is left still tells that it changed.
+    if (signal.aborted) return;
     before.length = 0;
     after = null;
     history.replaceState(null, "");
-    return show();
+    return show("again");
   }
 
   show();

@@ -18,6 +18,7 @@ import {
   pages,
   withFilters,
 } from "./parts.js";
+import { hasCurve } from "./maps.js";
 import { reportView } from "./report.js";
 import { follow } from "./sse.js";
 
@@ -405,7 +406,7 @@ export async function realignmentView(main, { signal, id, go }) {
         "report.layers.png",
         "Similarity by layer",
       ],
-      report.variants.length > 1 && ["report.strengths.png", "Strengths"],
+      hasCurve(report) && ["report.strengths.png", "Strengths"],
       report.variants.length > 1 && ["report.strengths.csv", "Table of strengths"],
       ["provenance", "Provenance"],
     ].filter(Boolean);

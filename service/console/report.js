@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { code, command, facts, fresh, h, put } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { change, count, counted, named, number, percent, plain, shown, size } from "./format.js";
-import { curve, heatmaps, layerLines } from "./maps.js";
+import { curve, hasCurve, heatmaps, layerLines } from "./maps.js";
 import { actionButton, curl } from "./parts.js";
 
 const FIRST_LINES = 60;
@@ -308,7 +308,9 @@ function variants(report, job, signal) {
       { class: "soft" },
       "How much of the update is left, what the repair cost, and how similar the modules became. Which one serves is told by trying them.",
     ),
-    curve(report, signal),
+    hasCurve(report)
+      ? curve(report, signal)
+      : h("p", null, "All strengths did the same, so there is no chart of them."),
     h(
       "div",
       { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of the strengths" },

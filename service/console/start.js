@@ -31,9 +31,9 @@ export async function startForm(place, { adapter, references, signal, go }) {
     name: "",
     metadata: "",
   };
-  recall(adapter.id, state, references);
   // One name for all attempts to send the same form, so that a lost answer makes no second job.
   let attempt = randomName();
+  const attempted = recall(adapter.id, state, { references, methods });
 
   const errors = { reference: h("div"), method: h("div"), strength: h("div"), form: h("div") };
   const referenceHelp = h("p", { class: "soft small", id: fresh("help") });
@@ -327,7 +327,11 @@ export async function startForm(place, { adapter, references, signal, go }) {
   });
   const more = h(
     "details",
-    { open: Boolean(state.name || state.metadata || Object.keys(state.values).length) },
+    {
+      open:
+        Boolean(state.name || state.metadata || state.output_rank !== "customer") ||
+        Object.keys(state.values).some((name) => name !== current()?.strength_parameter),
+    },
     h("summary", null, "All parameters"),
     h(
       "div",
@@ -434,6 +438,7 @@ export async function startForm(place, { adapter, references, signal, go }) {
       return;
     }
     submit.setAttribute("aria-disabled", "true");
+    keep();
     try {
       const job = await post("v1/realignments", body, { headers: { "idempotency-key": attempt } });
       sessionStorage.removeItem(DRAFT + adapter.id);
@@ -448,9 +453,9 @@ export async function startForm(place, { adapter, references, signal, go }) {
     }
   });
 
+  const keep = () => sessionStorage.setItem(DRAFT + adapter.id, JSON.stringify({ ...state, attempt }));
   // What somebody chose, and not what this form chose beforehand: the next one may know better.
-  for (const kind of ["input", "change"])
-    form.addEventListener(kind, () => sessionStorage.setItem(DRAFT + adapter.id, JSON.stringify(state)));
+  for (const kind of ["input", "change"]) form.addEventListener(kind, keep);
 
   put(place, form);
   showReference();
@@ -458,19 +463,33 @@ export async function startForm(place, { adapter, references, signal, go }) {
   showStrength();
   showMore();
   changed();
+  attempt = attempted ?? attempt;
 }
 
-/** Into `state` what was chosen and typed for this adapter before its page was left, in this tab. */
-function recall(id, state, references) {
+/**
+ * Into `state` what was chosen and typed for this adapter before its page was left, in this tab. Returns the name of the
+ * last attempt to send exactly that, or null: it may have arrived although its answer did not.
+ */
+function recall(id, state, { references, methods }) {
   let draft;
   try {
-    draft = JSON.parse(sessionStorage.getItem(DRAFT + id)) ?? {};
+    draft = JSON.parse(sessionStorage.getItem(DRAFT + id));
   } catch {
-    return;
+    // Not written by this form.
   }
+  if (!draft) return null;
+  const preferred = state.reference;
   for (const key of Object.keys(state)) if (typeof draft[key] === typeof state[key]) state[key] = draft[key];
-  // References come and go; the rest is checked where it is shown.
-  if (!references.some((reference) => reference.id === state.reference)) state.reference = "";
+  // References, methods and their parameters come and go.
+  if (state.reference && !references.some((reference) => reference.id === state.reference)) state.reference = preferred;
+  const schema = methods.find((method) => method.id === state.method)?.parameters.properties ?? {};
+  state.values = Object.fromEntries(
+    Object.entries(state.values).filter(
+      ([name, text]) => schema[name] && (schema[name].enum?.map(String).includes(text) ?? true),
+    ),
+  );
+  const asked = (all) => JSON.stringify([all.reference, all.method, all.values]);
+  return asked(draft) === asked(state) ? (draft.attempt ?? null) : null;
 }
 
 /** Which control an error of the API belongs to. */

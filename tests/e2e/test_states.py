@@ -241,6 +241,8 @@ def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: P
     page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
     tab.choose_archive(archive)
     page.locator(".uploading progress").wait_for()
+    while not held:
+        page.wait_for_timeout(50)
     tab.open("#/adapters")
     page.get_by_role("heading", name="Adapters", exact=True).wait_for()
     tab.open("#/")
@@ -261,6 +263,88 @@ def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: P
     tab.open("#/")
     page.get_by_role("link", name="wandering").first.wait_for()
     page.locator(".drop").get_by_text("has arrived.").wait_for()
+
+
+def test_signing_out_in_mid_upload_leaves_nothing_to_who_comes_next(tab: Tab, console: Console, tmp_path: Path) -> None:
+    page = tab.page
+    files = {path.name: path.read_bytes() for path in CONTINUED.iterdir()}
+    archive = tar_of(tmp_path / "left.tar", {**files, "optimizer.pt": bytes(range(256)) * (34 * 4096)})
+    held: list[Any] = []
+    tab.sign_in()
+    page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
+    tab.choose_archive(archive)
+    page.locator(".uploading progress").wait_for()
+    while not held:
+        page.wait_for_timeout(50)
+    page.get_by_role("link", name="References", exact=True).click()
+    page.get_by_role("heading", name="References", exact=True).wait_for()
+    page.get_by_role("button", name="Sign out").click()
+    page.unroute_all(behavior="ignoreErrors")
+    page.get_by_label("API key").fill(console.key)
+    page.keyboard.press("Enter")
+    # At the beginning, not on the page that somebody else had left.
+    page.get_by_role("heading", name="Repair an adapter").wait_for()
+    page.wait_for_timeout(500)
+    assert page.locator(".upload-state").inner_text() == ""
+    assert page.get_by_text("Not sent to its end").count() == 0
+
+
+def test_a_page_that_was_left_does_nothing_more(tab: Tab, console: Console) -> None:
+    page = tab.page
+    adapter = console.upload(FRESH, name="left alone")
+    tab.sign_in()
+    page.get_by_role("link", name="References", exact=True).click()
+    page.get_by_role("heading", name="References", exact=True).wait_for()
+    page.get_by_role("link", name="Adapters", exact=True).click()
+    page.get_by_label("Name", exact=True).fill("not sent")
+    page.go_back()
+    page.get_by_role("heading", name="References", exact=True).wait_for()
+    page.wait_for_timeout(300)
+    assert page.url.endswith("#/references")
+
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_role("button", name="Delete adapter").click()
+    page.get_by_role("dialog").wait_for()
+    page.go_back()
+    page.get_by_role("heading", name="References", exact=True).wait_for()
+    assert page.get_by_role("dialog").count() == 0
+
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.route("**/v1/realignments", lambda route: (page.wait_for_timeout(1000), route.continue_()))
+    page.get_by_role("button", name="Start the realignment").click()
+    page.get_by_role("link", name="References", exact=True).click()
+    page.wait_for_timeout(2500)
+    assert page.url.endswith("#/references")
+    with console.api() as client:
+        jobs = client.get("/v1/realignments", params={"adapter_id": adapter["id"]}).json()["data"]
+        assert len(jobs) == 1
+        assert client.get(f"/v1/adapters/{adapter['id']}").status_code == 200
+
+
+def test_an_answer_that_is_lost_makes_no_second_job(tab: Tab, console: Console) -> None:
+    page = tab.page
+    adapter = console.upload(FRESH, name="lost answer")
+    tab.sign_in()
+    tab.open(f"#/adapters/{adapter['id']}")
+    page.get_by_label("general_weight", exact=True).fill("0.4")
+
+    def lose(route: Any) -> None:
+        if route.request.method == "POST":
+            route.fetch()
+            route.abort()
+        else:
+            route.continue_()
+
+    page.route("**/v1/realignments", lose)
+    page.get_by_role("button", name="Start the realignment").click()
+    page.locator("form.start").get_by_text("The service does not answer.").wait_for()
+    page.unroute_all(behavior="ignoreErrors")
+    page.reload()
+    assert page.get_by_label("general_weight", exact=True).input_value() == "0.4"
+    page.get_by_role("button", name="Start the realignment").click()
+    page.wait_for_url("**#/realignments/*")
+    with console.api() as client:
+        assert len(client.get("/v1/realignments", params={"adapter_id": adapter["id"]}).json()["data"]) == 1
 
 
 def test_a_list_of_references_that_cannot_be_read_is_not_called_empty(tab: Tab, console: Console) -> None:
@@ -385,6 +469,14 @@ def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     page.get_by_role("heading", name="The request").wait_for()
     page.go_back()
     page.get_by_text("Page 2", exact=True).wait_for()
+    page.get_by_role("button", name="← Newer").press("Enter")
+    page.get_by_text("Page 1", exact=True).wait_for()
+    assert page.evaluate("document.activeElement.textContent") == "← Newer", "the keyboard stays where it was"
+    # Twice, before the first answer: one page further.
+    page.get_by_role("button", name="Older →").dblclick()
+    page.get_by_text("Page 2", exact=True).wait_for()
+    page.wait_for_timeout(300)
+    assert (rows.count(), page.get_by_text("Page 2", exact=True).count()) == (3, 1)
     page.get_by_role("button", name="← Newer").click()
     page.get_by_text("Page 1", exact=True).wait_for()
     page.get_by_label("Metadata").fill("team")
@@ -396,8 +488,15 @@ def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     assert page.url.endswith("metadata=team%3Dodd")
     page.reload()
     page.wait_for_function("() => document.querySelectorAll('.rows > li').length === 11")
+    # Metadata that is there and empty is another thing than none looked for.
+    page.get_by_label("Metadata").fill("team=")
+    page.keyboard.press("Enter")
+    page.get_by_role("paragraph").filter(has_text="No realignment matches these filters.").wait_for()
+    page.get_by_label("Metadata").fill("team=odd")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.rows > li').length === 11")
     page.get_by_label("Status").select_option("succeeded")
-    page.get_by_text("No realignment matches these filters.").wait_for()
+    page.get_by_role("paragraph").filter(has_text="No realignment matches these filters.").wait_for()
     tab.open("#/adapters")
     page.get_by_role("list", name="adapters").wait_for()
     tab.look("adapters")
@@ -407,10 +506,10 @@ def test_lists_turn_pages_and_narrow(tab: Tab, console: Console) -> None:
     page.wait_for_function(f"() => {names}.length && {names}.every((name) => name === 'listed')")
     assert page.url.endswith("#/adapters?name=LISTE")
     page.get_by_label("Origin").select_option("realigned")
-    page.get_by_text("No adapter matches these filters.").wait_for()
+    page.get_by_role("paragraph").filter(has_text="No adapter matches these filters.").wait_for()
     tab.look("adapters-none")
     page.reload()
-    page.get_by_text("No adapter matches these filters.").wait_for()
+    page.get_by_role("paragraph").filter(has_text="No adapter matches these filters.").wait_for()
     assert page.get_by_label("Name", exact=True).input_value() == "LISTE"
 
 
