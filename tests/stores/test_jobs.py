@@ -818,14 +818,12 @@ def test_pages_are_newest_first_and_complete(store: JobStore, adapters: AdapterS
 
 
 def test_adapters_are_found_by_name_base_digest_and_origin(adapters: AdapterStore) -> None:
-    made = {
-        name: adapter(name).model_copy(update=changes)
-        for name, changes in {
-            "Reviews of 100%": {"base_model": "org/A"},
-            "reviews_2": {"base_model": "org/a", "sha256": "f" * 64},
-            "news": {"base_model": None, "origin": Origin(realignment_id="rea_1")},
-        }.items()
+    changed: dict[str, dict[str, Any]] = {
+        "Reviews of 100%": {"base_model": "org/A"},
+        "reviews_2": {"base_model": "org/a", "sha256": "f" * 64},
+        "news": {"base_model": None, "origin": Origin(realignment_id="rea_1")},
     }
+    made = {name: adapter(name).model_copy(update=changes) for name, changes in changed.items()}
     for item in made.values():
         adapters.add(item, "t", "adapters/x")
     adapters.add(adapter("reviews"), "other", "adapters/x")
