@@ -62,7 +62,7 @@ def growth(found: dict[str, Any]) -> str:
             item["what"],
             ", ".join(f"{point[item['over']]:g}" for point in item["points"]) + f" {units[item['over']]}",
             ", ".join(f"{point['share_of_largest']:.2f}" for point in item["points"]),
-            f"{item['slope']:.1%} a {unit[item['over']]}",
+            f"{item['slope']:.2%} a {unit[item['over']]}",
             f"{item['r_squared']:.3f}",
             ", ".join(str(point["megabytes_above_interpreter"]) for point in item["points"]),
         ]

@@ -157,6 +157,12 @@ ROWS: dict[str, Row] = {
             "safelora orthogonal, 105 lowest", "sweep",
             type="safelora", projector="orthogonal", selection="lowest", modules=105,
         ),
+        *(
+            _method(f"safelora, {count} lowest", "sweep", type="safelora", selection="lowest", modules=count)
+            for count in (150, 180)
+        ),
+        _method("antidote .02", "sweep", type="antidote", density=0.02),
+        _method("antidote .05", "sweep", type="antidote", density=0.05),
         _method("antidote .2", "sweep", type="antidote", density=0.2),
         _method("antidote .1, stored basis", "sweep", type="antidote", basis="stored"),
         _method("antidote .1, rows", "sweep", type="antidote", basis="rows"),
@@ -165,6 +171,10 @@ ROWS: dict[str, Row] = {
         _method("safetylock α=6, biases", "sweep", type="safetylock", output="lora_bias"),
         _method("safetylock α=3, biases", "sweep", type="safetylock", output="lora_bias", strength=3.0),
         _method("nlsr by random neurons", "control", type="nlsr", scorer="random", skip_share=0.0),
+        _method(
+            "nlsr by random neurons, P_SR=.5", "control", sparsity=0.5,
+            type="nlsr", scorer="random", skip_share=0.0,
+        ),
         _method("nlsr by magnitude", "control", type="nlsr", scorer="magnitude", skip_share=0.0),
         _method("nlsr, most similar half", "control", type="nlsr", selection="highest"),
         _method("nlsr, random half", "control", type="nlsr", selection="random"),
@@ -177,6 +187,8 @@ ROWS: dict[str, Row] = {
         _rival("SafeDelta s=.1", "safe_delta", threshold=0.1),
         _rival("SafeDelta s=.3", "safe_delta", threshold=0.3),
         _rival("SafeDelta s=1", "safe_delta", threshold=1.0),
+        _rival("SafeDelta s=3", "safe_delta", threshold=3.0),
+        _rival("SafeDelta s=10", "safe_delta", threshold=10.0),
         _rival("gradient patch, 3 steps", "gradient_patch", steps=3),
         _rival("gradient patch, 10 steps", "gradient_patch", steps=10),
     )
@@ -197,7 +209,8 @@ VARIANTS = (
     "nlsr paper form, P_L=0", "nlsr drawn by chance (Bernoulli)", "nlsr, most similar half", "nlsr, random half",
     "safelora τ=.3", "safelora orthogonal, 105 lowest", "antidote .2", "antidote .1, stored basis", "safetylock α=1",
     "safetylock α=6, biases", "safetylock α=3, biases", "interpolation .7", "SafeDelta s=.1", "SafeDelta s=1",
-    "gradient patch, 10 steps", "gram, 90 questions",
+    "gradient patch, 10 steps", "gram, 90 questions", "nlsr by random neurons, P_SR=.5", "antidote .05", "antidote .02",
+    "safelora, 150 lowest", "safelora, 180 lowest", "SafeDelta s=3", "SafeDelta s=10",
 )  # fmt: skip
 # Further rows on a continued adapter, the case of the NLSR paper.
 CONTINUED = "continued-2"

@@ -460,7 +460,9 @@ def paper_table(results: Results) -> str:
             measured = found is not None and name in found.row
             harm = found.harm(name) if found is not None and measured else []
             here.append(f"{row} {100 * sum(harm) / len(harm):.1f}" if measured else f"{row} {DASH}")
-        lines.append([claim.where, claim.paper or DASH, claim.cell, ", ".join(here)])
+        cell = CELLS[claim.cell]
+        told = f"{cell.name}: {cell.task}, p = {share(cell.poison)}"
+        lines.append([claim.where, claim.paper or DASH, told, ", ".join(here)])
     return markdown.table(["NLSR's table", "the paper, Llama-3-8B, %", "here: cell", "SmolLM2-135M, %"], lines)
 
 
