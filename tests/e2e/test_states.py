@@ -232,17 +232,23 @@ def test_an_upload_goes_on_after_a_reload_and_after_a_break(tab: Tab, tmp_path: 
     assert "optimizer.pt" in page.get_by_label("Warnings").inner_text()
 
 
+def held_upload(tab: Tab, path: Path) -> Path:
+    """An archive of two parts, chosen, of which the first is on its way and does not arrive."""
+    files = {file.name: file.read_bytes() for file in CONTINUED.iterdir()}
+    archive = tar_of(path, {**files, "optimizer.pt": bytes(range(256)) * (34 * 4096)})
+    held: list[Any] = []
+    tab.page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
+    tab.choose_archive(archive)
+    tab.page.locator(".uploading progress").wait_for()
+    while not held:
+        tab.page.wait_for_timeout(50)
+    return archive
+
+
 def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: Path) -> None:
     page = tab.page
-    files = {path.name: path.read_bytes() for path in CONTINUED.iterdir()}
-    archive = tar_of(tmp_path / "wandering.tar", {**files, "optimizer.pt": bytes(range(256)) * (34 * 4096)})
-    held: list[Any] = []
     tab.sign_in()
-    page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
-    tab.choose_archive(archive)
-    page.locator(".uploading progress").wait_for()
-    while not held:
-        page.wait_for_timeout(50)
+    archive = held_upload(tab, tmp_path / "wandering.tar")
     tab.open("#/adapters")
     page.get_by_role("heading", name="Adapters", exact=True).wait_for()
     tab.open("#/")
@@ -267,15 +273,8 @@ def test_an_upload_goes_on_while_other_pages_are_looked_at(tab: Tab, tmp_path: P
 
 def test_signing_out_in_mid_upload_leaves_nothing_to_who_comes_next(tab: Tab, console: Console, tmp_path: Path) -> None:
     page = tab.page
-    files = {path.name: path.read_bytes() for path in CONTINUED.iterdir()}
-    archive = tar_of(tmp_path / "left.tar", {**files, "optimizer.pt": bytes(range(256)) * (34 * 4096)})
-    held: list[Any] = []
     tab.sign_in()
-    page.route("**/v1/uploads/*/parts", lambda route: held.append(route))
-    tab.choose_archive(archive)
-    page.locator(".uploading progress").wait_for()
-    while not held:
-        page.wait_for_timeout(50)
+    held_upload(tab, tmp_path / "left.tar")
     page.get_by_role("link", name="References", exact=True).click()
     page.get_by_role("heading", name="References", exact=True).wait_for()
     page.get_by_role("button", name="Sign out").click()
