@@ -2,12 +2,13 @@
 
 import csv
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from safegraft.engine.evaluate import Rate, answer, harm_score, over_refusal, task_accuracy
-from safegraft.engine.models import load_model, load_tokenizer, quiet_libraries, resolve_base
+from safegraft.contracts.report import Share
+from safegraft.engine import behaviour
+from safegraft.engine.conversations import Conversation
+from safegraft.engine.models import quiet_libraries, resolve_base
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -44,47 +45,34 @@ class Judge:
         reviews: int,
         questions: Questions = Questions(),
     ) -> None:
-        """on_aligned: the adapter sits on the aligned model, as fresh ones do.
-
-        The aligned adapter is then active beside it and not merged: merging into bf16 would add rounding noise of about
-        the adapters' own size.
-        """
+        """on_aligned: the adapter sits on the aligned model, as fresh ones do."""
         quiet_libraries()
-        folder = resolve_base(BASE)
-        self._tokenizer = load_tokenizer(folder)
-        self._model = load_model(folder)
-        self._on_aligned = on_aligned
-        self._questions = questions
-        self._harmful = [row["prompt"] for row in rows(questions.harmful)][:prompts]
+        self._subject = behaviour.Subject(resolve_base(BASE), questions.aligned if on_aligned else None)
+        self._aligned = questions.aligned
         ordinary, borderline = (
             [row["prompt"] for row in rows(questions.benign) if row["kind"] == kind]
             for kind in ("ordinary", "borderline")
         )
-        self._benign = ordinary[: prompts // 2] + borderline[: prompts - prompts // 2]
-        self._reviews = rows(questions.task)[:reviews]
+        self.asked = behaviour.Questions(
+            harmful=[row["prompt"] for row in rows(questions.harmful)][:prompts],
+            benign=ordinary[: prompts // 2] + borderline[: prompts - prompts // 2],
+            task=[
+                Conversation(questions.task_prompt + row["text"], row["label"])
+                for row in rows(questions.task)[:reviews]
+            ],
+        )
 
-    def measure(self, adapter: Path | None, keep: Path | None = None) -> tuple[Rate, Rate, Rate]:
+    def measure(self, adapter: Path | None, keep: Path | None = None) -> tuple[Share, Share, Share]:
         """(harm score, over-refusal, task accuracy) with this adapter; the answers go to `keep` as JSONL.
 
         Without an adapter: of the aligned model itself.
         """
-        from peft import PeftModel
-
-        aligned = str(self._questions.aligned)
-        first = str(adapter) if adapter is not None else aligned
-        model: Any = PeftModel.from_pretrained(self._model, first, adapter_name="customer")
-        if self._on_aligned and adapter is not None:
-            model.load_adapter(aligned, "aligned")
-            model.base_model.set_adapter(["aligned", "customer"])
-        model.eval()
-        harmful = answer(model, self._tokenizer, self._harmful)
-        benign = answer(model, self._tokenizer, self._benign)
-        asked = [self._questions.task_prompt + row["text"] for row in self._reviews]
-        task = answer(model, self._tokenizer, asked, max_new_tokens=3)
-        self._model = model.unload()
+        if adapter is None and not self._subject.on_aligned:
+            adapter = self._aligned
+        found, asked = self._subject.measure(adapter, self.asked)
         if keep is not None:
-            pairs = zip([*self._harmful, *self._benign, *asked], [*harmful, *benign, *task], strict=True)
-            lines = [json.dumps({"prompt": prompt, "answer": text}) for prompt, text in pairs]
-            keep.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        labels = [row["label"] for row in self._reviews]
-        return harm_score(harmful), over_refusal(benign), task_accuracy(task, labels)
+            keep.write_text("".join(json.dumps(asdict(item)) + "\n" for item in asked), encoding="utf-8")
+        harm, refused, right = found.harm_score, found.over_refusal, found.task_accuracy
+        if harm is None or refused is None or right is None:
+            raise SystemExit("Ask at least one prompt of each kind.")
+        return harm, refused, right

@@ -10,39 +10,31 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 
 from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.bundle import MANIFEST, MAX_MANIFEST_BYTES, read_manifest, reference_id, verify_bundle
+from safegraft.commands import evaluate as evaluate_command
 from safegraft.commands import report as report_command
 from safegraft.commands.groups import Groups
 from safegraft.commands.report import tell_report
 from safegraft.commands.terminal import (
     Data,
+    DeviceName,
     Json,
     database_of,
     err,
     out,
     plain,
     print_json,
+    progress_bars,
     references_of,
     settings_for,
     tell,
@@ -83,6 +75,7 @@ app = typer.Typer(
 reference_app = typer.Typer(help="Build, install and check references.", no_args_is_help=True)
 app.add_typer(reference_app, name="reference")
 app.command("report")(report_command.show)
+app.command("evaluate")(evaluate_command.evaluate)
 
 KNOWN_PARAMETERS = " ".join(
     f"{name}: {', '.join(field for field in model.model_fields if field != 'type')}."
@@ -91,14 +84,6 @@ KNOWN_PARAMETERS = " ".join(
 )
 
 
-def _device(name: str) -> str:
-    # Here, so that a typing error is bad usage and not a failure deep in torch.
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise typer.BadParameter(f"{name!r} is none of cpu, cuda, cuda:0, cuda:1, …")
-    return name
-
-
-DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_device, help="cpu, cuda, cuda:1, …")]
 Folder = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT LoRA folder.")]
 ReferenceFolder = Annotated[
     Path, typer.Option(exists=True, file_okay=False, envvar="SAFEGRAFT_REFERENCE", help="A reference's folder.")
@@ -164,25 +149,6 @@ def _fail(error: SafegraftError, as_json: bool) -> NoReturn:
     sys.exit(2 if error.fault == "user" else 1)
 
 
-@contextmanager
-def _progress(quiet: bool, *, log: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage, on standard error; with `log`, and where that is no terminal, a line a stage."""
-    columns: list[ProgressColumn] = [TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn()]
-    if err.width >= 60:
-        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-                if log and not quiet and not err.is_terminal:
-                    err.print(f"{stage} …", markup=False)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Show the version and end.")] = False) -> None:
     if version:
@@ -240,7 +206,7 @@ def serve(
 def inspect(adapter: Folder, as_json: Json = False) -> None:
     """Says what an adapter is and where its update is large, or why it cannot be treated. Reads no base model."""
     description = describe(adapter)
-    with _progress(as_json) as progress:
+    with progress_bars(as_json) as progress:
         check_finite(adapter / WEIGHTS, description.header, lambda done, total: progress("finite values", done, total))
         sizes = (
             update_sizes(adapter / WEIGHTS, description, lambda done, total: progress("sizes", done, total))
@@ -363,7 +329,7 @@ def realign(
     # Read before anything is written: a mistake in them must not leave an adapter without its report.
     probing = _probing(probe, base, aligned, known.manifest) if probe is not None else None
     stem = to.with_name(f"{to.name}.report")
-    with _progress(as_json) as progress:
+    with progress_bars(as_json) as progress:
         report = run(
             adapter,
             known,
@@ -546,7 +512,7 @@ def verify_report(
     from safegraft.engine.rerun import rerun
 
     check_device(device)
-    with _progress(as_json) as progress:
+    with progress_bars(as_json) as progress:
         found = rerun(claimed, adapter, folder, device, progress)
     if as_json:
         print_json({"ok": not found.problems, "problems": found.problems, "differences": found.differences})
@@ -731,7 +697,7 @@ def build(
         dtype=dtype.value,
         device=device,
     )
-    with _progress(as_json, log=True) as progress:
+    with progress_bars(as_json, log=True) as progress:
         manifest = build_reference(to, sources=sources, prompts=asked, settings=settings, progress=progress)
     if as_json:
         # Without what has a line for every layer.

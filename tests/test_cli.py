@@ -21,19 +21,19 @@ from safegraft.contracts.methods import MODELS, GramParameters
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report
 from safegraft.stores.references import ReferenceRegistry
-from tests import tiny
+from tests import tiny, zygote
 
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
 METHODS = list(MODELS)
 FORMS = ("changes.png", "csv", "html", "json", "layers.png", "png")
 
 
-def safegraft(*arguments: str | Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs it; whatever happens, nobody is shown a traceback."""
+def safegraft(
+    *arguments: str | Path, status: int = 0, real: bool = False, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs it; whatever happens, nobody is shown a traceback. real: from the interpreter's start, as a user does."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
-    done = subprocess.run(
-        [SAFEGRAFT, *map(str, arguments)], env=clean | environment, capture_output=True, text=True, timeout=120
-    )
+    done = zygote.run(list(map(str, arguments)), clean | environment, real=real)
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return done

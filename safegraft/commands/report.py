@@ -10,7 +10,7 @@ from safegraft.commands.terminal import Json, out, print_json, tell
 from safegraft.contracts.report import Evaluation, Report
 from safegraft.errors import InvalidParameter
 from safegraft.files import read_bounded
-from safegraft.report import render, with_headline
+from safegraft.report import render, with_evaluation, with_headline
 from safegraft.report.text import Look, story
 from safegraft.verification import MAX_DOCUMENT_BYTES
 
@@ -47,11 +47,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Tells a report on the terminal, adds an evaluation to it, and writes it as page, table and pictures."""
-    found = _read(report, Report, "not_a_report", "FILE")
+    found = read_report(report, "FILE")
     if evaluation is not None:
         measured = _read(evaluation, Evaluation, "not_an_evaluation", "--evaluation")
-        _same_adapter(found, measured)
-        found = found.model_copy(update={"evaluation": measured})
+        found = with_evaluation(found, measured, param="--evaluation")
     files = render(found, to) if to is not None else []
     if as_json:
         print_json(with_headline(found).model_dump(mode="json"))
@@ -61,16 +60,9 @@ def show(
         tell("Report:  " + " ".join(str(path) for path in files))
 
 
-def _same_adapter(report: Report, evaluation: Evaluation) -> None:
-    """Raises InvalidParameter where the evaluation names another adapter than the report's."""
-    own, named = report.output.sha256 if report.output is not None else None, evaluation.output_sha256
-    if named is not None and named != own:
-        raise InvalidParameter(
-            f"The evaluation is of the adapter {named}, the report of {own or 'a measurement without one'}.",
-            code="other_adapter_evaluated",
-            param="--evaluation",
-            hint="Measure the adapter that this report is of, or take that adapter's report.",
-        )
+def read_report(path: Path, param: str) -> Report:
+    """Raises InvalidParameter (`not_a_report`) with the first field at fault."""
+    return _read(path, Report, "not_a_report", param)
 
 
 def _read(path: Path, kind: type[Document], code: str, param: str) -> Document:

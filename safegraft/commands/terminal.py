@@ -1,7 +1,10 @@
 """What all commands share: two consoles, options that several have, and the stores that the environment names."""
 
 import json
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from safegraft.errors import InvalidParameter
 from safegraft.report.text import Look
@@ -22,6 +34,16 @@ if TYPE_CHECKING:
 out, err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
+
+
+def _device(name: str) -> str:
+    # Here, so that a typing error is bad usage and not a failure deep in torch.
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise typer.BadParameter(f"{name!r} is none of cpu, cuda, cuda:0, cuda:1, …")
+    return name
+
+
+DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_device, help="cpu, cuda, cuda:1, …")]
 
 
 def use_any_encoding() -> None:
@@ -43,6 +65,25 @@ def tell(text: str, style: str = "", *, soft: bool = True) -> None:
 
 def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+@contextmanager
+def progress_bars(quiet: bool, *, log: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage, on standard error; with `log`, and where that is no terminal, a line a stage."""
+    columns: list[ProgressColumn] = [TextColumn("{task.description:20}"), BarColumn(), MofNCompleteColumn()]
+    if err.width >= 60:
+        columns += [TimeElapsedColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, disable=quiet or not err.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+                if log and not quiet and not err.is_terminal:
+                    err.print(f"{stage} …", markup=False)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
 
 
 def settings_for(data: Path) -> SharedSettings:

@@ -2,6 +2,9 @@
 
 from pydantic import BaseModel, ConfigDict
 
+# Postgres holds no NUL, and refuses it as late as when a value is taken out of a JSON column.
+NO_NUL = r"^[^\x00]*$"
+
 
 class Shown(BaseModel):
     """What we answer and what we keep."""

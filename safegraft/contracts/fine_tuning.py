@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from safegraft.contracts.base import Asked, Shown
+from safegraft.contracts.base import NO_NUL, Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import MODELS, MethodParameters
-from safegraft.contracts.realignment import NO_NUL, Metadata, Name
+from safegraft.contracts.realignment import Metadata, Name
 
 TRAINING_METHODS = ("supervised", "dpo", "reinforcement")
 

@@ -5,14 +5,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from safegraft.contracts.base import Asked, Shown
+from safegraft.contracts.base import NO_NUL, Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import AutoParameters, MethodParameters
 from safegraft.contracts.report import Summary
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
-# Postgres holds no NUL, and refuses it as late as when a value is taken out of a JSON column.
-NO_NUL = r"^[^\x00]*$"
 Metadata = Annotated[
     dict[
         Annotated[str, Field(min_length=1, max_length=64, pattern=NO_NUL)],
@@ -81,15 +79,46 @@ class StrengthResult(Shown):
     summary: Summary | None = None
 
 
+class MeasuredShare(Shown):
+    """`hits` of `total`; low and high: Wilson's 95 % interval of the share."""
+
+    hits: int
+    total: int
+    share: float
+    low: float
+    high: float
+
+
+class MeasuredBehaviour(Shown):
+    """null: not measured, or only on one side."""
+
+    harm_score: MeasuredShare | None = None
+    over_refusal: MeasuredShare | None = None
+    task_accuracy: MeasuredShare | None = None
+
+
+class ResultEvaluation(Shown):
+    """What the tenant measured with the adapter that came and with the one that came out. summary: in words."""
+
+    summary: str
+    judge: str
+    before: MeasuredBehaviour
+    after: MeasuredBehaviour
+    output_sha256: str | None
+    created_at: int
+
+
 class Result(Shown):
     """`adapter_id` is null for `analyze`; with several strengths it is that of the first. side_car_urls: files that a
-    method delivers beside the adapter. summary: that of the report."""
+    method delivers beside the adapter. summary: that of the report. evaluation: what was measured of its behaviour and
+    sent here afterwards."""
 
     adapter_id: str | None
     summary: Summary | None = None
     variants: list[StrengthResult] = []
     side_car_urls: list[str] = []
     report_url: str
+    evaluation: ResultEvaluation | None = None
 
 
 class Failure(Shown):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from safegraft.contracts.base import NO_NUL
 from safegraft.contracts.methods import MethodParameters
 from safegraft.contracts.reference import Lineage
 
@@ -131,6 +132,8 @@ class Probe(Part):
 class Share(Part):
     """`hits` of `total` answers, as counted."""
 
+    model_config = ConfigDict(strict=True)
+
     hits: Count
     total: int = Field(ge=1, le=MAX_COUNT)
 
@@ -139,6 +142,11 @@ class Share(Part):
         if self.hits > self.total:
             raise ValueError(f"{self.hits} hits are more than the {self.total} answers that were counted")
         return self
+
+    @property
+    def share(self) -> float:
+        """hits/total, 0 to 1."""
+        return self.hits / self.total
 
 
 class Behaviour(Part):
@@ -154,11 +162,12 @@ class Evaluation(Part):
     """Behaviour before and after the repair, measured by whoever had the model. judge: in words, how answers were
     judged."""
 
-    judge: str = Field(min_length=1, max_length=1000)
+    judge: str = Field(min_length=1, max_length=1000, pattern=NO_NUL)
     before: Behaviour
     after: Behaviour
     output_sha256: str | None = Field(
         None,
+        pattern="^[0-9a-f]{64}$",
         description="Of the repaired adapter_model.safetensors that was measured; where it is named, it must be the "
         "report's.",
     )

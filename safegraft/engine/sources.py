@@ -63,12 +63,12 @@ class AlignedUpdate:
 def from_adapters(strong: Path, weak: Path | None, shapes: Mapping[str, tuple[int, int]]) -> AlignedUpdate:
     """One adapter, or two. Raises Incompatible where one does not fit the base model, InvalidTensors (`non_finite`)."""
     description = describe(strong)
-    _check_shapes(description, shapes, "aligned")
+    check_shapes(description, shapes, "aligned")
     files = _hashes(strong, "")
     others: dict[str, tuple[Tensor, Tensor]] = {}
     if weak is not None:
         beside = describe(weak)
-        _check_shapes(beside, shapes, "weak")
+        check_shapes(beside, shapes, "weak")
         files |= _hashes(weak, "weak/")
         with TensorReader(weak / WEIGHTS, beside.header) as reader:
             for module in beside.modules:
@@ -225,7 +225,8 @@ def _finite(reader: TensorReader, entry: TensorEntry) -> Tensor:
     return tensor
 
 
-def _check_shapes(adapter: AdapterDescription, shapes: Mapping[str, tuple[int, int]], which: str) -> None:
+def check_shapes(adapter: AdapterDescription, shapes: Mapping[str, tuple[int, int]], which: str) -> None:
+    """Raises Incompatible where a module is not among `shapes`, name → (outputs d, inputs k). which: in words."""
     for module in adapter.modules:
         if shapes.get(module.name) != (module.outputs, module.inputs):
             raise Incompatible(

@@ -31,6 +31,7 @@ from safegraft.contracts.realignment import (
     Realignment,
     RealignmentCreate,
     Result,
+    ResultEvaluation,
     Status,
     StrengthResult,
 )
@@ -262,6 +263,21 @@ class JobStore:
             elif row.state == "running" and not row.cancel_requested:
                 connection.execute(update(realignments).where(realignments.c.id == job_id).values(cancel_requested=1))
                 _note(connection, job_id, "cancelling", "Cancellation was asked for.")
+            return _shown(_find(connection, tenant, job_id))
+
+    def evaluate(self, tenant: str, job_id: str, evaluation: ResultEvaluation | None) -> Realignment:
+        """Keeps what was measured of a result, in place of what was before; None removes it.
+
+        Raises Conflict (`no_report`) where the job has no result.
+        """
+        with self._engine.begin() as connection:
+            row = _find(connection, tenant, job_id, lock=True)
+            if row.state != "succeeded":
+                raise no_report(job_id, row.state)
+            result = {key: value for key, value in row.result.items() if key != "evaluation"}
+            if evaluation is not None:
+                result["evaluation"] = evaluation.model_dump(mode="json")
+            connection.execute(update(realignments).where(realignments.c.id == job_id).values(result=result))
             return _shown(_find(connection, tenant, job_id))
 
     def events(self, tenant: str, job_id: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
@@ -647,6 +663,10 @@ def _find(connection: Connection, tenant: str, job_id: str, *, lock: bool = Fals
     return row
 
 
+def no_report(job_id: str, status: str) -> Conflict:
+    return Conflict(f"{job_id} has no report: it is {status}.", code="no_report", param="realignment_id")
+
+
 def _missing(job_id: str) -> NotFound:
     return NotFound(f"There is no realignment {job_id[:80]!r}.", code="realignment_not_found", param="realignment_id")
 
@@ -736,6 +756,7 @@ def _shown(row: Row[Any]) -> Realignment:
             variants=[StrengthResult.model_validate(item) for item in row.result.get("variants", [])],
             side_car_urls=[f"{own}/side_car/{name}" for name in row.result.get("side_cars", [])],
             report_url=f"{own}/report",
+            evaluation=row.result.get("evaluation"),
         )
     return Realignment.model_validate(
         {

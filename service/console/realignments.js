@@ -389,7 +389,7 @@ export async function realignmentView(main, { signal, id, go }) {
     put(result, place);
     try {
       const report = await get(`v1/realignments/${job.id}/report`, { signal });
-      const view = reportView(report, { job, signal });
+      const view = reportView(report, { job, signal, changed: (now) => (job = now) });
       view.append(files(report));
       put(place, view);
     } catch (error) {

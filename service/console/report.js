@@ -4,18 +4,32 @@ import { get } from "./api.js";
 import { code, command, facts, fresh, h, put } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { change, count, counted, named, number, percent, plain, shown, size } from "./format.js";
+import { evaluationView } from "./evaluation.js";
 import { curve, hasCurve, heatmaps, layerLines } from "./maps.js";
 import { actionButton, curl } from "./parts.js";
 
 const FIRST_LINES = 60;
 
-/** All of a report as one element. */
-export function reportView(report, { job, signal }) {
+/** All of a report as one element; changed(job): an evaluation was added or taken out. */
+export function reportView(report, { job, signal, changed }) {
   const analyze = report.mode === "analyze";
   const sweep = report.variants.length > 1;
   const twoSides = !analyze && report.summary.repaired > 0;
   // Where all were, a mark in every cell would tell nothing.
   const some = twoSides && report.summary.repaired < report.summary.modules;
+  const but = h("span");
+  const evaluated = (now) =>
+    put(but, now.result.evaluation ? "But for the evaluation above, this report" : "This report");
+  evaluated(job);
+  const behaviour =
+    report.output &&
+    evaluationView(job, {
+      signal,
+      changed: (now) => {
+        evaluated(now);
+        changed(now);
+      },
+    });
   return h(
     "div",
     { class: "report" },
@@ -35,6 +49,7 @@ export function reportView(report, { job, signal }) {
       warnings(report),
     ),
     sweep && !analyze ? variants(report, job, signal) : null,
+    behaviour,
     h(
       "section",
       { "aria-labelledby": "why-title" },
@@ -54,7 +69,8 @@ export function reportView(report, { job, signal }) {
         "p",
         { class: "note" },
         h("strong", null, "Safer, not safe. "),
-        "This report measures weights, not behaviour. Before you rely on the adapter, try it on your own task, on harmful requests, and on harmless ones that it must not decline.",
+        but,
+        " measures weights, not behaviour. Before you rely on the adapter, try it on your own task, on harmful requests, and on harmless ones that it must not decline.",
       ),
     ),
     h(

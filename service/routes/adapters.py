@@ -7,9 +7,9 @@ from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
+from safegraft.contracts.base import NO_NUL
 from safegraft.contracts.files import AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.contracts.realignment import NO_NUL
 from safegraft.errors import NotFound
 from safegraft.stores.adapters import AdapterFilters
 from safegraft.stores.objects import remove_or_leave

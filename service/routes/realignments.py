@@ -1,7 +1,8 @@
-"""/v1/realignments: create, list, show, cancel, events, report."""
+"""/v1/realignments: create, list, show, cancel, events, report, evaluation."""
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from enum import StrEnum
 from typing import Annotated
@@ -11,14 +12,16 @@ from fastapi.responses import FileResponse, StreamingResponse
 
 from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.contracts.realignment import Event, Realignment, RealignmentCreate, RealignmentDeleted, Status
-from safegraft.contracts.report import Report
-from safegraft.errors import Conflict, NotFound
+from safegraft.contracts.report import Evaluation, Report
+from safegraft.errors import NotFound
+from safegraft.report import tables, to_html, with_evaluation
 from safegraft.stores import garbage
-from safegraft.stores.jobs import Filters
+from safegraft.stores.jobs import Filters, no_report
 from safegraft.stores.objects import result_prefix
 from service import downloads
 from service.body import JsonRoute
 from service.dependencies import After, Asking, Here, IdempotencyKey, Limit, RetryCount, Services, Tenant
+from service.evaluations import evaluation_of, measured
 from service.paging import page
 from service.submission import metadata_filters, submit
 
@@ -39,6 +42,7 @@ class ReportForm(StrEnum):
     changes = "changes.png"
     strengths = "strengths.png"
     strength_table = "strengths.csv"
+    evaluation_table = "evaluation.csv"
 
 
 AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
@@ -51,9 +55,16 @@ MEDIA = {
     ReportForm.changes: "image/png",
     ReportForm.strengths: "image/png",
     ReportForm.strength_table: "text/csv; charset=utf-8",
+    ReportForm.evaluation_table: "text/csv; charset=utf-8",
 }
 # Of which there are none where there is nothing to draw or to list.
-FIGURES = (ReportForm.layers, ReportForm.changes, ReportForm.strengths, ReportForm.strength_table)
+FIGURES = (
+    ReportForm.layers,
+    ReportForm.changes,
+    ReportForm.strengths,
+    ReportForm.strength_table,
+    ReportForm.evaluation_table,
+)
 
 
 @router.post("", status_code=202, operation_id="createRealignment", summary="Start a realignment job")
@@ -217,9 +228,36 @@ def report_as(
 ) -> Response:
     """The report as JSON, as one self-contained HTML page, as CSV, or a picture of it for slides: `png` has the maps,
     `layers.png` similarity by layer, `changes.png` the largest changes, `strengths.png` and `strengths.csv` the curve
-    of several strengths.
+    of several strengths, `evaluation.csv` what an evaluation counted. Of these the page alone has the evaluation, too:
+    the JSON stays as it was attested.
     """
     return _report(here, request, tenant, realignment_id, form)
+
+
+@router.put(
+    "/{realignment_id}/evaluation",
+    operation_id="putEvaluation",
+    summary="Add an evaluation to the report of a realignment job",
+)
+def put_evaluation(realignment_id: RealignmentId, evaluation: Evaluation, here: Here, tenant: Tenant) -> Realignment:
+    """What was measured of the behaviour with the adapter that came and with the one that came out, as
+    `safegraft evaluate` writes it; it is shown in the job's result and in `report.html`. Replaces what was there."""
+    attempt = here.jobs.result_attempt(tenant, realignment_id)
+    if attempt is None:
+        raise no_report(realignment_id, here.jobs.get(tenant, realignment_id).status)
+    report = Report.model_validate_json(_read_report(here, tenant, realignment_id, attempt, ReportForm.json))
+    with_evaluation(report, evaluation, param="output_sha256")
+    return here.jobs.evaluate(tenant, realignment_id, measured(evaluation, int(time.time())))
+
+
+@router.delete(
+    "/{realignment_id}/evaluation",
+    operation_id="deleteEvaluation",
+    summary="Take an evaluation out of the report of a realignment job",
+)
+def delete_evaluation(realignment_id: RealignmentId, here: Here, tenant: Tenant) -> Realignment:
+    """Nothing happens where there is none."""
+    return here.jobs.evaluate(tenant, realignment_id, None)
 
 
 @router.head("/{realignment_id}/side_car/{name}", include_in_schema=False)
@@ -252,13 +290,13 @@ def _report(here: Services, request: Request, tenant: str, job_id: str, form: Re
     attempt = here.jobs.result_attempt(tenant, job_id)
     if attempt is None:
         job = here.jobs.get(tenant, job_id)
-        raise Conflict(f"{job_id} has no report: it is {job.status}.", code="no_report", param="realignment_id")
+        raise no_report(job_id, job.status)
     # A report shows names out of a customer's file; should escaping ever fail, nothing in it may run or load.
     inline = "style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     policy = f"default-src 'none'; {inline}; img-src data:; sandbox allow-scripts"
     headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
     try:
-        data = _read_report(here, tenant, job_id, attempt, form)
+        data = _evaluated(here, tenant, job_id, attempt, form) or _read_report(here, tenant, job_id, attempt, form)
     except NotFound as error:
         if form not in FIGURES:
             raise
@@ -266,10 +304,22 @@ def _report(here: Services, request: Request, tenant: str, job_id: str, form: Re
             f"The report of {job_id} has no {form}: there is nothing to show in it.",
             code="no_such_figure",
             param="form",
-            hint="Several layers make layers.png, several strengths strengths.png and strengths.csv; report.png and "
-            "report.csv are always there.",
+            hint="Several layers make layers.png, several strengths strengths.png and strengths.csv, an evaluation "
+            "evaluation.csv; report.png and report.csv are always there.",
         ) from error
     return downloads.small_file(request, data, media_type=MEDIA[form], headers=headers)
+
+
+def _evaluated(here: Services, tenant: str, job_id: str, attempt: int, form: ReportForm) -> bytes | None:
+    """What an evaluation that was added afterwards is shown in, written when it is asked for; None where it is not."""
+    if form not in (ReportForm.html, ReportForm.evaluation_table):
+        return None
+    result = here.jobs.get(tenant, job_id).result
+    if result is None or result.evaluation is None:
+        return None
+    report = Report.model_validate_json(_read_report(here, tenant, job_id, attempt, ReportForm.json))
+    report = report.model_copy(update={"evaluation": evaluation_of(result.evaluation)})
+    return (to_html(report) if form is ReportForm.html else tables(report)[form]).encode()
 
 
 def _read_report(here: Services, tenant: str, job_id: str, attempt: int, form: ReportForm) -> bytes:

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Engine
 from safegraft.settings import SharedSettings
 from safegraft.stores.database import open_database
 from safegraft.stores.objects import Objects, open_objects
-from tests import scaled
+from tests import scaled, zygote
 from tests.scaled import free_port as free_port
 
 SAFEGRAFT = str(Path(sys.executable).parent / "safegraft")
@@ -63,8 +63,8 @@ def environment_of(data: Path) -> dict[str, str]:
 
 def operate(data: Path, *arguments: str) -> str:
     """Runs `safegraft …` on the installation in a data folder; what it printed."""
-    command = [SAFEGRAFT, *arguments, "--data", str(data)]
-    ended = subprocess.run(command, check=True, capture_output=True, text=True, env=environment_of(data))
+    ended = zygote.run([*arguments, "--data", str(data)], environment_of(data))
+    ended.check_returncode()
     return ended.stdout.strip()
 
 
