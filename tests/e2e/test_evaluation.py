@@ -22,7 +22,10 @@ def test_an_evaluation_is_added_and_taken_out(tab: Tab, console: Console, tmp_pa
     tab.open(f"#/realignments/{job['id']}")
     section = page.get_by_role("region", name="How it behaves", exact=True)
     section.get_by_text("Nothing was measured yet").wait_for()
-    assert "safegraft evaluate" in section.get_by_label("Command that measures", exact=False).inner_text()
+    assert (
+        "safegraft evaluate"
+        in section.get_by_label("Command that measures an adapter before and after", exact=True).inner_text()
+    )
     tab.look("not-evaluated")
 
     choose = section.get_by_label("Evaluation", exact=True)
