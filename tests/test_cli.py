@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,19 @@ METHODS = list(MODELS)
 FORMS = ("changes.png", "csv", "html", "json", "layers.png", "png")
 
 
-def safegraft(
-    *arguments: str | Path, status: int = 0, real: bool = False, **environment: str
+def safegraft(*arguments: str | Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs it; whatever happens, nobody is shown a traceback."""
+    return _run(arguments, status, environment, real=False)
+
+
+def started(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same from the interpreter's start on, as a user runs it."""
+    return _run(arguments, 0, {}, real=True)
+
+
+def _run(
+    arguments: Sequence[str | Path], status: int, environment: dict[str, str], *, real: bool
 ) -> subprocess.CompletedProcess[str]:
-    """Runs it; whatever happens, nobody is shown a traceback. real: from the interpreter's start, as a user does."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_") and key != "REDIS_URL"}
     done = zygote.run(list(map(str, arguments)), clean | environment, real=real)
     assert done.returncode == status, done.stdout + done.stderr
@@ -55,6 +64,28 @@ def reports(out: Path) -> list[str]:
 def test_version_and_help() -> None:
     assert safegraft("--version").stdout == f"safegraft {__version__}\n"
     assert "realign" in safegraft("--help").stdout
+
+
+def test_by_fork_it_does_what_it_does_from_its_start(
+    base: Path, aligned: Path, fresh: Path, built: Path, tmp_path: Path
+) -> None:
+    shown, written = [], []
+    for name, run in (("forked", safegraft), ("started", started)):
+        at = tmp_path / name
+        at.mkdir()
+        prompts = built.parent / "harmful.csv"
+        told = [
+            run("--help"),
+            run("inspect", fresh),
+            run(
+                "reference", "build", "--base", base, "--aligned", aligned, "--prompts", prompts, "--out", at / "built"
+            ),
+            run("realign", fresh, "--reference", built, "--out", at / "out"),
+        ]
+        shown.append([(done.stdout.replace(str(at), ""), done.stderr.replace(str(at), "")) for done in told])
+        written.append({path.name: path.read_bytes() for path in sorted((at / "out").iterdir())})
+    assert shown[0] == shown[1]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(

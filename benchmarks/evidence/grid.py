@@ -97,7 +97,7 @@ def _rival(
     return Row(name, group, rival=function, arguments=arguments, prompts=prompts)
 
 
-NO_REPAIR, ALIGNED, BASE = "no repair", "the aligned model", "the untouched model"
+NO_REPAIR, ALIGNED, BASE_MODEL = "no repair", "the aligned model", "the untouched model"
 DEFAULT = "gram"
 # What it was before its gain became steeper and prompts of many formats came with the package.
 EARLIER = "gram p=1, λ=.3, 90 questions"
@@ -108,7 +108,7 @@ ROWS: dict[str, Row] = {
     for row in (
         Row(NO_REPAIR, "baseline"),
         Row(ALIGNED, "baseline"),
-        Row(BASE, "baseline"),
+        Row(BASE_MODEL, "baseline"),
         _gram(DEFAULT, "method"),
         _method("nlsr", "method", type="nlsr"),
         _method("safelora", "method", type="safelora"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, BASE, HEADLINE, NO_REPAIR, TRANSFER, Cell, Row
+from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, HEADLINE, NO_REPAIR, TRANSFER, Cell, Row
 from benchmarks.evidence.judges import Embeddings, incoherent, phrases, unfinished
 from benchmarks.evidence.rivals import RIVALS, Setting, below, dense
 from benchmarks.evidence.subject import Subject, Updates
@@ -61,7 +61,7 @@ class Laboratory:
             return {"refused": error.code}
 
     def _updates(self, row: Row, setting: Setting, found: dict[str, Any]) -> Updates:
-        if row.name == BASE:
+        if row.name == BASE_MODEL:
             return ()
         if row.name == ALIGNED:
             return dense(setting.aligned)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import data, training
-from benchmarks.evidence.grid import CELLS, Cell, Prompts, Row, plan
+from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, CELLS, Cell, Prompts, Row, plan
 from benchmarks.evidence.measure import Laboratory
 from benchmarks.evidence.rivals import Setting
 from examples import train
@@ -132,7 +132,8 @@ class Workshop:
 
     def setting(self, cell: Cell, row: Row) -> Setting:
         return Setting(
-            adapter=self.adapter(cell),
+            # Not looked at where there is none.
+            adapter=self.aligned(cell.aligned) if without_adapter(cell, row) else self.adapter(cell),
             aligned=self.aligned(cell.aligned),
             base=self.base,
             on_aligned=cell.lineage == "fresh",
@@ -149,13 +150,21 @@ class Workshop:
         beside.rename(folder)
 
 
-def load(cell: Cell, adapter: Path) -> dict[str, Any]:
-    """What is known of a cell. Raises SystemExit where it was measured on another adapter."""
-    path, own = RESULTS / f"{cell.name}.json", sha256_file(adapter / WEIGHTS)
+def without_adapter(cell: Cell, row: Row) -> bool:
+    """Whether a row is of the models alone, and these come with the repository: it may be added on any machine."""
+    return row.name in (ALIGNED, BASE_MODEL) and cell.aligned == "sft"
+
+
+def load(cell: Cell, adapter: Path | None) -> dict[str, Any]:
+    """What is known of a cell. Raises SystemExit where it was measured on another adapter; None: none is looked at."""
+    path = RESULTS / f"{cell.name}.json"
+    own = sha256_file(adapter / WEIGHTS) if adapter is not None else None
     if not path.exists():
+        if own is None:
+            raise SystemExit(f"{cell.name}: nothing was measured there yet; begin with the rows of its adapter.")
         return {"cell": cell.__dict__, "adapter": own, "rows": {}}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if found["adapter"] != own or found["cell"] != cell.__dict__:
+    if own not in (None, found["adapter"]) or found["cell"] != cell.__dict__:
         raise SystemExit(
             f"{path} holds results of another adapter than {adapter}: training gives other bytes on other machines. "
             f"`--restart {cell.name}` measures the cell anew."
@@ -205,7 +214,7 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
         if known(cell, row) == recipe:
             continue
-        results = load(cell, workshop.adapter(cell))
+        results = load(cell, None if without_adapter(cell, row) else workshop.adapter(cell))
         started = time.perf_counter()
         found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
         results["rows"][row.name] = found | {"recipe": recipe}

@@ -78,7 +78,7 @@ def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) ->
 def test_mistakes_are_named_before_anything_is_asked(
     base: Path, aligned: Path, fresh: Path, continued: Path, prompts: Path, made: Path, tmp_path: Path
 ) -> None:
-    pair = ["evaluate", fresh, continued, "--base", base]
+    pair: list[str | Path] = ["evaluate", fresh, continued, "--base", base]
     assert "--task" in refused(*pair, code="usage_error")
     refused(*pair, "--harmful", tmp_path / "no.csv", code="prompts_missing")
     assert "right answer" in refused(*pair, "--task", prompts, code="invalid_prompts")
@@ -91,5 +91,5 @@ def test_mistakes_are_named_before_anything_is_asked(
     assert str(fresh) in told
     ours = json.loads(made.read_text(encoding="utf-8")) | {"lineage": "continued"}
     made.write_text(json.dumps(ours), encoding="utf-8")
-    common = [*pair, "--harmful", prompts, "--report", made]
+    common: list[str | Path] = [*pair, "--harmful", prompts, "--report", made]
     assert "leave --aligned out" in refused(*common, "--aligned", aligned, code="wrong_model_evaluated")
