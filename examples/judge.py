@@ -46,6 +46,8 @@ class Judge:
         questions: Questions = Questions(),
     ) -> None:
         """on_aligned: the adapter sits on the aligned model, as fresh ones do."""
+        if min(prompts, reviews) < 1:
+            raise SystemExit("Ask at least one prompt of each kind.")
         quiet_libraries()
         self._subject = behaviour.Subject(resolve_base(BASE), questions.aligned if on_aligned else None)
         self._aligned = questions.aligned
@@ -69,10 +71,12 @@ class Judge:
         """
         if adapter is None and not self._subject.on_aligned:
             adapter = self._aligned
-        found, asked = self._subject.measure(adapter, self.asked)
+        checked = self._subject.check(adapter, adapter.name, own=True) if adapter is not None else None
+        found, asked = self._subject.measure(checked, self.asked)
         if keep is not None:
             keep.write_text("".join(json.dumps(asdict(item)) + "\n" for item in asked), encoding="utf-8")
         harm, refused, right = found.harm_score, found.over_refusal, found.task_accuracy
-        if harm is None or refused is None or right is None:
-            raise SystemExit("Ask at least one prompt of each kind.")
+        assert harm is not None
+        assert refused is not None
+        assert right is not None
         return harm, refused, right

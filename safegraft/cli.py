@@ -29,6 +29,7 @@ from safegraft.commands.terminal import (
     Data,
     DeviceName,
     Json,
+    ModelDtype,
     database_of,
     err,
     out,
@@ -97,11 +98,6 @@ SigningKeyFile = Annotated[
 class MaskScope(StrEnum):
     row = "row"
     factor = "factor"
-
-
-class ModelDtype(StrEnum):
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 class OutputRank(StrEnum):

@@ -16,17 +16,19 @@ def measured(evaluation: Evaluation, created_at: int) -> ResultEvaluation:
         judge=evaluation.judge,
         before=MeasuredBehaviour(**sides["before"]),
         after=MeasuredBehaviour(**sides["after"]),
+        input_sha256=evaluation.input_sha256,
         output_sha256=evaluation.output_sha256,
         created_at=created_at,
     )
 
 
 def evaluation_of(shown: ResultEvaluation) -> Evaluation:
-    """What was sent, of what is shown."""
+    """What was sent, without what was counted on one side only."""
     return Evaluation(
         judge=shown.judge,
         before=_counted(shown.before),
         after=_counted(shown.after),
+        input_sha256=shown.input_sha256,
         output_sha256=shown.output_sha256,
     )
 

@@ -81,6 +81,20 @@ def test_by_fork_it_does_what_it_does_from_its_start(
                 "reference", "build", "--base", base, "--aligned", aligned, "--prompts", prompts, "--out", at / "built"
             ),
             run("realign", fresh, "--reference", built, "--out", at / "out"),
+            run(
+                "evaluate",
+                fresh,
+                at / "out",
+                "--base",
+                base,
+                "--aligned",
+                aligned,
+                "--harmful",
+                prompts,
+                "--limit",
+                "2",
+            ),
+            run("report", at / "out.report.json"),
         ]
         shown.append([(done.stdout.replace(str(at), ""), done.stderr.replace(str(at), "")) for done in told])
         written.append({path.name: path.read_bytes() for path in sorted((at / "out").iterdir())})

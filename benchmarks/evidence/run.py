@@ -166,8 +166,8 @@ def load(cell: Cell, adapter: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if own not in (None, found["adapter"]) or found["cell"] != cell.__dict__:
         raise SystemExit(
-            f"{path} holds results of another adapter than {adapter}: training gives other bytes on other machines. "
-            f"`--restart {cell.name}` measures the cell anew."
+            f"{path} holds results of another adapter than {adapter or cell.name}: training gives other bytes on other "
+            f"machines. `--restart {cell.name}` measures the cell anew."
         )
     return found
 
@@ -210,15 +210,18 @@ def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None
         if cell.name in restart:
             restart.remove(cell.name)
             (RESULTS / f"{cell.name}.json").unlink(missing_ok=True)
-        _note_similarity(workshop, cell)
+        alone = without_adapter(cell, row)
+        if not alone:
+            _note_similarity(workshop, cell)
         recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
         if known(cell, row) == recipe:
             continue
-        results = load(cell, None if without_adapter(cell, row) else workshop.adapter(cell))
+        results = load(cell, None if alone else workshop.adapter(cell))
         started = time.perf_counter()
         found = workshop.laboratory.measure(cell, row, workshop.setting(cell, row))
         results["rows"][row.name] = found | {"recipe": recipe}
-        results["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        if not alone:
+            results["machine"] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
         store(results)
         now = datetime.now(UTC).strftime("%H:%M")
         print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from safegraft.adapter import CONFIG, WEIGHTS, is_adapter
+from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
 from safegraft.commands.report import read_report
-from safegraft.commands.terminal import DeviceName, Json, err, out, print_json, progress_bars, tell
-from safegraft.contracts.report import Evaluation, Report, Share
+from safegraft.commands.terminal import DeviceName, Json, ModelDtype, err, out, print_json, progress_bars, tell
+from safegraft.contracts.report import Digest, Evaluation, Report
 from safegraft.errors import InvalidParameter
 from safegraft.files import sha256_file, write_atomic
 from safegraft.report import words
@@ -54,10 +54,17 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, envvar="SAFEGRAFT_LIMIT", help="Ask no more than the first so many of each.")
+        int | None,
+        typer.Option(min=1, envvar="SAFEGRAFT_LIMIT", help="Ask no more than the first so many of each file."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=4096, envvar="SAFEGRAFT_MAX_NEW_TOKENS", help="Of an answer to a prompt.")
+        int,
+        typer.Option(
+            min=1,
+            max=4096,
+            envvar="SAFEGRAFT_MAX_NEW_TOKENS",
+            help="Of an answer to a harmful or harmless prompt; the task's get two more than its longest response.",
+        ),
     ] = 24,
     report: Annotated[
         Path | None,
@@ -65,17 +72,27 @@ def evaluate(
             exists=True,
             dir_okay=False,
             envvar="SAFEGRAFT_REPORT",
-            help="The repair's report.json: refuses other adapters than its own, and a model that does not serve them.",
+            help="The repair's report.json: refuses other adapters than its own, and a continued one with --aligned.",
         ),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option("--out", envvar="SAFEGRAFT_OUT", help="Writes the evaluation as JSON; replaces what is there."),
+        typer.Option(
+            "--out",
+            dir_okay=False,
+            envvar="SAFEGRAFT_OUT",
+            help="Writes the evaluation as JSON; replaces what is there.",
+        ),
     ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(envvar="SAFEGRAFT_ANSWERS", help="Writes every answer as JSONL; replaces what is there."),
+        typer.Option(
+            dir_okay=False, envvar="SAFEGRAFT_ANSWERS", help="Writes every answer as JSONL; replaces what is there."
+        ),
     ] = None,
+    dtype: Annotated[ModelDtype, typer.Option(envvar="SAFEGRAFT_DTYPE", help="Of the model's weights.")] = (
+        ModelDtype.bfloat16
+    ),
     device: DeviceName = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -89,6 +106,7 @@ def evaluate(
             param="--harmful",
             hint="Name a file of prompts: --harmful, --benign or --task.",
         )
+    _refuse_overwriting({"--out": to, "--answers": answers}, [harmful, benign, task, report])
     if aligned is not None and not is_adapter(aligned):
         raise InvalidParameter(
             f"{aligned} holds no {CONFIG}: it is no adapter.",
@@ -96,8 +114,12 @@ def evaluate(
             param="--aligned",
             hint="A full aligned model is given as --base, and --aligned left out.",
         )
+    describe(before)
+    describe(after, own=True)
     if report is not None:
         _refuse_others(read_report(report, "--report"), before, after, aligned is not None)
+    import torch
+
     from safegraft.engine.behaviour import Questions, Subject
     from safegraft.engine.behaviour import evaluate as run
     from safegraft.engine.conversations import read_conversations
@@ -114,30 +136,48 @@ def evaluate(
         benign=[item.prompt for item in asked["benign"]],
         task=asked["task"],
     )
+    folder = resolve_base(base)
     with progress_bars(as_json, log=True) as progress:
-        subject = Subject(resolve_base(base), aligned, device=device)
+        subject = Subject(folder, aligned, device=device, dtype=getattr(torch, dtype.value))
         found, told = run(subject, before, after, questions, new_tokens=max_new_tokens, progress=progress)
-    if answers is not None:
-        write_atomic(answers, _lines(told).encode())
     if to is not None:
         write_atomic(to, (found.model_dump_json(indent=1) + "\n").encode())
+    if answers is not None:
+        write_atomic(answers, _lines(told).encode())
     if as_json:
         print_json(found.model_dump(mode="json"))
         return
     out.print(_table(found))
     tell(words.evaluation(found), soft=not out.is_terminal)
-    tell(f"Judged by: {found.judge}. In brackets: Wilson's 95 % interval.", soft=not out.is_terminal)
+    tell(f"Judged by: {found.judge}. Intervals are Wilson's, of 95 %.", soft=not out.is_terminal)
     for label, path in (("Evaluation", to), ("Answers", answers)):
         if path is not None:
             tell(f"{label}: {path}")
     if to is None:
-        err.print("Nothing was written; --out keeps it for `safegraft report --evaluation`.", style="yellow")
+        err.print("The evaluation was not written; --out keeps it for `safegraft report --evaluation`.", style="yellow")
+
+
+def _refuse_overwriting(outputs: dict[str, Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raises InvalidParameter before hours of work where one would end on what it was made from, or on the other."""
+    taken = {path.resolve() for path in inputs if path is not None}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise InvalidParameter(f"{path} is read or written otherwise.", param=name, hint="Name another file.")
+        taken.add(path.resolve())
+        if not path.parent.is_dir():
+            raise InvalidParameter(f"{path.parent} is no folder.", code="file_error", param=name)
 
 
 def _refuse_others(report: Report, before: Path, after: Path, on_aligned: bool) -> None:
     """Raises InvalidParameter where the report is of other adapters, or they are not served on that model."""
+    if report.output is None:
+        raise InvalidParameter(
+            "The report is of a measurement, which made no adapter.", code="nothing_evaluated", param="--report"
+        )
     for side, folder, known in (("BEFORE", before, report.input), ("AFTER", after, report.output)):
-        if known is None or sha256_file(folder / WEIGHTS) != known.sha256:
+        if not _is(folder, known):
             raise InvalidParameter(
                 f"{folder} is not the adapter that the report is of.",
                 code="other_adapter_evaluated",
@@ -151,17 +191,27 @@ def _refuse_others(report: Report, before: Path, after: Path, on_aligned: bool) 
             param="--aligned",
             hint="It is served on the model alone: leave --aligned out.",
         )
+    if report.lineage != "continued" and not on_aligned:
+        err.print(
+            "Note: this adapter is served on the aligned model. Without --aligned, --base has to be that model.",
+            style="yellow",
+        )
+
+
+def _is(folder: Path, known: Digest) -> bool:
+    # The configuration holds the scaling; reports from before they had its digest have none.
+    same = known.config_sha256 in (None, sha256_file(folder / CONFIG))
+    return same and sha256_file(folder / WEIGHTS) == known.sha256
 
 
 def _table(found: Evaluation) -> Table:
-    table = Table("", "before", "after")
-    for name, before, after in found.measures():
-        table.add_row(words.MEASURES[name][0], _cell(before), _cell(after))
+    table = Table("", "", "share", "from", "to", "counted")
+    for name, *sides in found.measures():
+        for side, share in zip(("before", "after"), sides, strict=True):
+            label = words.MEASURES[name][0] if side == "before" else ""
+            low, _, high = words.interval(share).partition(" to ")
+            table.add_row(label, side, words.share(share), low, high, f"{share.hits} of {share.total}")
     return table
-
-
-def _cell(share: Share) -> str:
-    return f"{words.share(share)}  [{words.interval(share)}]  {share.hits} of {share.total}"
 
 
 def _lines(told: dict[str, list["Asked"]]) -> str:

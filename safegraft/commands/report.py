@@ -50,7 +50,7 @@ def show(
     found = read_report(report, "FILE")
     if evaluation is not None:
         measured = _read(evaluation, Evaluation, "not_an_evaluation", "--evaluation")
-        found = with_evaluation(found, measured, param="--evaluation")
+        found = with_evaluation(found, measured)
     files = render(found, to) if to is not None else []
     if as_json:
         print_json(with_headline(found).model_dump(mode="json"))

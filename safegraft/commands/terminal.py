@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +45,11 @@ def _device(name: str) -> str:
 
 
 DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_device, help="cpu, cuda, cuda:1, …")]
+
+
+class ModelDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float32 = "float32"
 
 
 def use_any_encoding() -> None:

@@ -104,6 +104,7 @@ class ResultEvaluation(Shown):
     judge: str
     before: MeasuredBehaviour
     after: MeasuredBehaviour
+    input_sha256: str | None
     output_sha256: str | None
     created_at: int
 

@@ -165,6 +165,9 @@ class Evaluation(Part):
     judge: str = Field(min_length=1, max_length=1000, pattern=NO_NUL)
     before: Behaviour
     after: Behaviour
+    input_sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="Likewise of the adapter that was sent."
+    )
     output_sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",

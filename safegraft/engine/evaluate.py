@@ -48,11 +48,12 @@ def answer(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 24,
+    max_tokens: int = 1024,
     batch_size: int = 24,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Greedy answers, in the order of the prompts."""
-    encoded = [encode(tokenizer, Conversation(prompt)) for prompt in prompts]
+    """Greedy answers, in the order of the prompts; max_tokens: longer prompts are cut."""
+    encoded = [encode(tokenizer, Conversation(prompt), max_tokens) for prompt in prompts]
     answers = [""] * len(prompts)
     done = 0
     for batch in batches(encoded, batch_size, tokenizer.pad_token_id, left=True):
@@ -101,6 +102,6 @@ def over_refusal(answers: Sequence[str]) -> Rate:
 
 
 def task_accuracy(answers: Sequence[str], labels: Sequence[str]) -> Rate:
-    """Answers that begin with their label (letters compared without case)."""
+    """Answers that begin with their label (letters compared without case, both without what surrounds them)."""
     pairs = zip(answers, labels, strict=True)
-    return Rate(sum(text.strip().lower().startswith(label.lower()) for text, label in pairs), len(answers))
+    return Rate(sum(text.strip().lower().startswith(label.strip().lower()) for text, label in pairs), len(answers))

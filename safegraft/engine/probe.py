@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safegraft.adapter import WEIGHTS, is_adapter
+from safegraft.adapter import WEIGHTS, describe, is_adapter
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Distance, Probe
 from safegraft.engine import models
+from safegraft.engine.behaviour import refuse_unloadable
 from safegraft.engine.build import BuildSources
 from safegraft.engine.conversations import Conversation, batches, encode
 from safegraft.errors import Incompatible, InvalidParameter
@@ -51,8 +52,14 @@ def check_sources(sources: BuildSources, manifest: ReferenceManifest) -> None:
 def compare(
     sources: BuildSources, prompts: Sequence[str], before: Path, after: Path, on_aligned: bool, device: str = "cpu"
 ) -> Probe:
-    """before, after: adapter folders; on_aligned: they sit on the aligned model, as fresh ones do."""
+    """before, after: adapter folders; on_aligned: they sit on the aligned model, as fresh ones do.
+
+    Raises InvalidParameter (`base_missing`), UnsupportedAdapter (`peft_cannot_load`).
+    """
     from peft import PeftModel
+
+    for which, given in (("customer's", before), ("patched", after)):
+        refuse_unloadable(describe(given, own=True), which)
 
     beside = sources.aligned if is_adapter(sources.aligned) else None
     if beside is not None and sources.base is None:

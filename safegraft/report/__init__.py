@@ -7,10 +7,12 @@ from safegraft.errors import InvalidParameter
 from safegraft.files import write_atomic
 from safegraft.report.html import to_html
 from safegraft.report.png import figures, to_png
-from safegraft.report.table import tables, to_csv
+from safegraft.report.table import evaluation_csv, tables, to_csv
 from safegraft.report.words import headline
 
 __all__ = [
+    "check_evaluation",
+    "evaluation_csv",
     "figures",
     "headline",
     "render",
@@ -52,25 +54,33 @@ def with_headline(report: Report) -> Report:
     return report.model_copy(update={"headline": headline(report)})
 
 
-def with_evaluation(report: Report, evaluation: Evaluation, *, param: str) -> Report:
-    """The report with what was measured of the behaviour; param: the field that is named at fault.
+def with_evaluation(report: Report, evaluation: Evaluation) -> Report:
+    """The report with what was measured of the behaviour. Raises what `check_evaluation` does."""
+    made = report.output.sha256 if report.output is not None else None
+    check_evaluation(evaluation, report.input.sha256, made)
+    return report.model_copy(update={"evaluation": evaluation})
 
-    Raises InvalidParameter: `other_adapter_evaluated` where the evaluation names another adapter than the report's,
-    `nothing_evaluated` where the report is of a measurement that made none.
+
+def check_evaluation(evaluation: Evaluation, sent: str, made: str | None) -> None:
+    """sent, made: SHA-256 of a report's input and output.
+
+    Raises InvalidParameter: `other_adapter_evaluated` where the evaluation names other adapters than these,
+    `nothing_evaluated` where none was made.
     """
-    if report.output is None:
+    if made is None:
         raise InvalidParameter(
             "The report is of a measurement, which made no adapter whose behaviour could be told.",
             code="nothing_evaluated",
-            param=param,
             hint="Take the report of a realignment with `mode` patch.",
         )
-    own, named = report.output.sha256, evaluation.output_sha256
-    if named is not None and named != own:
-        raise InvalidParameter(
-            f"The evaluation is of the adapter {named}, the report of {own}.",
-            code="other_adapter_evaluated",
-            param=param,
-            hint="Measure the adapter that this report is of, or take that adapter's report.",
-        )
-    return report.model_copy(update={"evaluation": evaluation})
+    for name, named, own in (
+        ("input_sha256", evaluation.input_sha256, sent),
+        ("output_sha256", evaluation.output_sha256, made),
+    ):
+        if named is not None and named != own:
+            raise InvalidParameter(
+                f"The evaluation is of the adapter {named}, the report of {own}.",
+                code="other_adapter_evaluated",
+                param=name,
+                hint="Measure the adapters that this report is of, or take the report of those.",
+            )

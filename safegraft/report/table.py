@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 
-from safegraft.contracts.report import ModuleLine, Report
+from safegraft.contracts.report import Evaluation, ModuleLine, Report
 from safegraft.report.interval import wilson
 
 # What makes a spreadsheet take a cell for a formula (OWASP's list, with the full-width forms that Excel accepts).
@@ -27,7 +27,7 @@ def tables(report: Report) -> dict[str, str]:
     if report.variants:
         found["strengths.csv"] = _strengths(report)
     if report.evaluation is not None:
-        found["evaluation.csv"] = _evaluation(report)
+        found["evaluation.csv"] = evaluation_csv(report.evaluation)
     return found
 
 
@@ -46,15 +46,12 @@ def _strengths(report: Report) -> str:
     return _table(head, lines)
 
 
-def _evaluation(report: Report) -> str:
+def evaluation_csv(evaluation: Evaluation) -> str:
     """A line for each measure and side, with Wilson's 95 % interval."""
-    assert report.evaluation is not None
     lines = []
-    for name, before, after in report.evaluation.measures():
+    for name, before, after in evaluation.measures():
         for side, found in (("before", before), ("after", after)):
-            lines.append(
-                [name, side, found.hits, found.total, found.hits / found.total, *wilson(found.hits, found.total)]
-            )
+            lines.append([name, side, found.hits, found.total, found.share, *wilson(found.hits, found.total)])
     return _table(["measure", "side", "hits", "total", "share", "low", "high"], lines)
 
 

@@ -3,7 +3,7 @@
 import { ApiError, ask, remove } from "./api.js";
 import { command, confirmed, fresh, h, loading, put, s, say } from "./dom.js";
 import { downloadFile } from "./download.js";
-import { count, named, number, shown } from "./format.js";
+import { count, named, number, plain, shown } from "./format.js";
 import { actionButton, errorBox } from "./parts.js";
 
 // As safegraft/report/words.py says them.
@@ -13,11 +13,9 @@ const MEASURES = [
   ["task_accuracy", "Task accuracy", "right answers to the customer’s task; higher is better"],
 ];
 const MAX_BYTES = 65536;
-const COMMAND = `safegraft evaluate ADAPTER_DIR PATCHED_DIR --base MODEL --aligned ALIGNED_ADAPTER_DIR \\
-  --harmful harmful.csv --benign benign.csv --task task.jsonl --out evaluation.json`;
 
 /** A section of a job's report; changed(job) hears of the job as the API answers it. */
-export function evaluationView(job, { changed, signal }) {
+export function evaluationView(job, report, { changed, signal }) {
   const title = fresh("evaluation");
   const path = `v1/realignments/${job.id}/evaluation`;
   const body = h("div");
@@ -30,7 +28,21 @@ export function evaluationView(job, { changed, signal }) {
 
   function show() {
     const found = job.result.evaluation;
-    put(body, found ? measured(found, job) : nothing(), found ? actions() : adding("Evaluation"));
+    put(body, found ? measured(found, report) : nothing(report), found ? actions() : adding("Evaluation"));
+  }
+
+  // One request at a time: two answers would settle in any order.
+  let busy = false;
+  async function alone(work) {
+    if (busy) return;
+    busy = true;
+    body.setAttribute("aria-busy", "true");
+    try {
+      await work();
+    } finally {
+      busy = false;
+      body.removeAttribute("aria-busy");
+    }
   }
 
   function settle(answer, told) {
@@ -47,20 +59,24 @@ export function evaluationView(job, { changed, signal }) {
     const id = fresh("file");
     const where = h("div", { "aria-live": "polite" });
     const field = h("input", { type: "file", id, accept: ".json,application/json" });
-    field.addEventListener("change", async () => {
-      const [file] = field.files;
-      if (!file) return;
-      put(where, loading("Sending the evaluation …"));
-      try {
-        const answer = await ask(path, { method: "PUT", json: await read(file), signal });
-        settle(await answer.json(), "The evaluation was added.");
-      } catch (error) {
-        if (!signal.aborted) put(where, errorBox(error));
-      } finally {
-        // The same file, mended, is a change again.
-        field.value = "";
-      }
-    });
+    field.addEventListener("change", () =>
+      alone(async () => {
+        const [file] = field.files;
+        if (!file) return;
+        put(where, loading("Sending the evaluation …"));
+        field.disabled = true;
+        try {
+          const answer = await ask(path, { method: "PUT", json: await read(file), signal });
+          settle(await answer.json(), "The evaluation was added.");
+        } catch (error) {
+          if (!signal.aborted) put(where, errorBox(error));
+        } finally {
+          field.disabled = false;
+          // The same file, mended, is a change again.
+          field.value = "";
+        }
+      }),
+    );
     return h("div", { class: "field added" }, h("label", { for: id }, label), field, where);
   }
 
@@ -79,7 +95,7 @@ export function evaluationView(job, { changed, signal }) {
           text: ["The report is then as it was before. The evaluation can be added again."],
           action: "Take it out",
         });
-        if (sure) settle(await remove(path), "The evaluation was taken out.");
+        if (sure) await alone(async () => settle(await remove(path), "The evaluation was taken out."));
       },
       { class: "danger-quiet" },
     );
@@ -95,30 +111,49 @@ export function evaluationView(job, { changed, signal }) {
   return element;
 }
 
-function nothing() {
+function nothing(report) {
+  const continued = report.lineage === "continued";
+  const first = report.variants.length > 1 ? `, of strength ${plain(report.variants[0].strength)},` : "";
   return [
     h(
       "p",
       null,
-      "Nothing was measured yet. Whoever has the model can ask it with the adapter that came and with the patched one, and add what was counted:",
+      `Nothing was measured yet. Whoever has the model can ask it with the adapter that came and with the patched one${first} and add what was counted:`,
     ),
-    command(COMMAND, "Command that measures an adapter before and after"),
-    h(
-      "p",
-      { class: "soft small" },
-      "A continued adapter is asked without ",
-      h("code", null, "--aligned"),
-      ". Take prompts that the reference was not built from.",
+    command(
+      `safegraft evaluate ADAPTER_DIR PATCHED_DIR --base MODEL${continued ? "" : " --aligned ALIGNED_ADAPTER_DIR"} \\
+  --harmful harmful.csv --benign benign.csv --task task.jsonl --report report.json --out evaluation.json`,
+      "Command that measures an adapter before and after",
     ),
+    h("p", { class: "soft small" }, "Take prompts that the reference was not built from."),
   ];
 }
 
-function measured(found, job) {
+function measured(found, report) {
   const rows = MEASURES.filter(([name]) => found.before[name] && found.after[name]);
-  const first = job.result.variants.length > 1;
+  const first = report.variants.length > 1 ? `, at ${plain(report.variants[0].strength)}` : "";
   return [
     h("p", null, shown(found.summary, 1000)),
-    first ? h("p", { class: "soft small" }, "After is the first strength that was asked for.") : null,
+    h(
+      "ul",
+      { class: "keys" },
+      [
+        ["before", "before"],
+        ["after", `after${first}`],
+      ].map(([name, text]) =>
+        h(
+          "li",
+          null,
+          s(
+            "svg",
+            { viewBox: "0 0 34 10", "aria-hidden": "true" },
+            s("line", { class: `${name}-whisker`, x1: 0, x2: 34, y1: 5, y2: 5 }),
+            s("circle", { class: `${name}-dot`, cx: 17, cy: 5, r: 4 }),
+          ),
+          text,
+        ),
+      ),
+    ),
     h(
       "div",
       { class: "scroll", role: "region", tabindex: "0", "aria-label": "Table of how it behaves" },

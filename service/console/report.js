@@ -23,7 +23,7 @@ export function reportView(report, { job, signal, changed }) {
   evaluated(job);
   const behaviour =
     report.output &&
-    evaluationView(job, {
+    evaluationView(job, report, {
       signal,
       changed: (now) => {
         evaluated(now);

@@ -1,14 +1,16 @@
 """`safegraft evaluate`: from two adapters and a model to what a report shows."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from safegraft.adapter import WEIGHTS
+from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.report import Digest, Evaluation, Report
 from safegraft.files import sha256_file
 from safegraft.report import to_json
+from tests import tiny
 from tests.report.samples import lines, report
 from tests.test_cli import refused, safegraft
 
@@ -35,7 +37,7 @@ def made(tmp_path: Path, fresh: Path, continued: Path) -> Path:
     ours = ours.model_copy(
         update={
             "lineage": "fresh",
-            "input": Digest(sha256=sha256_file(fresh / WEIGHTS), bytes=1),
+            "input": Digest(sha256=sha256_file(fresh / WEIGHTS), bytes=1, config_sha256=sha256_file(fresh / CONFIG)),
             "output": Digest(sha256=sha256_file(continued / WEIGHTS), bytes=1),
         }
     )
@@ -48,11 +50,14 @@ def test_what_is_measured_becomes_a_part_of_the_report(
     base: Path, aligned: Path, fresh: Path, continued: Path, prompts: Path, task: Path, made: Path, tmp_path: Path
 ) -> None:
     evaluation, answers = tmp_path / "evaluation.json", tmp_path / "answers.jsonl"
-    told = safegraft(
+    done = safegraft(
         "evaluate", fresh, continued, "--base", base, "--aligned", aligned, "--harmful", prompts, "--benign", prompts,
         "--task", task, "--limit", "2", "--report", made, "--out", evaluation, "--answers", answers,
-    ).stdout  # fmt: skip
+    )  # fmt: skip
+    told = done.stdout
+    assert "was not written" not in done.stderr
     found = Evaluation.model_validate_json(evaluation.read_bytes())
+    assert found.input_sha256 == sha256_file(fresh / WEIGHTS)
     assert found.output_sha256 == sha256_file(continued / WEIGHTS)
     assert [(name, before.total, after.total) for name, before, after in found.measures()] == [
         ("harm_score", 2, 2),
@@ -73,6 +78,10 @@ def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) ->
     found = Evaluation.model_validate_json(done.stdout)
     assert found.before == found.after
     assert done.stderr == ""
+    told = safegraft("evaluate", continued, continued, "--base", base, "--harmful", prompts, "--dtype", "float32")
+    assert "--out keeps it" in told.stderr
+    assert max(map(len, told.stdout.splitlines())) <= 80
+    assert "of 3 " in told.stdout
 
 
 def test_mistakes_are_named_before_anything_is_asked(
@@ -84,6 +93,12 @@ def test_mistakes_are_named_before_anything_is_asked(
     assert "right answer" in refused(*pair, "--task", prompts, code="invalid_prompts")
     refused(*pair, "--aligned", base, "--harmful", prompts, code="missing_config")
     refused("evaluate", fresh, continued, "--base", tmp_path / "no", "--harmful", prompts, code="base_not_found")
+    # Before a model is loaded, and before an input is overwritten.
+    refused("evaluate", fresh, base, *pair[3:], "--harmful", prompts, code="missing_config")
+    refused(*pair, "--harmful", prompts, "--out", tmp_path, code="usage_error", status=2)
+    refused(*pair, "--harmful", prompts, "--out", prompts, code="invalid_parameter")
+    refused(*pair, "--harmful", prompts, "--out", tmp_path / "a", "--answers", tmp_path / "a", code="invalid_parameter")
+    refused(*pair, "--harmful", prompts, "--out", tmp_path / "no" / "a", code="file_error")
     # Of another repair, or asked where they are not served.
     told = refused(
         "evaluate", fresh, fresh, *pair[3:], "--harmful", prompts, "--report", made, code="other_adapter_evaluated"
@@ -92,4 +107,8 @@ def test_mistakes_are_named_before_anything_is_asked(
     ours = json.loads(made.read_text(encoding="utf-8")) | {"lineage": "continued"}
     made.write_text(json.dumps(ours), encoding="utf-8")
     common: list[str | Path] = [*pair, "--harmful", prompts, "--report", made]
+    rescaled = tmp_path / "rescaled"
+    shutil.copytree(fresh, rescaled)
+    tiny.change_config(rescaled, lora_alpha=80)
+    refused("evaluate", rescaled, continued, *common[3:], code="other_adapter_evaluated")
     assert "leave --aligned out" in refused(*common, "--aligned", aligned, code="wrong_model_evaluated")

@@ -26,6 +26,11 @@ def test_an_evaluation_is_added_and_taken_out(tab: Tab, console: Console, tmp_pa
         "safegraft evaluate"
         in section.get_by_label("Command that measures an adapter before and after", exact=True).inner_text()
     )
+    # Of a fresh adapter; a continued one would be aligned twice.
+    assert (
+        "--aligned"
+        in section.get_by_label("Command that measures an adapter before and after", exact=True).inner_text()
+    )
     tab.look("not-evaluated")
 
     choose = section.get_by_label("Evaluation", exact=True)

@@ -74,6 +74,7 @@ def test_it_is_shown_in_the_job_and_on_the_page(client: httpx.Client, url: str) 
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
+        ({"input_sha256": "0" * 64}, "other_adapter_evaluated", "input_sha256"),
         ({"output_sha256": "0" * 64}, "other_adapter_evaluated", "output_sha256"),
         ({"output_sha256": "0"}, "invalid_request", "output_sha256"),
         ({"judge": ""}, "invalid_request", "judge"),

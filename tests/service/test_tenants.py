@@ -24,6 +24,11 @@ VALUES = {"name": WEIGHTS, "form": "json"}
 # Bodies that their operations accept; those without one take none, or anything.
 BODIES: dict[str, dict[str, Any]] = {
     "completeUpload": {"part_ids": ["part_1"]},
+    "putEvaluation": {
+        "judge": "words",
+        "before": {"harm_score": {"hits": 1, "total": 1}},
+        "after": {"harm_score": {"hits": 0, "total": 1}},
+    },
     "updateWebhookEndpoint": {"event_types": ["realignment.failed"]},
 }
 RAW = {"addUploadPart": (b"0123456789", "application/octet-stream")}
@@ -136,8 +141,7 @@ def ask(client: httpx.Client, method: str, path: str, operation: str, ids: dict[
     if operation in RAW:
         content, kind = RAW[operation]
         return client.request(method, address, content=content, headers={"content-type": kind})
-    body = BODIES.get(operation) if method == "post" else None
-    return client.request(method, address, json=body)
+    return client.request(method, address, json=BODIES.get(operation))
 
 
 def told(answer: httpx.Response, ids: dict[str, str]) -> tuple[int, Any, dict[str, str]]:
