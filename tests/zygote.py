@@ -160,6 +160,8 @@ def _become(arguments: list[str], environment: dict[str, str], folder: str, out:
         os.environ.update(environment)
         os.chdir(folder)
         sys.argv = [SAFEGRAFT, *arguments]
+        # By it click tells whether it was started as a program or as `python -m`.
+        sys.modules["__main__"].__package__ = ""
         from safegraft.cli import main
 
         try:

@@ -14,6 +14,7 @@ from safegraft.commands.terminal import DeviceName, Json, ModelDtype, err, out, 
 from safegraft.contracts.report import Digest, Evaluation, Report
 from safegraft.errors import InvalidParameter
 from safegraft.files import sha256_file, write_atomic
+from safegraft.ingest import companions_of
 from safegraft.report import words
 
 if TYPE_CHECKING:
@@ -114,8 +115,10 @@ def evaluate(
             param="--aligned",
             hint="A full aligned model is given as --base, and --aligned left out.",
         )
-    describe(before)
-    describe(after, own=True)
+    for folder in (before, after):
+        # Nothing but their own files is read, as by `realign`.
+        companions_of(folder)
+        describe(folder, own=folder is after)
     if report is not None:
         _refuse_others(read_report(report, "--report"), before, after, aligned is not None)
     import torch

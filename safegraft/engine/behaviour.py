@@ -152,9 +152,11 @@ class Subject:
         with tempfile.TemporaryDirectory() as work, warnings.catch_warnings():
             # What PEFT could not place: the model would answer as if it were not there.
             warnings.filterwarnings("error", message="Found missing adapter keys")
+            # That it could not be merged; it is not.
+            warnings.filterwarnings("ignore", message="`lora_bias=True` was passed")
             for checked, name in zip(active, names, strict=True):
                 folder = Path(work) / name
-                _lay_out(checked, folder)
+                lay_out(checked.folder, checked.description, folder)
                 if name == names[0]:
                     self._model = PeftModel.from_pretrained(self._model, str(folder), adapter_name=name)
                 else:
@@ -213,7 +215,7 @@ def refuse_unloadable(description: AdapterDescription, which: str) -> None:
         )
 
 
-def _lay_out(adapter: Checked, folder: Path) -> None:
+def lay_out(adapter: Path, description: AdapterDescription, folder: Path) -> None:
     """The adapter as PEFT loads it, in a new folder: its weights, and its configuration with every module by name.
 
     Its own configuration may hold patterns, which are a stranger's, and which PEFT gives to a matcher that some of them
@@ -221,7 +223,7 @@ def _lay_out(adapter: Checked, folder: Path) -> None:
     """
     from peft import LoraConfig
 
-    modules = adapter.description.modules
+    modules = description.modules
     # PEFT takes alpha/r where rsLoRA is off; the scaling is what the description says. Only those that differ are
     # named, because each name is tried on each module.
     forms = {module.name: (module.rank, module.scaling * module.rank) for module in modules}
@@ -233,11 +235,11 @@ def _lay_out(adapter: Checked, folder: Path) -> None:
         rank_pattern={name: form[0] for name, form in others.items()},
         alpha_pattern={name: form[1] for name, form in others.items()},
         target_modules=[module.name for module in modules],
-        lora_bias=adapter.description.config.lora_bias,
+        lora_bias=description.config.lora_bias,
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).save_pretrained(str(folder))
-    (folder / WEIGHTS).symlink_to((adapter.folder / WEIGHTS).resolve())
+    (folder / WEIGHTS).symlink_to((adapter / WEIGHTS).resolve())
 
 
 def evaluate(

@@ -6,6 +6,7 @@ first token of an answer, after the chat template's own beginning of it.
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safegraft.adapter import WEIGHTS, describe, is_adapter
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Distance, Probe
 from safegraft.engine import models
-from safegraft.engine.behaviour import refuse_unloadable
+from safegraft.engine.behaviour import lay_out, refuse_unloadable
 from safegraft.engine.build import BuildSources
 from safegraft.engine.conversations import Conversation, batches, encode
 from safegraft.errors import Incompatible, InvalidParameter
@@ -58,9 +59,6 @@ def compare(
     """
     from peft import PeftModel
 
-    for which, given in (("customer's", before), ("patched", after)):
-        refuse_unloadable(describe(given, own=True), which)
-
     beside = sources.aligned if is_adapter(sources.aligned) else None
     if beside is not None and sources.base is None:
         raise InvalidParameter(
@@ -72,13 +70,19 @@ def compare(
         )
     folder = sources.base if sources.base is not None and (beside is not None or not on_aligned) else sources.aligned
     tokenizer = models.load_tokenizer(folder)
-    model: Any = PeftModel.from_pretrained(models.load_model(folder, device), str(before), adapter_name="before")
-    model.load_adapter(str(after), "after")
-    under = []
-    if beside is not None and on_aligned:
-        # Active beside the others, not merged: merging into bf16 would add noise of the adapters' own size.
-        model.load_adapter(str(beside), "aligned")
-        under = ["aligned"]
+    # Active beside the others, not merged: merging into bf16 would add noise of the adapters' own size.
+    under = ["aligned"] if beside is not None and on_aligned else []
+    adapters = {"before": before, "after": after} | ({"aligned": beside} if beside is not None and under else {})
+    model: Any = models.load_model(folder, device)
+    with tempfile.TemporaryDirectory() as work:
+        for name, given in adapters.items():
+            description = describe(given, own=True)
+            refuse_unloadable(description, name)
+            lay_out(given, description, Path(work) / name)
+            if name == "before":
+                model = PeftModel.from_pretrained(model, str(Path(work) / name), adapter_name=name)
+            else:
+                model.load_adapter(str(Path(work) / name), name)
     model.eval()
     found = {}
     for name in ("before", "after"):

@@ -80,7 +80,7 @@ def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) ->
     assert done.stderr == ""
     told = safegraft("evaluate", continued, continued, "--base", base, "--harmful", prompts, "--dtype", "float32")
     assert "--out keeps it" in told.stderr
-    assert max(map(len, told.stdout.splitlines())) <= 80
+    assert max(len(line) for line in told.stdout.splitlines() if "│" in line) <= 60, "no cell is broken"
     assert "of 3 " in told.stdout
 
 
@@ -95,7 +95,7 @@ def test_mistakes_are_named_before_anything_is_asked(
     refused("evaluate", fresh, continued, "--base", tmp_path / "no", "--harmful", prompts, code="base_not_found")
     # Before a model is loaded, and before an input is overwritten.
     refused("evaluate", fresh, base, *pair[3:], "--harmful", prompts, code="missing_config")
-    refused(*pair, "--harmful", prompts, "--out", tmp_path, code="usage_error", status=2)
+    assert "directory" in safegraft(*pair, "--harmful", prompts, "--out", tmp_path, status=2).stderr
     refused(*pair, "--harmful", prompts, "--out", prompts, code="invalid_parameter")
     refused(*pair, "--harmful", prompts, "--out", tmp_path / "a", "--answers", tmp_path / "a", code="invalid_parameter")
     refused(*pair, "--harmful", prompts, "--out", tmp_path / "no" / "a", code="file_error")
