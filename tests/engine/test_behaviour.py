@@ -155,7 +155,7 @@ def test_ranks_and_scalings_of_single_modules_are_kept(base: Path, tmp_path: Pat
     assert [item.answer for item in found] == expected(base, uneven) != expected(base)
 
 
-@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default': 14 LoRA tensor")
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'")
 def test_biases_of_a_repair_are_asked_too(base: Path, aligned: Path, tmp_path: Path) -> None:
     biased = tiny.save_adapter(base, tmp_path / "biased", lora_bias=True, scale=2.0)
     tiny.change_tensors(
