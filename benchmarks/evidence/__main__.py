@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, help="of `sample` and `labels`: see labels.py")
     parser.add_argument("--base", default=run.BASE, help="a model folder, or a package that carries one")
     parser.add_argument("--cell", action="append", default=[], help="only this cell; repeatable")
+    parser.add_argument("--row", action="append", default=[], help="only this row of a cell; repeatable")
     parser.add_argument("--restart", action="append", default=[], help="measure this cell anew; repeatable")
     parser.add_argument("--minutes", type=float, default=None, help="begin no row after so many minutes")
     arguments = parser.parse_args()
@@ -35,7 +36,7 @@ def main() -> None:
     if arguments.what == "tables":
         tables.write()
         return
-    run.run(arguments.base, arguments.cell, arguments.minutes, arguments.restart)
+    run.run(arguments.base, arguments.cell, arguments.row, arguments.minutes, arguments.restart)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import data, training
-from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, CELLS, Cell, Prompts, Row, plan
+from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, CELLS, ROWS, Cell, Prompts, Row, plan
 from benchmarks.evidence.measure import Laboratory
 from benchmarks.evidence.rivals import Setting
 from examples import train
@@ -194,15 +194,22 @@ def known(cell: Cell, row: Row) -> str | None:
     return found
 
 
-def run(base: str = BASE, only: Sequence[str] = (), minutes: float | None = None, restart: Sequence[str] = ()) -> None:
-    """Measures what is planned and missing. minutes: begins no row after so many. restart: cells to begin anew."""
+def run(
+    base: str = BASE,
+    only: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    minutes: float | None = None,
+    restart: Sequence[str] = (),
+) -> None:
+    """Measures what is planned and missing. only, rows: of these cells, these rows. minutes: begins no row after so
+    many. restart: cells to begin anew."""
     restart = list(restart)
-    missing = sorted({*only, *restart} - set(CELLS))
-    if missing:
-        raise SystemExit(f"No such cell: {', '.join(missing)}.")
+    for what, missing in (("cell", {*only, *restart} - set(CELLS)), ("row", {*rows} - set(ROWS))):
+        if missing:
+            raise SystemExit(f"No such {what}: {', '.join(sorted(missing))}.")
     workshop, began = Workshop(base, cache_folder() / "evidence"), time.monotonic()
     for cell, row in plan():
-        if only and cell.name not in only:
+        if (only and cell.name not in only) or (rows and row.name not in rows):
             continue
         if minutes is not None and time.monotonic() - began > 60 * minutes:
             print("The time is up; the next run goes on here.")
