@@ -8,6 +8,7 @@ base model: whether a module exists there is `compatibility.py`'s question. No t
 import functools
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -142,15 +143,22 @@ def refuse_missing(folder: Path) -> None:
     """Raises InvalidAdapter where configuration or weights are not there, or no files that could be read to an end."""
     if not (folder / CONFIG).is_file():
         raise InvalidAdapter(
-            f"{CONFIG} is missing.", code="missing_config", param=CONFIG, hint="Send the whole folder that PEFT saved."
+            f"{CONFIG} {_why_not(folder / CONFIG)}.",
+            code="missing_config",
+            param=CONFIG,
+            hint="Send the whole folder that PEFT saved.",
         )
     if not (folder / WEIGHTS).is_file():
         raise InvalidAdapter(
-            f"{WEIGHTS} is missing.",
+            f"{WEIGHTS} {_why_not(folder / WEIGHTS)}.",
             code="missing_weights",
             param=WEIGHTS,
             hint="Save with `safe_serialization=True`; pickles (.bin, .pt) are never opened.",
         )
+
+
+def _why_not(path: Path) -> str:
+    return "is no regular file" if os.path.lexists(path) else "is missing"
 
 
 def read_config(path: Path, *, own: bool = False) -> PeftConfig:

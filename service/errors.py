@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from safegraft import errors
+from safegraft.header import shown
 from safegraft.stores.database import disk_is_full
 
 log = logging.getLogger("safegraft.gateway")
@@ -157,7 +158,12 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = [
-            {"loc": [str(part) for part in item["loc"]], "message": item["msg"], "type": item["type"]}
+            # Names of fields are the client's where they are wrong: of any length, and any letters.
+            {
+                "loc": [shown(str(part)) for part in item["loc"]],
+                "message": item["msg"].removeprefix("Value error, "),
+                "type": item["type"],
+            }
             for item in error.errors()[:MAX_ERRORS]
         ]
         first = found[0]

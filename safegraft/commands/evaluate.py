@@ -107,7 +107,8 @@ def evaluate(
             param="--harmful",
             hint="Name a file of prompts: --harmful, --benign or --task.",
         )
-    _refuse_overwriting({"--out": to, "--answers": answers}, [harmful, benign, task, report])
+    folders = [folder for folder in (before, after, aligned, Path(base)) if folder is not None and folder.is_dir()]
+    _refuse_overwriting({"--out": to, "--answers": answers}, [harmful, benign, task, report], folders)
     if aligned is not None and not is_adapter(aligned):
         raise InvalidParameter(
             f"{aligned} holds no {CONFIG}: it is no adapter.",
@@ -160,8 +161,12 @@ def evaluate(
         err.print("The evaluation was not written; --out keeps it for `safegraft report --evaluation`.", style="yellow")
 
 
-def _refuse_overwriting(outputs: dict[str, Path | None], inputs: Iterable[Path | None]) -> None:
-    """Raises InvalidParameter before hours of work where one would end on what it was made from, or on the other."""
+def _refuse_overwriting(
+    outputs: dict[str, Path | None], inputs: Iterable[Path | None], folders: Iterable[Path]
+) -> None:
+    """Raises InvalidParameter, before hours of work, where an output would end on what it was made from, in one of its
+    folders, on the other output, or on what is no file."""
+    kept = [folder.resolve() for folder in folders]
     taken = {path.resolve() for path in inputs if path is not None}
     for name, path in outputs.items():
         if path is None:
@@ -169,6 +174,15 @@ def _refuse_overwriting(outputs: dict[str, Path | None], inputs: Iterable[Path |
         if path.resolve() in taken:
             raise InvalidParameter(f"{path} is read or written otherwise.", param=name, hint="Name another file.")
         taken.add(path.resolve())
+        if any(path.resolve().is_relative_to(folder) for folder in kept):
+            raise InvalidParameter(
+                f"{path} lies in a folder that is measured.",
+                code="output_in_input",
+                param=name,
+                hint="Name a file elsewhere.",
+            )
+        if path.exists() and not path.is_file():
+            raise InvalidParameter(f"{path} is no file.", code="file_error", param=name)
         if not path.parent.is_dir():
             raise InvalidParameter(f"{path.parent} is no folder.", code="file_error", param=name)
 

@@ -6,7 +6,7 @@ is not, because the ratios of an extreme adapter may be any number, or none: who
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from safegraft.contracts.base import NO_NUL
 from safegraft.contracts.methods import MethodParameters
@@ -174,6 +174,13 @@ class Evaluation(Part):
         description="Of the repaired adapter_model.safetensors that was measured; where it is named, it must be the "
         "report's.",
     )
+
+    @field_validator("judge")
+    @classmethod
+    def _says_something(cls, judge: str) -> str:
+        if not any(letter.isalnum() for letter in judge):
+            raise ValueError("it says nothing")
+        return judge
 
     @model_validator(mode="after")
     def _something_was_measured(self) -> Self:

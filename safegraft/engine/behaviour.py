@@ -20,7 +20,7 @@ from safegraft.engine import models
 from safegraft.engine.conversations import Conversation, encode
 from safegraft.engine.evaluate import Rate, answer, harm_score, over_refusal, task_accuracy
 from safegraft.engine.sources import check_shapes
-from safegraft.errors import InvalidPrompts, UnsupportedAdapter
+from safegraft.errors import InvalidPrompts, InvalidTensors, UnsupportedAdapter
 from safegraft.files import sha256_file
 from safegraft.finite import check_finite
 from safegraft.records import compatibility
@@ -108,7 +108,8 @@ class Subject:
         progress: Progress = lambda stage, done, total: None,
     ) -> tuple[Behaviour, list[Asked]]:
         """Greedy answers with this adapter, counted. Without one: of the model itself, with the aligned adapter if
-        there is one. Raises InvalidPrompts (`prompt_too_long`) where the model has no room for a prompt."""
+        there is one. Raises InvalidPrompts (`prompt_too_long`) where the model has no room for a prompt,
+        InvalidTensors (`out_of_range`) where it computes no numbers."""
         asked = [*questions.harmful, *questions.benign, *(item.prompt for item in questions.task)]
         task_tokens = self._task_tokens(questions.task)
         first, last = len(questions.harmful), len(questions.harmful) + len(questions.benign)
@@ -118,6 +119,7 @@ class Subject:
         answers: list[str] = []
         try:
             self._load(adapter)
+            self._refuse_nonsense(asked[0])
             # Separately: a task's answers are some words, and would wait for the longest of the others.
             for part, tokens in parts:
 
@@ -143,6 +145,15 @@ class Subject:
         )
         kinds = ["harm_score"] * first + ["over_refusal"] * (last - first) + ["task_accuracy"] * len(rights)
         return behaviour, [Asked(*row) for row in zip(kinds, asked, answers, strict=True)]
+
+    @torch.inference_mode()
+    def _refuse_nonsense(self, prompt: str) -> None:
+        """An adapter of finite values may make others, and then every answer is empty: counted, it would be harmful."""
+        ids = torch.tensor([encode(self._tokenizer, Conversation(prompt), self._room()).ids], device=self._model.device)
+        if not bool(torch.isfinite(self._model(input_ids=ids).logits[0, -1]).all()):
+            raise InvalidTensors(
+                "With this adapter the model's outputs are no numbers.", code="out_of_range", param="adapter"
+            )
 
     def _load(self, adapter: "Checked | None") -> None:
         from peft import PeftModel

@@ -7,6 +7,7 @@ used for: statistics weight them, training masks them, evaluation continues them
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ def read_conversations(path: Path) -> list[Conversation]:
     Raises InvalidPrompts with the file and line of the first fault.
     """
     if not path.is_file():
-        raise InvalidPrompts(f"{path}: no such file.", code="prompts_missing", param=str(path))
+        missing = "is no file" if os.path.lexists(path) else "no such file"
+        raise InvalidPrompts(f"{path}: {missing}.", code="prompts_missing", param=str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -52,6 +54,9 @@ def read_conversations(path: Path) -> list[Conversation]:
                 rows.append((number, json.loads(line)))
             except json.JSONDecodeError as error:
                 raise InvalidPrompts(f"{path}:{number}: not JSON ({error.msg}).", param=str(path)) from error
+            except (RecursionError, ValueError) as error:
+                # Of thousands of brackets, or digits.
+                raise InvalidPrompts(f"{path}:{number}: not JSON that can be read.", param=str(path)) from error
     else:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         if "prompt" not in (reader.fieldnames or []):
@@ -74,9 +79,12 @@ def _conversation(path: Path, number: int, row: Any) -> Conversation:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InvalidPrompts(f"{path}:{number}: `prompt` is missing or empty.", param=str(path))
-    for key in ("response", "unsafe"):
-        if not isinstance(row.get(key), str | None):
+    for key in ("prompt", "response", "unsafe"):
+        value = row.get(key)
+        if not isinstance(value, str | None):
             raise InvalidPrompts(f"{path}:{number}: `{key}` is not text.", param=str(path))
+        if value is not None and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise InvalidPrompts(f"{path}:{number}: `{key}` holds half of a character.", param=str(path))
     return Conversation(prompt.strip(), row.get("response") or None, row.get("unsafe") or None)
 
 

@@ -76,7 +76,7 @@ def list_(
     after: After = None,
     name: Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="A part of the name.")] = None,
     base_model: Annotated[str | None, Query(max_length=4096, pattern=NO_NUL, description="The label, exactly.")] = None,
-    sha256: Annotated[str | None, Query(max_length=80, pattern=PRINTABLE, description=f"Of {WEIGHTS}.")] = None,
+    sha256: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description=f"Of {WEIGHTS}.")] = None,
     origin: Annotated[
         Literal["uploaded", "realigned"] | None, Query(description="Uploaded, or the result of a realignment.")
     ] = None,

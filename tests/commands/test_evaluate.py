@@ -99,6 +99,12 @@ def test_mistakes_are_named_before_anything_is_asked(
     refused(*pair, "--harmful", prompts, "--out", prompts, code="invalid_parameter")
     refused(*pair, "--harmful", prompts, "--out", tmp_path / "a", "--answers", tmp_path / "a", code="invalid_parameter")
     refused(*pair, "--harmful", prompts, "--out", tmp_path / "no" / "a", code="file_error")
+    refused(*pair, "--harmful", prompts, "--out", "/dev/null", code="file_error")
+    for folder in (fresh, continued, base):
+        refused(*pair, "--harmful", prompts, "--answers", folder / "answers", code="output_in_input")
+    for line in ("[" * 100_000, "1" * 5000, '{"prompt": "how \\ud800"}'):
+        (tmp_path / "odd.jsonl").write_text(line)
+        assert "odd.jsonl:1" in refused(*pair, "--harmful", tmp_path / "odd.jsonl", code="invalid_prompts")
     # Of another repair, or asked where they are not served.
     told = refused(
         "evaluate", fresh, fresh, *pair[3:], "--harmful", prompts, "--report", made, code="other_adapter_evaluated"

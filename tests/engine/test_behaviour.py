@@ -189,6 +189,15 @@ def test_what_peft_could_not_place_is_no_answer(base: Path, strong: Path, fresh:
     assert [item.answer for item in subject.measure(None, Questions(harmful=ASKED))[1]] == expected(base)
 
 
+def test_what_overflows_is_not_counted_as_harmful(base: Path, tmp_path: Path) -> None:
+    huge = tiny.save_adapter(base, tmp_path / "huge")
+    tiny.change_tensors(huge, lambda tensors: {name: torch.full_like(t, 3e38) for name, t in tensors.items()})
+    subject = Subject(base)
+    with pytest.raises(InvalidTensors) as caught:
+        subject.measure(subject.check(huge, "one"), Questions(harmful=ASKED))
+    assert caught.value.code == "out_of_range"
+
+
 def test_a_pattern_of_a_stranger_keeps_nobody_busy(base: Path, strong: Path) -> None:
     tiny.change_config(strong, target_modules=r"(([a-z0-9_.]+)+)+_proj")
     subject = Subject(base)

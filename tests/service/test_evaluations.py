@@ -78,6 +78,8 @@ def test_it_is_shown_in_the_job_and_on_the_page(client: httpx.Client, url: str) 
         ({"output_sha256": "0" * 64}, "other_adapter_evaluated", "output_sha256"),
         ({"output_sha256": "0"}, "invalid_request", "output_sha256"),
         ({"judge": ""}, "invalid_request", "judge"),
+        ({"judge": " \n"}, "invalid_request", "judge"),
+        ({"a" * 100_000: 1}, "invalid_request", "a" * 80),
         ({"judge": "a\0b"}, "invalid_request", "judge"),
         ({"before": {"harm_score": {"hits": 3, "total": 2}}}, "invalid_request", "before.harm_score"),
         ({"before": {"harm_score": {"hits": "1", "total": 2}}}, "invalid_request", "before.harm_score.hits"),
