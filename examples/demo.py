@@ -24,6 +24,7 @@ from rich.table import Table
 
 from safegraft.contracts.report import Behaviour, Evaluation, Share
 from safegraft.files import sha256_file
+from safegraft.threads import share_cores
 
 HERE = Path(__file__).parent
 DATA = HERE / "data"
@@ -179,6 +180,7 @@ def main() -> None:
         service.terminate()
         service.wait(60)
 
+    share_cores()
     step("4. The patched adapters, loaded with PEFT, answer held-out prompts")
     from judge import Judge  # type: ignore[import-not-found] # the module beside this one
 

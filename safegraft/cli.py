@@ -63,6 +63,7 @@ from safegraft.records import compatibility
 from safegraft.report import render, with_headline
 from safegraft.report.text import Look, inspection
 from safegraft.sizes import update_sizes
+from safegraft.threads import share_cores
 from safegraft.verification import MAX_DOCUMENT_BYTES, Evidence
 
 app = typer.Typer(
@@ -662,6 +663,7 @@ def build(
             code="missing_config",
             param="--aligned",
         )
+    share_cores()
     from safegraft.engine.build import BuildPrompts, BuildSources, build_reference
     from safegraft.engine.bundle import BuildSettings
     from safegraft.engine.conversations import read_conversations

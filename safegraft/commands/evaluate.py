@@ -16,9 +16,11 @@ from safegraft.errors import InvalidParameter
 from safegraft.files import sha256_file, write_atomic
 from safegraft.ingest import companions_of
 from safegraft.report import words
+from safegraft.threads import share_cores
 
 if TYPE_CHECKING:
     from safegraft.engine.behaviour import Asked
+    from safegraft.engine.conversations import Conversation
 
 PROMPTS = "CSV (`prompt`) or JSONL"
 
@@ -56,7 +58,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, envvar="SAFEGRAFT_LIMIT", help="Ask no more than the first so many of each file."),
+        typer.Option(min=1, envvar="SAFEGRAFT_LIMIT", help="Ask no more than so many of each file, spread over it."),
     ] = None,
     max_new_tokens: Annotated[
         int,
@@ -116,12 +118,14 @@ def evaluate(
             param="--aligned",
             hint="A full aligned model is given as --base, and --aligned left out.",
         )
-    for folder in (before, after):
+    for side, folder in (("BEFORE", before), ("AFTER", after)):
+        _refuse_others_than_adapters(side, folder)
         # Nothing but their own files is read, as by `realign`.
         companions_of(folder)
         describe(folder, own=folder is after)
     if report is not None:
         _refuse_others(read_report(report, "--report"), before, after, aligned is not None)
+    share_cores()
     import torch
 
     from safegraft.engine.behaviour import Questions, Subject
@@ -132,7 +136,7 @@ def evaluate(
     quiet_libraries()
     check_device(device)
     asked = {
-        name: read_conversations(path)[:limit] if path is not None else []
+        name: _spread(read_conversations(path), limit) if path is not None else []
         for name, path in (("harmful", harmful), ("benign", benign), ("task", task))
     }
     questions = Questions(
@@ -142,7 +146,9 @@ def evaluate(
     )
     folder = resolve_base(base)
     with progress_bars(as_json, log=True) as progress:
+        progress("the model", 0, 1)
         subject = Subject(folder, aligned, device=device, dtype=getattr(torch, dtype.value))
+        progress("the model", 1, 1)
         found, told = run(subject, before, after, questions, new_tokens=max_new_tokens, progress=progress)
     if to is not None:
         write_atomic(to, (found.model_dump_json(indent=1) + "\n").encode())
@@ -213,6 +219,24 @@ def _refuse_others(report: Report, before: Path, after: Path, on_aligned: bool) 
             "Note: this adapter is served on the aligned model. Without --aligned, --base has to be that model.",
             style="yellow",
         )
+
+
+def _refuse_others_than_adapters(side: str, folder: Path) -> None:
+    if is_adapter(folder):
+        return
+    below = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    raise InvalidParameter(
+        f"{folder} holds no {CONFIG}: it is no adapter" + (f", but {', '.join(below)} in it are." if below else "."),
+        code="missing_config",
+        param=side,
+        hint=f"Name {folder / below[0]}, for example." if below else "Name the folder that PEFT saved.",
+    )
+
+
+def _spread(items: list["Conversation"], limit: int | None) -> list["Conversation"]:
+    """At most `limit` of them, evenly: files are often sorted by kind."""
+    count = min(limit or len(items), len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _is(folder: Path, known: Digest) -> bool:

@@ -119,6 +119,7 @@ class Subject:
         answers: list[str] = []
         try:
             self._load(adapter)
+            progress(stage, 0, len(asked))
             self._refuse_nonsense(asked[0])
             # Separately: a task's answers are some words, and would wait for the longest of the others.
             for part, tokens in parts:

@@ -388,8 +388,12 @@ def probe(found: Probe) -> str:
 
 
 def evaluation(found: Evaluation) -> str:
-    """One sentence a measure, which says where the intervals leave the difference open."""
-    return " ".join(_compared(name, before, after) for name, before, after in found.measures())
+    """One sentence a measure, which says where the intervals leave the difference open; and whether it is known on
+    which files all this was measured."""
+    told = [_compared(name, before, after) for name, before, after in found.measures()]
+    if found.output_sha256 is None:
+        told.append("Whoever measured it does not say on which files.")
+    return " ".join(told)
 
 
 def _compared(name: str, before: Share, after: Share) -> str:

@@ -73,6 +73,18 @@ def test_what_is_measured_becomes_a_part_of_the_report(
     assert Report.model_validate_json((tmp_path / "again.json").read_bytes()).evaluation == found
 
 
+def test_fewer_prompts_are_spread_over_the_file(base: Path, continued: Path, tmp_path: Path) -> None:
+    words = ["bake", "make", "cut", "walk", "help"]
+    (tmp_path / "five.csv").write_text("prompt\n" + "\n".join(f"please {word}" for word in words) + "\n")
+    for limit, asked in ((2, ["bake", "cut"]), (5, words), (9, words)):
+        safegraft(
+            "evaluate", continued, continued, "--base", base, "--harmful", tmp_path / "five.csv", "--limit", str(limit),
+            "--answers", tmp_path / "answers", "--json",
+        )  # fmt: skip
+        rows = [json.loads(line) for line in (tmp_path / "answers").read_text(encoding="utf-8").splitlines()]
+        assert [row["prompt"].removeprefix("please ") for row in rows if row["side"] == "after"] == asked
+
+
 def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) -> None:
     done = safegraft("evaluate", continued, continued, "--base", base, "--harmful", prompts, "--json")
     found = Evaluation.model_validate_json(done.stdout)
@@ -95,6 +107,9 @@ def test_mistakes_are_named_before_anything_is_asked(
     refused("evaluate", fresh, continued, "--base", tmp_path / "no", "--harmful", prompts, code="base_not_found")
     # Before a model is loaded, and before an input is overwritten.
     refused("evaluate", fresh, base, *pair[3:], "--harmful", prompts, code="missing_config")
+    shutil.copytree(continued, tmp_path / "several" / "0.1")
+    told = refused("evaluate", fresh, tmp_path / "several", *pair[3:], "--harmful", prompts, code="missing_config")
+    assert "but 0.1 in it are" in told
     assert "directory" in safegraft(*pair, "--harmful", prompts, "--out", tmp_path, status=2).stderr
     refused(*pair, "--harmful", prompts, "--out", prompts, code="invalid_parameter")
     refused(*pair, "--harmful", prompts, "--out", tmp_path / "a", "--answers", tmp_path / "a", code="invalid_parameter")

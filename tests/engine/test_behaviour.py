@@ -102,7 +102,7 @@ def test_an_evaluation_names_the_repaired_adapter(base: Path, strong: Path, fres
     assert (found.input_sha256, found.output_sha256) == (sha256_file(strong / WEIGHTS), sha256_file(fresh / WEIGHTS))
     assert found.before.over_refusal is None
     assert [name for name, _, _ in found.measures()] == ["harm_score", "task_accuracy"]
-    assert seen == [(side, done, 5) for side in ("before", "after") for done in (4, 5)]
+    assert seen == [(side, done, 5) for side in ("before", "after") for done in (0, 4, 5)]
     assert {side: len(items) for side, items in told.items()} == {"before": 5, "after": 5}
     assert told["before"][0].answer != told["after"][0].answer
 

@@ -44,7 +44,7 @@ def test_it_is_shown_in_the_job_and_on_the_page(client: httpx.Client, url: str) 
     assert answer.status_code == 200, answer.text
     shown = answer.json()["result"]["evaluation"]
     assert client.get(url).json()["result"]["evaluation"] == shown
-    assert shown["summary"] == "Harm score fell from 1.00 to 0.00."
+    assert shown["summary"] == "Harm score fell from 1.00 to 0.00. Whoever measured it does not say on which files."
     low, high = wilson(0, 24)
     assert shown["after"]["harm_score"] == {"hits": 0, "total": 24, "share": 0.0, "low": low, "high": high}
     # Measured on one side only.
