@@ -54,6 +54,8 @@ pictures: .venv/.ready
 
 # Most tests wait for other processes: one process more than there are cores, of which none is idle for long.
 PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
+# OpenMP's threads would turn in circles on the cores that the other processes need.
+test test-scaled: export OMP_WAIT_POLICY ?= PASSIVE
 test: .venv/.ready
 	@$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations 40
 
