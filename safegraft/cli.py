@@ -314,7 +314,9 @@ def realign(
         )
     _refuse_inside(to, adapter)
     if to.exists():
-        raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+        raise InvalidParameter(
+            f"{to} exists already.", code="output_exists", param="--out", hint="Name another folder, or move it away."
+        )
     _bundle(reference)
     companions_of(adapter)  # before a reference and models are loaded, which takes long
     from safegraft.engine.models import check_device
@@ -656,7 +658,9 @@ def build(
     A build that is killed goes on where it was when it is started again; until then it keeps OUT.partial.
     """
     if to.exists():
-        raise InvalidParameter(f"{to} exists already.", code="output_exists", param="--out")
+        raise InvalidParameter(
+            f"{to} exists already.", code="output_exists", param="--out", hint="Name another folder, or move it away."
+        )
     if Path(aligned).is_dir() and not any((Path(aligned) / name).is_file() for name in (CONFIG, "config.json")):
         raise InvalidParameter(
             f"{aligned} holds neither {CONFIG} nor config.json; it is no adapter and no model.",

@@ -1,13 +1,12 @@
 """What routes ask for, as annotated aliases."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
-from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.errors import InvalidParameter
 from safegraft.stores.adapters import AdapterStore
@@ -93,7 +92,20 @@ Tenant = Annotated[str, Depends(tenant)]
 AdminTenant = Annotated[str, Depends(admin)]
 Asking = Annotated[Principal, Depends(principal)]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
-After = Annotated[str | None, Query(max_length=80, pattern=PRINTABLE, description="The last id of the page before.")]
+
+
+def _after(prefix: str) -> Any:
+    # An id of another kind, or none at all, would give a list that looks like the end of this one.
+    return Query(max_length=80, pattern=f"^{prefix}_[!-~]+$", description="The last id of the page before.")
+
+
+AfterAdapter = Annotated[str | None, _after("adp")]
+AfterBatch = Annotated[str | None, _after("rbt")]
+AfterFile = Annotated[str | None, _after("file")]
+AfterJob = Annotated[str | None, _after("rlg")]
+AfterMessage = Annotated[str | None, _after("msg")]
+AfterPart = Annotated[str | None, _after("part")]
+AfterWebhook = Annotated[str | None, _after("we")]
 RetryCount = Annotated[
     int,
     Header(

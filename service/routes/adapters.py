@@ -14,7 +14,7 @@ from safegraft.errors import NotFound
 from safegraft.stores.adapters import AdapterFilters
 from safegraft.stores.objects import remove_or_leave
 from service import downloads, uploads
-from service.dependencies import After, Asking, Here, Limit, Tenant
+from service.dependencies import AfterAdapter, Asking, Here, Limit, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -73,7 +73,7 @@ def list_(
     here: Here,
     tenant: Tenant,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterAdapter = None,
     name: Annotated[str | None, Query(max_length=200, pattern=NO_NUL, description="A part of the name.")] = None,
     base_model: Annotated[str | None, Query(max_length=4096, pattern=NO_NUL, description="The label, exactly.")] = None,
     sha256: Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description=f"Of {WEIGHTS}.")] = None,

@@ -8,7 +8,7 @@ from safegraft.contracts.batch import BatchAdapter, BatchCreate, MemberStatus, R
 from safegraft.contracts.listing import PRINTABLE, Page
 from service.batches import cancel_batch, open_batch
 from service.body import JsonRoute
-from service.dependencies import After, Here, IdempotencyKey, Limit, Tenant
+from service.dependencies import AfterAdapter, AfterBatch, Here, IdempotencyKey, Limit, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/realignment_batches", tags=["batches"], route_class=JsonRoute)
@@ -30,7 +30,7 @@ def create(
 
 
 @router.get("", operation_id="listRealignmentBatches", summary="List batches")
-def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: After = None) -> Page[RealignmentBatch]:
+def list_(here: Here, tenant: Tenant, limit: Limit = 20, after: AfterBatch = None) -> Page[RealignmentBatch]:
     """Newest first."""
     return page(*here.batches.page(tenant, limit=limit, after=after))
 
@@ -53,7 +53,7 @@ def adapters(
     here: Here,
     tenant: Tenant,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterAdapter = None,
     status: MemberStatus | None = None,
 ) -> Page[BatchAdapter]:
     """What became of each adapter, in the order in which they come; `status=failed` finds those to look after."""

@@ -20,7 +20,7 @@ from safegraft.stores.objects import file_prefix, remove_or_leave, result_prefix
 from service import downloads, receiving
 from service.auth import Principal
 from service.body import kind_of, unsupported_kind
-from service.dependencies import After, Asking, Here, Services, Tenant
+from service.dependencies import AfterFile, Asking, Here, Services, Tenant
 from service.paging import page
 from service.routes import adapters, realignments
 
@@ -67,7 +67,7 @@ def list_(
     here: Here,
     tenant: Tenant,
     limit: Annotated[int, Query(ge=1, le=10_000, description="How many at most.")] = 10_000,
-    after: After = None,
+    after: AfterFile = None,
     order: Annotated[Literal["asc", "desc"], Query(description="By age; desc: newest first.")] = "desc",
     purpose: Purpose | None = None,
 ) -> Page[FileObject]:

@@ -10,7 +10,7 @@ from safegraft.errors import InvalidParameter
 from safegraft.stores.jobs import Filters
 from service import fine_tuning
 from service.body import JsonRoute
-from service.dependencies import After, Asking, Here, IdempotencyKey, Limit, RetryCount, Tenant
+from service.dependencies import AfterAdapter, AfterJob, Asking, Here, IdempotencyKey, Limit, RetryCount, Tenant
 from service.paging import page
 from service.submission import metadata_filters
 
@@ -44,7 +44,7 @@ def list_(
     here: Here,
     tenant: Tenant,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterJob = None,
     metadata: Annotated[str | None, Query(max_length=10, description="`null`: jobs without metadata.")] = None,
 ) -> Page[FineTuningJob]:
     """Those that were made here, newest first. `metadata[key]=value` narrows to jobs with that metadata."""
@@ -87,7 +87,7 @@ def events(
     summary="List the checkpoints of a fine-tuning job",
 )
 def checkpoints(
-    job_id: JobId, here: Here, tenant: Tenant, limit: Limit = 10, after: After = None
+    job_id: JobId, here: Here, tenant: Tenant, limit: Limit = 10, after: AfterAdapter = None
 ) -> Page[FineTuningCheckpoint]:
     """The patched adapters of a job that has succeeded, one a strength, the last one first."""
     found = fine_tuning.checkpoints_of(here.jobs.get(tenant, job_id))

@@ -22,7 +22,7 @@ from safegraft.stores.jobs import Filters, no_report
 from safegraft.stores.objects import result_prefix
 from service import downloads
 from service.body import JsonRoute
-from service.dependencies import After, Asking, Here, IdempotencyKey, Limit, RetryCount, Services, Tenant
+from service.dependencies import AfterJob, Asking, Here, IdempotencyKey, Limit, RetryCount, Services, Tenant
 from service.evaluations import evaluation_of, measured
 from service.paging import page
 from service.submission import metadata_filters, submit
@@ -93,7 +93,7 @@ def list_(
     here: Here,
     tenant: Tenant,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterJob = None,
     status: Status | None = None,
     adapter_id: Wanted = None,
     reference_id: Wanted = None,

@@ -17,7 +17,7 @@ from safegraft.stores.uploads import PART, part_prefix
 from service import receiving
 from service.auth import Principal
 from service.body import JsonRoute, kind_of, unsupported_kind
-from service.dependencies import After, Asking, Here, Services, Tenant
+from service.dependencies import AfterPart, Asking, Here, Services, Tenant
 from service.paging import page
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"], route_class=JsonRoute)
@@ -58,7 +58,7 @@ def parts(
     here: Here,
     tenant: Tenant,
     limit: Annotated[int, Query(ge=1, le=1000, description="How many at most.")] = 1000,
-    after: After = None,
+    after: AfterPart = None,
 ) -> Page[UploadPart]:
     """What has arrived, oldest first: what a client needs that goes on after a break."""
     return page(*here.uploads.parts(tenant, upload_id, limit=limit, after=after))

@@ -25,7 +25,7 @@ from safegraft.contracts.webhooks import (
     WebhookMessage,
 )
 from service.body import JsonRoute
-from service.dependencies import AdminTenant, After, Here, Limit
+from service.dependencies import AdminTenant, AfterMessage, AfterWebhook, Here, Limit
 from service.paging import page
 
 router = APIRouter(prefix="/v1", tags=["webhooks"], route_class=JsonRoute)
@@ -47,7 +47,7 @@ def create(
 
 
 @router.get("/webhook_endpoints", operation_id="listWebhookEndpoints", summary="List webhook endpoints")
-def list_(here: Here, tenant: AdminTenant, limit: Limit = 20, after: After = None) -> Page[WebhookEndpoint]:
+def list_(here: Here, tenant: AdminTenant, limit: Limit = 20, after: AfterWebhook = None) -> Page[WebhookEndpoint]:
     """Newest first, without secrets."""
     return page(*here.webhooks.page(tenant, limit=limit, after=after))
 
@@ -111,7 +111,7 @@ def deliveries(
     here: Here,
     tenant: AdminTenant,
     limit: Limit = 20,
-    after: After = None,
+    after: AfterMessage = None,
     endpoint_id: Annotated[str | None, Query(max_length=80, pattern=PRINTABLE)] = None,
     state: DeliveryState | None = None,
 ) -> Page[WebhookDelivery]:

@@ -22,6 +22,7 @@ from safegraft.contracts.report import Report
 from safegraft.engine.pipeline import realign as realign_here
 from safegraft.engine.reference import LoadedReference
 from tests import tiny
+from tests.service.answers import refused
 from tests.service.conftest import Running, files_of, finished, realign, upload
 
 METHODS: list[dict[str, Any]] = [
@@ -460,6 +461,15 @@ def test_lists_page_newest_first(client: httpx.Client, fresh: Path) -> None:
     second = client.get("/v1/adapters", params={"limit": 2, "after": first["last_id"]}).json()
     assert second["data"][0]["id"] == mine[0]
     assert client.get("/v1/adapters", params={"limit": 1000}).status_code == 422
+    # An id of another kind, or none, would give a list that looks like the end of this one.
+    for wrong in ("", "rlg_0", mine[0].removeprefix("adp_"), "adp_"):
+        answer = client.get("/v1/adapters", params={"after": wrong})
+        assert refused(answer, 422, "invalid_request")["param"] == "query.after"
+    assert client.get("/v1/realignments", params={"after": "adp_0"}).status_code == 422
+    # That of a record which was deleted goes on where it was.
+    assert client.delete(f"/v1/adapters/{mine[1]}").status_code in (200, 204)
+    rest = client.get("/v1/adapters", params={"limit": 1, "after": mine[1]}).json()
+    assert [item["id"] for item in rest["data"]] == [mine[0]]
 
 
 def test_the_catalogue_says_what_is_installed(client: httpx.Client, bundle: Path) -> None:
