@@ -95,7 +95,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         responses={"4XX": {"model": errors.Problem}, "5XX": {"model": errors.Problem}},
     )
     app.state.metrics = HttpMetrics()
-    ours = (adapters, uploads, files, realignments, provenance, batches, fine_tuning, webhooks, catalogue, audit)
+    # Routes are tried in this order: the one that is polled is among the first.
+    ours = (realignments, adapters, uploads, files, provenance, batches, fine_tuning, webhooks, catalogue, audit)
     for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
     if settings.console:

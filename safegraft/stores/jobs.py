@@ -61,6 +61,8 @@ Api = Literal["realignments", "fine_tuning"]
 REVIVED = "revived"
 # The event of an attempt that a planned stop ended: it does not count.
 HANDED_BACK = "handed_back"
+# What every poll asks: made once, since making it takes longer than SQLite needs to answer.
+ONE = select(realignments).where(realignments.c.id == bindparam("wanted"), realignments.c.tenant == bindparam("whose"))
 
 
 @dataclass(frozen=True)
@@ -654,10 +656,9 @@ def _mine(job_id: str, attempt: int) -> ColumnElement[bool]:
 
 
 def _find(connection: Connection, tenant: str, job_id: str, *, lock: bool = False) -> Row[Any]:
-    query = select(realignments).where(realignments.c.id == job_id, realignments.c.tenant == tenant)
-    if lock:  # what is decided on this row still holds when it is written (SQLite has one writer anyway)
-        query = query.with_for_update()
-    row = connection.execute(query).one_or_none()
+    # What is decided on a locked row still holds when it is written (SQLite has one writer anyway).
+    query = ONE.with_for_update() if lock else ONE
+    row = connection.execute(query, {"wanted": job_id, "whose": tenant}).one_or_none()
     if row is None:
         raise _missing(job_id)
     return row

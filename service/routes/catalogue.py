@@ -1,8 +1,9 @@
 """/v1/references and /v1/methods: what this installation offers."""
 
+from functools import cache
 from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Response
 
 from safegraft.compatibility import RECOMMENDED
 from safegraft.contracts.listing import Method, Page, Reference
@@ -26,9 +27,15 @@ def reference(reference_id: Annotated[str, Path(max_length=80)], here: Here, ten
     return _shown(here.references.get(reference_id))
 
 
-@router.get("/methods", operation_id="listMethods", summary="List repair methods")
-def methods(here: Here, tenant: Tenant) -> Page[Method]:
+@router.get("/methods", operation_id="listMethods", summary="List repair methods", response_model=Page[Method])
+def methods(here: Here, tenant: Tenant) -> Response:
     """The repair methods with the JSON Schema of their parameters."""
+    return Response(_methods(), media_type="application/json")
+
+
+@cache
+def _methods() -> bytes:
+    # The same for everybody until there is another version; schemas take milliseconds to make.
     found = [
         Method(
             id=name,
@@ -39,7 +46,7 @@ def methods(here: Here, tenant: Tenant) -> Page[Method]:
         )
         for name, model in MODELS.items()
     ]
-    return page(found, False)
+    return page(found, False).model_dump_json().encode()
 
 
 def _shown(item: Installed) -> Reference:
