@@ -207,7 +207,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _refuse_unsound(config: PeftConfig, data: dict[str, Any]) -> None:
     if config.use_dora:
         _unsupported(
-            "dora_unsupported", "DoRA normalises the merged weights; its factors are not a difference.", "use_dora"
+            "dora_unsupported",
+            "DoRA normalises the merged weights, so its factors are no difference that could be repaired: train with "
+            "use_dora=False.",
+            "use_dora",
         )
     if config.bias != "none":
         _unsupported("bias_unsupported", f"bias='{shown(config.bias)}' trains biases of the base model.", "bias")

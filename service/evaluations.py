@@ -13,6 +13,7 @@ def measured(evaluation: Evaluation, created_at: int) -> ResultEvaluation:
         sides["before"][name], sides["after"][name] = _with_interval(before), _with_interval(after)
     return ResultEvaluation(
         summary=words.evaluation(evaluation),
+        caution=words.evaluated_against(evaluation),
         judge=evaluation.judge,
         before=MeasuredBehaviour(**sides["before"]),
         after=MeasuredBehaviour(**sides["after"]),

@@ -32,7 +32,7 @@ from celery.signals import (
 from safegraft import failpoints, logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
-from safegraft.contracts.methods import strength_name
+from safegraft.contracts.methods import STRENGTH, strength_name
 from safegraft.contracts.queue import NOT_STARTED, REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.reference import ReferenceManifest
@@ -415,10 +415,14 @@ def _publish(
     published: list[tuple[Adapter, str, str]] = []
     began = time.monotonic()
     strengths = [variant.strength for variant in report.variants]
+    # By its strength also where there is one: the results of several jobs on one adapter are told apart by it.
+    own = getattr(report.method.parameters, STRENGTH.get(report.method.type, ""), None)
+    alone = "" if own is None else strength_name(own)
     try:
         if report.mode == "patch":
             for name in map(strength_name, strengths) if strengths else [""]:
-                published.append(_published(bench, claim, desk.result / name, customer, f"{report.method.type} {name}"))
+                how = f"{report.method.type} {name or alone}"
+                published.append(_published(bench, claim, desk.result / name, customer, how))
         side_cars = side_car_folder(desk.result)
         names = sorted(path.name for path in side_cars.glob("*.safetensors"))
         own_bytes = 0
@@ -481,6 +485,8 @@ def _published(bench: Bench, claim: Claim, folder: Path, customer: Adapter, how:
         dropped=[],
         origin=Origin(realignment_id=claim.id),
     )
+    if adapter.sha256 == customer.sha256:
+        adapter = adapter.model_copy(update={"origin": Origin(realignment_id=claim.id, unchanged=True)})
     prefix = f"{result_prefix(claim.tenant, claim.id, claim.attempt)}/adapter/{adapter.id}"
     bench.objects.publish(folder, prefix)
     return adapter, claim.tenant, prefix

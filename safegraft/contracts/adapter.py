@@ -28,7 +28,11 @@ class Compatibility(Shown):
 
 
 class Origin(Shown):
+    """realignment_id: of the job that made it, null where it was uploaded. unchanged: its weights are the input's, byte
+    for byte: the job repaired nothing, or its repair is in a side-car."""
+
     realignment_id: str | None = None
+    unchanged: bool = False
 
 
 class Adapter(Shown):

@@ -179,6 +179,11 @@ def strength_name(strength: float) -> str:
     return f"{strength:g}"
 
 
+def _bounds(parameters: Method, name: str) -> str:
+    schema = type(parameters).model_json_schema()["properties"][name]
+    return f"{schema['minimum']:g} to {schema['maximum']:g}"
+
+
 def parameters_by_strength(parameters: Method, strengths: Sequence[float]) -> dict[float | None, Any]:
     """One set of parameters a strength; with none, the parameters as they are, under None. Raises InvalidParameter."""
     if not strengths:
@@ -203,6 +208,8 @@ def parameters_by_strength(parameters: Method, strengths: Sequence[float]) -> di
             found[strength] = type(parameters).model_validate(parameters.model_dump() | {name: strength})
         except ValueError as error:
             raise InvalidParameter(
-                f"{strength:g} is no {name} of {parameters.type}.", code="bad_strengths", param="strengths"
+                f"{strength:g} is no {name} of {parameters.type}: that goes from {_bounds(parameters, name)}.",
+                code="bad_strengths",
+                param="strengths",
             ) from error
     return found

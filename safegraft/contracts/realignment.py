@@ -98,9 +98,11 @@ class MeasuredBehaviour(Shown):
 
 
 class ResultEvaluation(Shown):
-    """What the tenant measured with the adapter that came and with the one that came out. summary: in words."""
+    """What the tenant measured with the adapter that came and with the one that came out. summary: in words. caution:
+    what of it speaks against serving the adapter, null where nothing does."""
 
     summary: str
+    caution: str | None = None
     judge: str
     before: MeasuredBehaviour
     after: MeasuredBehaviour

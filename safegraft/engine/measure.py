@@ -244,8 +244,8 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
     match method.parameters:
         case NlsrParameters(skip_share=left_out) if left_out > 0 or manifest.parameters.sparsity > SPARSE:
             found = (
-                "Transplanting neurons halved the harm score only where no module was left out (`skip_share` 0) and "
-                "half of the neurons or more were taken (a reference built with `--sparsity` 0.5 or less)"
+                "Transplanting neurons halved the harm score only where no module was left out (skip_share 0) and half "
+                "of the neurons or more were taken (which the operator decides: a reference of sparsity 0.5 or less)"
             )
         case SafeLoraParameters(projector="paper", selection="threshold") if continued:
             found = (
@@ -287,7 +287,7 @@ def _little_left(measured: Sequence[Measured]) -> Warning | None:
     # Of nothing, nothing can be left.
     if left >= LITTLE or not any(item.line.repaired and item.energy > 0 for item in measured):
         return None
-    share = f"{left:.1%} is left" if left > 0 else "nothing is left"
+    share = f"{_percent(left, 1)} is left" if left > 0 else "nothing is left"
     return Warning(
         code="little_left",
         message=f"Of the fine-tuning's update {share}. An adapter that does nothing is as safe as "
@@ -302,7 +302,7 @@ def _overwhelmed(measured: Sequence[Measured]) -> Warning | None:
         return None
     return Warning(
         code="much_added",
-        message=f"The update changed by {size:.0f} times its own size. Adapters that were changed so much lost two "
+        message=f"The update changed by {_times(size)} times its own size. Adapters that were changed so much lost two "
         "fifths of their task accuracy or more, wherever this project measured it: read some answers before you serve "
         "it.",
     )
@@ -350,19 +350,21 @@ def _without_effect(measured: Sequence[Measured], selection: Selection) -> Warni
 
 
 def _fell_short(measured: Sequence[Measured], method: Method) -> Warning | None:
-    """Of modules that acted more on safety prompts than on general ones, most still do."""
+    """After the repair there are still more than half as many modules that act more on safety prompts than on general
+    ones: counted as the report's headline counts them."""
     even = method.break_even
-    if even is None:
+    if even is None or method.type == "none":
         return None
-    leaning = [item.line for item in measured if item.line.similarity_before < even]
-    still = sum(line.similarity_after < even for line in leaning)
-    if 2 * still <= len(leaning):
+    before = sum(item.line.similarity_before < even for item in measured)
+    after = sum(item.line.similarity_after < even for item in measured)
+    if 2 * after <= before:
         return None
     return Warning(
         code="repair_fell_short",
-        message=f"Of {_modules(len(leaning))} that acted more on safety prompts than on general ones, {still} still "
-        "did after the repair: the strength is too weak, or the reference was built from too few prompts to tell them "
-        "apart. Take another strength or reference, or ask the adapter some harmful prompts before you serve it.",
+        message=f"Before the repair {_modules(before)} acted more on safety prompts than on general ones, after it "
+        f"{after} {'does' if after == 1 else 'do'}: the strength is too weak, or the reference was built from too few "
+        "prompts to tell them apart. Take another strength or reference, or ask the adapter some harmful prompts "
+        "before you serve it.",
     )
 
 
@@ -390,10 +392,19 @@ def _truncated(lines: Sequence[ModuleLine]) -> Warning | None:
     worst = max(rough, key=lambda line: line.truncation_error)
     return Warning(
         code="truncated",
-        message=f"Bringing the result back to the adapter's rank lost more than 10 % of the update's norm in "
-        f"{_modules(len(rough))} (most in {worst.name}: {worst.truncation_error:.0%}). The output rank `exact` loses "
-        "nothing.",
+        message=f"Bringing the result back to the adapter's rank lost more than 10\u00a0% of the update's norm in "
+        f"{_modules(len(rough))} (most in {worst.name}: {_percent(worst.truncation_error)}). The output rank "
+        "`exact` loses nothing.",
     )
+
+
+def _times(size: float) -> str:
+    """As the report's sentences write it: 19.8, 20, 1,234."""
+    return f"{size:,.{1 if size < 100 else 0}f}".removesuffix(".0")
+
+
+def _percent(share: float, digits: int = 0) -> str:
+    return f"{100 * share:.{digits}f}\u00a0%"
 
 
 def _modules(count: int, which: str = "") -> str:

@@ -74,8 +74,6 @@ CONTINUED_COSINE = 0.2
 SAME_BASIS_COSINE = 0.5
 # So many modules are compared at first; all of them where their median is nearer to the threshold than UNCLEAR.
 COMPARED, UNCLEAR = 48, 0.1
-# Warnings whose figures are those of one strength.
-OF_ONE_STRENGTH = ("little_left", "much_added")
 SIDE_CAR = "side_car.safetensors"
 
 
@@ -534,19 +532,24 @@ def _warnings(
     *,
     patched: bool,
 ) -> list[Warning]:
-    """Of every strength; what several have in common is said once."""
-    found: dict[str, Warning] = {}
+    """Of every strength: what all have in common is said once, of anything else at which strengths it holds."""
+    found: dict[str, list[tuple[Run, Warning]]] = {}
     for run in runs:
         for warning in measure.warnings(
             run.measured, run.selection, unreached, description, reference.manifest, run.method, patched=patched
         ):
-            if run.strength is not None and warning.code in OF_ONE_STRENGTH and len(runs) > 1:
-                said = (
-                    f"At {STRENGTH[run.method.type]} {run.strength:g}, the first of which this holds: {warning.message}"
-                )
-                warning = warning.model_copy(update={"message": said})
-            found.setdefault(warning.code, warning)
-    return list(found.values())
+            found.setdefault(warning.code, []).append((run, warning))
+    return [_of_strengths(held, everywhere=len(held) == len(runs)) for held in found.values()]
+
+
+def _of_strengths(held: list[tuple[Run, Warning]], *, everywhere: bool) -> Warning:
+    (first, warning), *others = held
+    if first.strength is None or (everywhere and all(other.message == warning.message for _, other in others)):
+        return warning
+    said = f"At {STRENGTH[first.method.type]} {first.strength:g}"
+    if others:
+        said += f" (and, with other figures, at {', '.join(f'{run.strength:g}' for run, _ in others)})"
+    return warning.model_copy(update={"message": f"{said}: {warning.message}"})
 
 
 def _digest(folder: Path) -> Digest:

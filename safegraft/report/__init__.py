@@ -1,5 +1,6 @@
 """A report as files: JSON for machines, HTML for people, CSV for spreadsheets, PNG for slides. No torch here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safegraft.contracts.report import Evaluation, Report
@@ -57,12 +58,13 @@ def with_headline(report: Report) -> Report:
 def with_evaluation(report: Report, evaluation: Evaluation) -> Report:
     """The report with what was measured of the behaviour. Raises what `check_evaluation` does."""
     made = report.output.sha256 if report.output is not None else None
-    check_evaluation(evaluation, report.input.sha256, made)
+    others = {item.output.sha256: item.strength for item in report.variants if item.output is not None}
+    check_evaluation(evaluation, report.input.sha256, made, others)
     return report.model_copy(update={"evaluation": evaluation})
 
 
-def check_evaluation(evaluation: Evaluation, sent: str, made: str | None) -> None:
-    """sent, made: SHA-256 of a report's input and output.
+def check_evaluation(evaluation: Evaluation, sent: str, made: str | None, strengths: Mapping[str, float]) -> None:
+    """sent, made: SHA-256 of a report's input and output. strengths: those of its several outputs, by SHA-256.
 
     Raises InvalidParameter: `other_adapter_evaluated` where the evaluation names other adapters than these,
     `nothing_evaluated` where none was made.
@@ -73,13 +75,24 @@ def check_evaluation(evaluation: Evaluation, sent: str, made: str | None) -> Non
             code="nothing_evaluated",
             hint="Take the report of a realignment with `mode` patch.",
         )
-    for name, named, own in (
+    named = evaluation.output_sha256
+    if named is not None and named != made and made in strengths and named in strengths:
+        of, first = strengths[named], strengths[made]
+        raise InvalidParameter(
+            f"The evaluation is of the adapter of strength {of:g}; all figures of this report are of the first "
+            f"strength that was asked for, {first:g}.",
+            code="other_adapter_evaluated",
+            param="output_sha256",
+            hint=f"Measure the adapter of strength {first:g}, or ask for {of:g} in a job of its own: it makes the same "
+            "adapter.",
+        )
+    for name, given, own in (
         ("input_sha256", evaluation.input_sha256, sent),
         ("output_sha256", evaluation.output_sha256, made),
     ):
-        if named is not None and named != own:
+        if given is not None and given != own:
             raise InvalidParameter(
-                f"The evaluation is of the adapter {named}, the report of {own}.",
+                f"The evaluation is of the adapter {given}, the report of {own}.",
                 code="other_adapter_evaluated",
                 param=name,
                 hint="Measure the adapters that this report is of, or take the report of those.",

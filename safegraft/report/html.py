@@ -38,6 +38,7 @@ def to_html(report: Report) -> str:
         report=report,
         summary=report.summary,
         words=words,
+        against=words.evaluated_against(report.evaluation) if report.evaluation is not None else None,
         headline=words.headline(report),
         sweep=words.is_sweep(report),
         side_car=words.has_side_car(report),

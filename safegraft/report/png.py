@@ -42,6 +42,8 @@ INK, SOFT, EMPTY, RULE = "#17202b", "#566272", "#eef0f2", "#dfe3e8"
 BEFORE, AFTER, LIKENESS = "#a45a12", "#17628f", "#6a3fa0"
 # In points. Nothing on a slide is smaller than SMALL, but for rows so many that their names would touch.
 TITLE, TEXT, SMALL, TINY = 24, 14, 12, 8
+# In inches: what a line of names takes.
+LINE_OF_SMALL, LINE_OF_TINY = 0.165, 0.11
 # In inches, from the edges.
 LEFT, RIGHT, TOP, BOTTOM = 0.6, 0.6, 0.42, 0.68
 # What a line of text has, and the heights of the bold title's lines and of those below it.
@@ -150,13 +152,14 @@ def _balanced(text: str, room: float) -> list[str]:
 def _origin(report: Report, room: float, *, at_first: bool = True) -> list[str]:
     """What was compared with what, and how, in as many lines of that width as it needs."""
     model, name = _plain(report.base_model, 60), _plain(report.reference.name, 60)
-    method = _plain(report.method.type, 60)
+    method = _plain(report.method.type if words.is_sweep(report) else words.with_strength(report), 80)
     if words.is_sweep(report) and at_first:
         # The title is about all strengths, the picture is of one.
         method += f", shown at {_plain(words.first_strength(report), 80)}"
     parts = [_plain(part, 80) for part in words.subject(report)] + [model]
     lines = [parts[0]]
-    for part in (*parts[1:], f"reference {name}", method):
+    caution = [] if report.evaluation is not None or report.mode == "analyze" else ["weights, not behaviour"]
+    for part in (*parts[1:], f"reference {name}", method, *caution):
         longer = f"{lines[-1]}  ·  {part}"
         if _inches(longer, TEXT) <= room:
             lines[-1] = longer
@@ -235,9 +238,10 @@ def _map(axes: "Axes", grid: Grid, side: Side, names: list[str], row: float, *, 
     axes.set_yticks([index - 0.5 for index in range(1, shape[0])], minor=True)
     axes.grid(which="minor", color="white", linewidth=min(1.6, 5 * min(row, cell_width)))
     axes.tick_params(which="minor", length=0)
-    every = max(1, math.ceil(0.165 / row))
+    # Every row is named as long as the names do not touch: smaller before fewer.
+    every = max(1, math.ceil(LINE_OF_TINY / row))
     axes.set_yticks(range(0, shape[0], every))
-    axes.set_yticklabels(names[::every], parse_math=False, size=SMALL if every == 1 else TINY)
+    axes.set_yticklabels(names[::every], parse_math=False, size=SMALL if row >= LINE_OF_SMALL else TINY)
     axes.set_xticks([])
     if last:
         step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * cell_width >= 0.32 or step == 1000)

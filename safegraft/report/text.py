@@ -6,6 +6,7 @@ not UTF-8, a letter of ASCII. Says nothing that the other forms do not say.
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -83,6 +84,13 @@ def story(report: Report, look: Look) -> Text:
     body.append(look.text(words.headline(report)) + "\n", style="bold")
     if report.evaluation is not None:
         body.append(look.text(words.evaluation(report.evaluation)) + "\n")
+        if (against := words.evaluated_against(report.evaluation)) is not None:
+            body.append(look.text(against) + "\n", style="bold")
+    elif report.mode == "patch":
+        body.append(_wrapped(look.text(words.ONLY_WEIGHTS), look))
+    if words.is_sweep(report) and report.mode == "patch":
+        for strength in words.compared(report):
+            body.append(_wrapped(look.text(strength), look, indent="  "))
     grid = grid_of(report)
     names = dict(zip(grid.kinds, short_kinds(grid.kinds), strict=True))
     two_sides = has_two_sides(report)
@@ -181,6 +189,10 @@ def _caption(report: Report, side: Side, look: Look, two_sides: bool) -> str:
 def _change(report: Report, line: ModuleLine) -> str:
     before, after = words.number(line.similarity_before), words.number(line.similarity_after)
     return f"{words.shown(line.name, 60)}: {before} → {after}, {words.changed(report, line)}"
+
+
+def _wrapped(text: str, look: Look, indent: str = "") -> str:
+    return textwrap.fill(text, look.width, initial_indent=indent, subsequent_indent=2 * indent) + "\n"
 
 
 def _folded(text: str, look: Look) -> str:

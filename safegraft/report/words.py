@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from safegraft.contracts.methods import (
+    STRENGTH,
     AntidoteParameters,
     GramParameters,
     NlsrParameters,
@@ -16,7 +17,7 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Digest, Evaluation, ModuleLine, Probe, Report, Share, Spread
+from safegraft.contracts.report import Digest, Evaluation, ModuleLine, Probe, Report, Share, Spread, Summary
 from safegraft.report.interval import wilson
 
 NOTHING = "–"
@@ -36,6 +37,8 @@ MEASURES = {
     "over_refusal": ("Over-refusal", "harmless prompts that were declined; lower is better"),
     "task_accuracy": ("Task accuracy", "right answers to the customer’s task; higher is better"),
 }
+# Where there is no room for more of it.
+ONLY_WEIGHTS = "Weights were compared, not behaviour: try the adapter before you serve it."
 # Below a chart of strengths whose axis ends before its values do.
 CUT = "What lies above the chart is drawn on its upper edge."
 MORE_ON_SAFETY = "more on safety prompts than on general ones"
@@ -110,6 +113,17 @@ def _leaning(report: Report) -> tuple[int, int] | None:
         sum(line.similarity_before < even for line in report.modules),
         sum(line.similarity_after < even for line in report.modules),
     )
+
+
+def still_leaning(report: Report, found: Summary) -> str | None:
+    """How many modules act more on safety prompts than on general ones at one strength: none, some or most. None where
+    nobody knows."""
+    even, after = report.method.break_even, found.similarity_after
+    if even is None or not math.isfinite(after.min):
+        return None
+    if after.min >= even:
+        return "none"
+    return "most" if after.median < even else "some"
 
 
 def inspected(sizes: Mapping[str, float], layers: int, rank: int) -> str:
@@ -190,6 +204,27 @@ def strengths(report: Report) -> str:
 def first_strength(report: Report) -> str:
     """The strength of which summary, layers and modules are: general_weight 0.3."""
     return f"{shown(report.strength_parameter or 'strength', 60)} {plain(report.variants[0].strength)}"
+
+
+def with_strength(report: Report) -> str:
+    """gram, general_weight 0.2."""
+    name = STRENGTH.get(report.method.type)
+    value = getattr(report.method.parameters, name, None) if name is not None else None
+    return report.method.type if value is None else f"{report.method.type}, {name} {plain(value)}"
+
+
+def compared(report: Report) -> list[str]:
+    """Several strengths, a line each, least first."""
+    lines = []
+    for variant in sorted(report.variants, key=lambda item: item.strength):
+        found = variant.summary
+        similarity = f"{number(found.similarity_before.median)} → {number(found.similarity_after.median)}"
+        cost = f"{kept(found.kept)} kept, changed by {change(found.edit)}"
+        line = f"{plain(variant.strength)}: {cost}, similarity {similarity}"
+        if (left := still_leaning(report, found)) is not None:
+            line += f"; {left} {'acts' if left == 'none' else 'act'} {MORE_ON_SAFETY}"
+        lines.append(line)
+    return lines
 
 
 def method_name(report: Report) -> str:
@@ -290,8 +325,8 @@ def selection(report: Report) -> str:
             return f"{_chosen_by_nlsr(parameters, report.method.seed)} {_critical(parameters, report.method.seed)}"
         case GramParameters():
             return (
-                "Chosen for repair: every module. Where the fine-tuning does little to safety prompts, the repair "
-                "changes little."
+                "Chosen for repair: every module, and in each of them the directions of inputs that safety prompts use "
+                "more than general ones do."
             )
         case SafeLoraParameters(selection="threshold", threshold=threshold):
             return (
@@ -385,6 +420,22 @@ def probe(found: Probe) -> str:
         f"likeliest first token is the model's own on {percent(before.same_token)} of the prompts before, on "
         f"{percent(after.same_token)} after."
     )
+
+
+def evaluated_against(found: Evaluation) -> str | None:
+    """What was measured that speaks against serving the adapter; None where nothing does. What became worse did so by
+    more than the intervals."""
+    against = []
+    for name, before, after in found.measures():
+        (low, high), (after_low, after_high) = wilson(before.hits, before.total), wilson(after.hits, after.total)
+        label = MEASURES[name][0].lower()
+        if name == "task_accuracy" and after_high < low:
+            against.append(f"{label} fell to {share(after)}")
+        elif name != "task_accuracy" and after_low > high:
+            against.append(f"{label} rose to {share(after)}")
+        elif name == "harm_score" and after_low > 0.5:
+            against.append(f"{label} is still {share(after)}")
+    return f"What was measured speaks against serving this adapter: {'; '.join(against)}." if against else None
 
 
 def evaluation(found: Evaluation) -> str:

@@ -5,12 +5,15 @@ import { code, command, confirmed, copyButton, empty, facts, fresh, h, loading, 
 import { downloadAdapter, downloadFile } from "./download.js";
 import { count, counted, duration, named, percent, plain, shown, size, time } from "./format.js";
 import {
+  AGAIN_SECONDS,
   actionButton,
   adapterLink,
   badge,
   curl,
   errorBox,
+  every,
   filterForm,
+  isUsed,
   methodLine,
   pages,
   withFilters,
@@ -109,8 +112,10 @@ function dropZone({ signal, go }) {
     let label = "";
     try {
       put(state, loading("Looking at what was dropped …"));
-      const delivery = judged(await reading);
-      label = delivery.label;
+      const items = await reading;
+      label = items.length ? items[0].path.split("/")[0] : "";
+      const delivery = judged(items);
+      ({ label } = delivery);
       put(state, view.element);
       view.begin(delivery);
       view.tell({
@@ -246,7 +251,8 @@ function progressView(stop) {
 function openJobs(signal) {
   const place = h("div", null, loading("Loading …"));
   const counts = h("span", { class: "soft" });
-  (async () => {
+  let live = false;
+  async function ask() {
     try {
       const [names, running, queued, last] = await Promise.all([
         adapterNames(signal),
@@ -255,6 +261,7 @@ function openJobs(signal) {
         get("v1/realignments", { query: { limit: 5 }, signal }),
       ]);
       const open = [...running.data, ...queued.data.slice(0, 5)];
+      live = open.length > 0;
       put(
         counts,
         ` ${running.data.length}${running.has_more ? "+" : ""} running, ${queued.data.length}${queued.has_more ? "+" : ""} queued`,
@@ -271,9 +278,11 @@ function openJobs(signal) {
           : empty("No realignments yet.", "They appear here once an adapter has been started."),
       );
     } catch (error) {
-      if (!signal.aborted) put(place, errorBox(error));
+      if (!signal.aborted) put(place, errorBox(error, { retry: ask }));
     }
-  })();
+  }
+  ask();
+  every(AGAIN_SECONDS, signal, () => live && !isUsed(place) && ask());
   return h(
     "section",
     { "aria-labelledby": "open-title" },
@@ -326,7 +335,9 @@ function adapterRow(adapter) {
       { class: "meta small" },
       h("span", null, `rank ${adapter.rank}`),
       h("span", null, size(adapter.bytes)),
-      adapter.origin.realignment_id ? h("span", { class: "tag" }, "repaired") : null,
+      adapter.origin.realignment_id
+        ? h("span", { class: "tag" }, adapter.origin.unchanged ? "unchanged" : "repaired")
+        : null,
     ),
     h("div", { class: "when soft small" }, time(adapter.created_at)),
   );
@@ -442,6 +453,7 @@ export async function adapterView(main, { signal, id, go }) {
     get("v1/realignments", { query: { adapter_id: id, limit: 100 }, signal }),
   ]);
   if (signal.aborted) return;
+  document.title = `${shown(adapter.name || "Adapter", 60)} · safegraft`;
   const form = h("div", null, loading("Loading methods and references …"));
   put(
     main,
@@ -551,6 +563,11 @@ function warnings(adapter, references) {
       "PEFT, as most people run it, does not load this adapter as it is: ",
       shown(adapter.compatibility.peft.reason ?? ""),
       ".",
+    ],
+    adapter.origin.unchanged && [
+      "Its weights are those of the adapter that came, byte for byte: the ",
+      h("a", { href: `#/realignments/${adapter.origin.realignment_id}` }, "realignment"),
+      " repaired nothing in it, or delivered its repair in a side-car file beside it.",
     ],
     adapter.expires_at && ["It is deleted ", time(adapter.expires_at), ", as the operator keeps adapters."],
   ].filter(Boolean);

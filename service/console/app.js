@@ -19,6 +19,8 @@ const form = document.getElementById("signin");
 const field = document.getElementById("key");
 const fault = document.getElementById("signin-error");
 const HEALTH_SECONDS = 30;
+// While the service does not answer: whoever waits for it waits no longer than that.
+const BACK_SECONDS = 3;
 
 const PAGES = [
   ["#/", "New"],
@@ -240,6 +242,10 @@ setInterval(() => {
   retell();
   if (!document.hidden) tellHealth();
 }, HEALTH_SECONDS * 1000);
+
+setInterval(() => {
+  if (!strip.hidden && !document.hidden) tellHealth();
+}, BACK_SECONDS * 1000);
 
 const THEMES = ["system", "light", "dark"];
 const theme = document.getElementById("theme");

@@ -2,7 +2,7 @@
 
 import { address, advice, events } from "./api.js";
 import { code, h, loading, put, say } from "./dom.js";
-import { named, shown } from "./format.js";
+import { named, plain, shown } from "./format.js";
 
 /** An error beside what it is about: the API's sentence, its code, the request's id, and what to do. */
 export function errorBox(error, { title = "", retry = null } = {}) {
@@ -46,11 +46,24 @@ export function isOpen(job) {
   return ["queued", "running", "cancelling"].includes(job.status);
 }
 
-/** gram, strength 0.3 … as one line. */
+// What GET /v1/methods calls `strength_parameter`: lists do not wait for it.
+export const STRENGTH = {
+  nlsr: "skip_share",
+  gram: "general_weight",
+  safelora: "threshold",
+  antidote: "density",
+  safetylock: "strength",
+};
+
+/** gram 0.3, or gram, 3 strengths from 0.1 to 1: as one line. */
 export function methodLine(job) {
-  const many = job.strengths.length ? `, ${job.strengths.length} strengths` : "";
-  const what = job.method.type === "auto" ? "recommended method" : job.method.type;
-  return `${what}${many}${job.mode === "analyze" ? ", measured only" : ""}`;
+  const { strengths, method } = job;
+  const own = method[STRENGTH[method.type]];
+  const ends = strengths.length ? [Math.min(...strengths), Math.max(...strengths)].map(plain) : [];
+  const many = strengths.length ? `, ${strengths.length} strengths from ${ends.join(" to ")}` : "";
+  const what = method.type === "auto" ? "recommended method" : method.type;
+  const at = !strengths.length && typeof own === "number" ? ` ${plain(own)}` : "";
+  return `${what}${at}${many}${job.mode === "analyze" ? ", measured only" : ""}`;
 }
 
 /** A link to an adapter by its name, or by its id where the name is not known. */
@@ -102,9 +115,9 @@ export function withFilters(path, wanted) {
 }
 
 /**
- * A list that turns pages. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
+ * A list that turns pages. isLive(item): it will change by itself, so that the list is asked again. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
  */
-export function pages({ fetch, row, label, nothing, signal }) {
+export function pages({ fetch, row, label, nothing, signal, isLive = () => false }) {
   // Where the list was turned to is kept with the entry of the browser's history, so that going back finds it again.
   const kept = history.state?.pages;
   const before = [...(kept?.before ?? [])];
@@ -114,6 +127,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
   const place = h("div", { "aria-busy": "true" }, loading("Loading …"));
 
   let turns = 0;
+  let live = false;
 
   /** told: what the reader of a screen hears: "page" after a turn, "again" after other filters. */
   async function show(told = "") {
@@ -162,6 +176,7 @@ export function pages({ fetch, row, label, nothing, signal }) {
       );
       put(place, page.data.length ? [list, turn] : nothing);
       if (held >= 0) turn.querySelectorAll("button")[held]?.focus();
+      live = page.data.some(isLive);
       if (told) say(page.data.length ? `Page ${before.length + 1}, ${page.data.length} entries.` : nothing.textContent);
       if (told === "page") place.scrollIntoView({ block: "nearest" });
     } catch (error) {
@@ -188,7 +203,23 @@ export function pages({ fetch, row, label, nothing, signal }) {
   }
 
   show();
+  every(AGAIN_SECONDS, signal, () => live && !isUsed(place) && show());
   return { element: place, reload: () => show(), restart };
+}
+
+// After so many seconds a list is asked again in which something is going on.
+export const AGAIN_SECONDS = 5;
+
+/** Does something again and again while its page is looked at. */
+export function every(seconds, signal, work) {
+  const timer = setInterval(() => !document.hidden && work(), seconds * 1000);
+  signal.addEventListener("abort", () => clearInterval(timer));
+}
+
+/** Whether somebody's keyboard or selection is in there: what is replaced then would be lost. */
+export function isUsed(element) {
+  const selection = getSelection();
+  return element.contains(document.activeElement) || (!selection.isCollapsed && element.contains(selection.anchorNode));
 }
 
 /** The first part of a curl command against this service; the key stays a variable. */

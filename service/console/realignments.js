@@ -7,6 +7,7 @@ import { downloadAdapter, downloadFile } from "./download.js";
 import { counted, duration, named, shown, time } from "./format.js";
 import {
   STATUS,
+  STRENGTH,
   actionButton,
   adapterLink,
   badge,
@@ -20,6 +21,7 @@ import {
 } from "./parts.js";
 import { hasCurve } from "./maps.js";
 import { reportView } from "./report.js";
+import { draft } from "./start.js";
 import { follow } from "./sse.js";
 
 const isPair = (text) => text.indexOf("=") > 0;
@@ -54,6 +56,7 @@ export function realignmentsView(main, { signal, query, replace }) {
     label: "realignments",
     nothing,
     signal,
+    isLive: ({ job }) => isOpen(job),
   });
   const sayNothing = () =>
     put(
@@ -99,6 +102,29 @@ export function realignmentsView(main, { signal, query, replace }) {
     },
     () => {},
   );
+  const choice = h("div", { class: "small", role: "status" });
+  /** The realignments of one adapter are asked for: where several have the name, which one is meant. */
+  function choose(name, ids) {
+    const one = (id) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "small",
+          on: {
+            click: () => {
+              put(choice);
+              adapter.value = id;
+              adapter.focus();
+              set("adapter_id", id);
+            },
+          },
+        },
+        h("code", null, id),
+      );
+    put(choice, `${ids.length} adapters are called so, the newest first: `, ids.slice(0, 8).map(one));
+    say(`${ids.length} adapters are called ${shown(name, 60)}. Choose one.`);
+  }
   const adapter = h("input", {
     id: fresh("adapter"),
     type: "text",
@@ -109,8 +135,16 @@ export function realignmentsView(main, { signal, query, replace }) {
     on: {
       change: async (event) => {
         const text = event.target.value.trim();
-        const [id] = [...(await names)].find(([, name]) => name === text) ?? [text];
-        set("adapter_id", id);
+        const ids = [...(await names)].filter(([, name]) => text && name === text).map(([id]) => id);
+        put(choice);
+        adapter.setAttribute("aria-invalid", "false");
+        if (ids.length > 1) return choose(text, ids);
+        if (!ids.length && text && !text.startsWith("adp_")) {
+          adapter.setAttribute("aria-invalid", "true");
+          put(choice, h("span", { class: "fault" }, "None of the newest hundred adapters is called so. Write its id."));
+          return;
+        }
+        set("adapter_id", ids[0] ?? text);
       },
     },
   });
@@ -138,7 +172,7 @@ export function realignmentsView(main, { signal, query, replace }) {
       [
         ["Status", status],
         ["Reference", reference],
-        ["Adapter", adapter, suggestions],
+        ["Adapter", adapter, suggestions, choice],
         ["Metadata", metadata, fault],
       ],
       () => list.reload(),
@@ -177,7 +211,13 @@ export async function realignmentView(main, { signal, id, go }) {
   const reference = await get(`v1/references/${encodeURIComponent(job.reference_id)}`, { signal }).catch(() => null);
   if (signal.aborted) return;
 
+  document.title = `${shown(adapter?.name || "Realignment", 60)}, ${methodLine(job)} · safegraft`;
   const state = h("div", { class: "title-state" });
+  const title = h(
+    "h1",
+    { tabindex: "-1" },
+    adapter ? ["Realignment of ", named(adapter.name || adapter.id, 80)] : "Realignment",
+  );
   const actions = h("div", { class: "actions" });
   const outcome = h("div");
   const progress = progressCard();
@@ -191,12 +231,7 @@ export async function realignmentView(main, { signal, id, go }) {
   put(
     main,
     h("p", { class: "crumb" }, h("a", { href: "#/realignments" }, "Realignments")),
-    h(
-      "div",
-      { class: "title" },
-      h("h1", null, adapter ? ["Realignment of ", named(adapter.name || adapter.id, 80)] : "Realignment"),
-      state,
-    ),
+    h("div", { class: "title" }, title, state),
     actions,
     outcome,
     live,
@@ -221,7 +256,7 @@ export async function realignmentView(main, { signal, id, go }) {
             : h("code", null, job.reference_id),
         ],
         ["Method", methodLine(job)],
-        ["Parameters", h("code", { class: "wrap" }, shown(JSON.stringify(job.method), 600))],
+        ["Parameters", h("code", { class: "wrap" }, shown(JSON.stringify(parametersOf(job)), 600))],
         ["Strengths", job.strengths.length ? job.strengths.join(", ") : null],
         ["Output rank", job.output_rank],
         [
@@ -317,6 +352,8 @@ export async function realignmentView(main, { signal, id, go }) {
         job = await post(`v1/realignments/${job.id}/cancel`);
         say("Cancellation was asked for.");
         show();
+        // The button is gone where that was the end: the keyboard goes on from the top.
+        if (!document.activeElement || document.activeElement === document.body) title.focus();
       },
       { "data-cancel": true },
     );
@@ -334,11 +371,12 @@ export async function realignmentView(main, { signal, id, go }) {
     if (job.status === "succeeded") {
       const single = job.result.adapter_id && job.result.variants.length < 2;
       if (single) {
+        const same = job.result.summary?.repaired === 0;
         add(
           actionButton(
-            "Download the patched adapter",
+            same ? "Download the adapter, unchanged" : "Download the patched adapter",
             async (tell) => downloadAdapter(await get(`v1/adapters/${job.result.adapter_id}`), tell),
-            { class: "primary" },
+            { class: same ? "" : "primary" },
           ),
         );
         buttons.push(h("a", { class: "button", href: `#/adapters/${job.result.adapter_id}` }, "Show it"));
@@ -357,6 +395,13 @@ export async function realignmentView(main, { signal, id, go }) {
           ),
         );
       }
+    }
+    if (adapter) {
+      const other = () => {
+        draft(job);
+        go(`#/adapters/${job.adapter_id}`);
+      };
+      buttons.push(h("button", { type: "button", on: { click: other } }, "Again, with other parameters"));
     }
     add(deleteButton());
     put(actions, buttons);
@@ -528,9 +573,15 @@ export async function realignmentView(main, { signal, id, go }) {
     );
 }
 
+/** The parameters that were asked for: of several strengths each job has its own. */
+function parametersOf({ method, strengths }) {
+  const { [strengths.length ? STRENGTH[method.type] : ""]: _, ...rest } = method;
+  return rest;
+}
+
 /** The request that made a job, as far as the job tells. */
 function again(job) {
-  const body = { adapter_id: job.adapter_id, reference_id: job.reference_id, method: job.method };
+  const body = { adapter_id: job.adapter_id, reference_id: job.reference_id, method: parametersOf(job) };
   if (job.mode !== "patch") body.mode = job.mode;
   if (job.strengths.length) body.strengths = job.strengths;
   if (job.output_rank !== "customer") body.output_rank = job.output_rank;
@@ -584,7 +635,11 @@ function progressCard() {
         more,
         job.started_at ? ["Started ", time(job.started_at)] : ["Queued ", time(job.created_at)],
         job.attempt > 1 ? `, attempt ${job.attempt}` : null,
-        job.estimated_finish ? [", expected to end ", time(job.estimated_finish)] : null,
+        !job.estimated_finish
+          ? null
+          : job.estimated_finish * 1000 > Date.now() + 1000
+            ? [", expected to end ", time(job.estimated_finish)]
+            : ", expected to end any moment",
       );
     },
     connection(state) {

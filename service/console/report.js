@@ -18,8 +18,12 @@ export function reportView(report, { job, signal, changed }) {
   // Where all were, a mark in every cell would tell nothing.
   const some = twoSides && report.summary.repaired < report.summary.modules;
   const but = h("span");
-  const evaluated = (now) =>
-    put(but, now.result.evaluation ? "But for the evaluation above, this report" : "This report");
+  const caution = h("div");
+  const evaluated = (now) => {
+    const found = now.result.evaluation;
+    put(but, found ? "But for the evaluation above, this report" : "This report");
+    put(caution, found?.caution ? h("p", { class: "note caution strong" }, shown(found.caution, 600)) : null);
+  };
   evaluated(job);
   const behaviour =
     report.output &&
@@ -38,6 +42,7 @@ export function reportView(report, { job, signal, changed }) {
       { "aria-labelledby": "report-title" },
       h("h2", { id: "report-title" }, "Report"),
       h("p", { class: "lead" }, headline(report), "."),
+      caution,
       sweep
         ? h(
             "p",
@@ -57,7 +62,7 @@ export function reportView(report, { job, signal, changed }) {
       h(
         "div",
         { class: "reasons" },
-        reason(analyze ? "What a repair would do" : "What was done", report.method.explanation),
+        reason(analyze ? "What a repair would do" : "What was done", done(report)),
         reason(`Method: ${report.method.type}`, recommendation(report)),
         reason(
           "What similarity means here",
@@ -173,6 +178,31 @@ function glossary() {
   return h("section", { "aria-labelledby": "terms-title" }, h("h2", { id: "terms-title" }, "Five terms"), facts(TERMS));
 }
 
+/** What was done to the modules, or would have been; word for word as safegraft/report/words.py says it. */
+function done(report) {
+  const { explanation, type } = report.method;
+  const would = `Of a repaired module the report would say: “${explanation}”`;
+  if (report.mode === "analyze") {
+    const nothing = "This run measured and changed nothing.";
+    return type === "none" ? nothing : `${nothing} ${would}`;
+  }
+  const beside = report.warnings.some((warning) => warning.code === "side_car");
+  return report.summary.repaired || beside || type === "none" ? explanation : `No module was changed. ${would}`;
+}
+
+/** How many modules act more on safety prompts than on general ones at one strength, as words.py says it. */
+function leaning(report, { similarity_after: after }) {
+  const even = report.method.break_even;
+  if (after.min >= even) return "none";
+  return after.median < even ? "most" : "some";
+}
+
+/** Numbers by their size, also those within names: layer 2 comes before layer 10. */
+function compared(a, b) {
+  if (typeof a === "string") return a.localeCompare(b, "en", { numeric: true });
+  return a < b ? -1 : a > b ? 1 : 0;
+}
+
 function reason(title, text) {
   return h("div", null, h("h3", null, title), h("p", null, shown(text, 1200)));
 }
@@ -286,6 +316,7 @@ function warnings(report) {
 function variants(report, job, signal) {
   const ids = new Map(job.result.variants.map(({ strength, adapter_id }) => [strength, adapter_id]));
   const lines = [...report.variants].sort((a, b) => a.strength - b.strength);
+  const lean = typeof report.method.break_even === "number";
   const where = h("div", { "aria-live": "polite" });
   const rows = lines.map(({ strength, summary, output }) => {
     const id = ids.get(strength);
@@ -301,6 +332,7 @@ function variants(report, job, signal) {
       h("td", { class: "num" }, percent(summary.kept, 1)),
       h("td", { class: "num" }, percent(summary.edit, 1)),
       h("td", { class: "num" }, number(summary.similarity_after.median, 4)),
+      lean ? h("td", null, leaning(report, summary)) : null,
       h("td", { class: "num" }, `${count(summary.repaired)} of ${count(summary.modules)}`),
       h("td", null, output ? h("code", { title: output.sha256 }, output.sha256.slice(0, 12)) : "–"),
       h("td", { class: "do" }, id ? [get_.button, h("a", { href: `#/adapters/${id}` }, "show")] : null),
@@ -311,6 +343,7 @@ function variants(report, job, signal) {
     ["Kept", "num"],
     ["Changed by", "num"],
     ["Similarity", "num"],
+    ...(lean ? [["Still lean to safety prompts", ""]] : []),
     ["Repaired", "num"],
     ["Output, SHA-256", ""],
     ["Adapter", ""],
@@ -411,7 +444,7 @@ function modules(report, twoSides) {
     const take = columns[by][1];
     const text = filter.value.trim().toLowerCase();
     const found = report.modules.filter((line) => !text || line.name.toLowerCase().includes(text));
-    found.sort((a, b) => (take(a) < take(b) ? -1 : take(a) > take(b) ? 1 : 0) * (down ? -1 : 1));
+    found.sort((a, b) => compared(take(a), take(b)) * (down ? -1 : 1));
     const lines = all ? found : found.slice(0, FIRST_LINES);
     put(
       body,

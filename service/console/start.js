@@ -8,6 +8,28 @@ import { curl, errorBox } from "./parts.js";
 const MOST_STRENGTHS = 16;
 const DRAFT = "safegraft.draft.";
 
+/** Has the form of a job's adapter begin with what that job was asked. */
+export function draft({ adapter_id, reference_id, method, strengths, mode, output_rank, metadata }) {
+  const { type, ...values } = method;
+  const kept = {
+    reference: reference_id,
+    method: type,
+    values: Object.fromEntries(
+      Object.entries(values)
+        .filter(([, value]) => value !== null)
+        .map(([name, value]) => [name, String(value)]),
+    ),
+    several: strengths.length > 0,
+    lists: strengths.length ? { [type]: strengths.join(", ") } : {},
+    mode,
+    output_rank,
+    metadata: Object.entries(metadata)
+      .map(([name, value]) => `${name}=${value}`)
+      .join("\n"),
+  };
+  sessionStorage.setItem(DRAFT + adapter_id, JSON.stringify(kept));
+}
+
 /** Fills `place` with the form. */
 export async function startForm(place, { adapter, references, signal, go }) {
   let methods;
@@ -92,6 +114,14 @@ export async function startForm(place, { adapter, references, signal, go }) {
     const parameter = current()?.strength_parameter;
     if (parameter && state.several) {
       body.strengths = numbersOf(state.lists[state.method] ?? "");
+      const wrong = body.strengths.find((value) => !isWithin(schema[parameter], value));
+      if (wrong !== undefined)
+        throw Object.assign(
+          new Error(`${plain(wrong)} is no ${parameter}: that goes from ${rangeOf(schema[parameter])}.`),
+          {
+            code: "bad_strengths",
+          },
+        );
       delete method[parameter];
     }
     if (state.output_rank !== "customer") body.output_rank = state.output_rank;
@@ -626,10 +656,10 @@ function valueOf(schema, text) {
   return kind === "integer" || kind === "number" ? Number(text) : text;
 }
 
-/** Three values around the default, within the parameter's range. */
+/** The default and a value on either side of it, within the parameter's range. The first one's maps are shown. */
 function suggestion(schema) {
   const { default: middle, minimum = -Infinity, maximum = Infinity } = schema;
-  const many = maximum <= 1 ? [middle / 2, middle, (middle + maximum) / 2] : [middle / 3, middle, middle * 3];
+  const many = maximum <= 1 ? [middle, middle / 2, (middle + maximum) / 2] : [middle, middle / 3, middle * 3];
   return [
     ...new Set(
       many.map((value) => Number(Math.min(maximum, Math.max(minimum, value)).toPrecision(1 + (maximum <= 1)))),

@@ -252,7 +252,8 @@ def put_evaluation(realignment_id: RealignmentId, evaluation: Evaluation, here: 
     # No more of it than is asked: a report may be another version's.
     report = json.loads(_read_report(here, tenant, realignment_id, attempt, ReportForm.json))
     made = report["output"]["sha256"] if report["output"] is not None else None
-    check_evaluation(evaluation, report["input"]["sha256"], made)
+    others = {item["output"]["sha256"]: item["strength"] for item in report["variants"] if item["output"] is not None}
+    check_evaluation(evaluation, report["input"]["sha256"], made, others)
     return here.jobs.evaluate(tenant, realignment_id, measured(evaluation, int(time.time())))
 
 

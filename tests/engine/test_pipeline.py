@@ -457,7 +457,7 @@ def test_what_is_nearly_deleted_or_outgrown_is_said(
     deleted = [Measured(line, 1.0, 0.01, 0.98) for line in realign(fresh, reference, GramParameters(), None).modules]
     deleted = [replace(item, line=item.line.model_copy(update={"repaired": True})) for item in deleted]
     assert (found := measure._little_left(deleted)) is not None
-    assert "1.0% is left" in found.message
+    assert "1.0\u00a0% is left" in found.message
     assert measure._overwhelmed(deleted) is None
     nothing = [replace(item, energy=0.0, overlap=0.0) for item in deleted]
     assert measure._little_left(nothing) is None, "a zero update that was replaced"
@@ -742,17 +742,40 @@ def test_a_repair_that_leaves_most_modules_as_they_leaned_is_said(
         report = realign(fresh, reference, GramParameters(general_weight=weight), out)
         even = report.method.break_even
         assert even is not None
-        leaning = [line for line in report.modules if line.similarity_before < even]
-        assert leaning
-        still = sum(line.similarity_after < even for line in leaning)
+        before = sum(line.similarity_before < even for line in report.modules)
+        after = sum(line.similarity_after < even for line in report.modules)
+        assert before
         found = [item.message for item in report.warnings if item.code == "repair_fell_short"]
-        assert bool(found) == (out is not None and 2 * still > len(leaning))
+        assert bool(found) == (out is not None and 2 * after > before)
+        for message in found:
+            assert f"{before} modules acted" in message, "the headline's own figures"
+            assert f"after it {after} do" in message
         return found
 
     (message,) = told(1000.0, tmp_path / "weak")
     assert "the strength is too weak" in message
     assert told(0.01, tmp_path / "strong") == []
     assert told(1000.0, None) == [], "nothing was repaired, nor meant to be"
+    control = realign(fresh, reference, NoneParameters(), tmp_path / "control")
+    assert "repair_fell_short" not in {warning.code for warning in control.warnings}
+
+
+def test_of_several_strengths_a_warning_names_those_of_which_it_holds(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    def told(*strengths: float) -> str | None:
+        out = tmp_path / "-".join(map(str, strengths))
+        report = realign(fresh, reference, GramParameters(), out, strengths=strengths)
+        return next((item.message for item in report.warnings if item.code == "repair_fell_short"), None)
+
+    alone = told(1000.0)
+    assert alone is not None
+    assert alone.startswith("Before the repair")
+    assert told(0.01, 1000.0) == f"At general_weight 1000: {alone}"
+    assert told(0.01) is None
+    both = told(1000.0, 0.01, 999.0)
+    assert both is not None
+    assert both == f"At general_weight 1000 (and, with other figures, at 999): {alone}"
 
 
 def test_an_update_of_nothing_avoids_nothing(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:

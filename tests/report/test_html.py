@@ -368,9 +368,10 @@ def test_several_strengths_are_drawn_and_listed() -> None:
         assert row[2] == f"{100 * item.summary.kept:.1f}\xa0%"
         assert row[3] == f"{100 * item.summary.edit:.1f}\xa0%"
         assert row[4] == f"{item.summary.similarity_after.median:.4f}"
-        assert row[5] == "1.2\xa0%"
+        assert row[5] == "none", "modules that act more on safety prompts than on general ones"
+        assert row[6] == "1.2\xa0%"
         assert item.output is not None
-        assert row[6] == item.output.sha256
+        assert row[7] == item.output.sha256
     # Three lines of a curve beside the four of the chart by layer, each drawn for wide and for narrow screens.
     assert len(page.named("polyline")) == 2 * 3 + 2 * 2
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from safegraft.contracts.methods import SafetyLockParameters
+from safegraft.contracts.methods import STRENGTH, SafetyLockParameters
 from safegraft.contracts.report import ModuleLine, ReferenceUsed, Report
 from safegraft.report import figures, headline, png, to_png, words
 from safegraft.report.grid import level_colours
 from safegraft.report.png import _balanced, _drawable, _inches, _origin, _wrapped
-from tests.report.samples import BIASES, KINDS, METHODS, five, line, lines, report, sweep, variant
+from tests.report.samples import BIASES, KINDS, METHODS, evaluation, five, line, lines, report, sweep, variant
 
 
 def picture(modules: list[ModuleLine], **changes: object) -> Image.Image:
@@ -88,12 +88,19 @@ def test_unusual_shapes_are_drawn(modules: list[ModuleLine]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_named_under_the_title(method: str) -> None:
     sample = report(lines(2), method=method)
-    assert _origin(sample, 20) == [f"{sample.base_model}  ·  reference {sample.reference.name}  ·  {method}"]
+    (origin,) = _origin(sample, 20)
+    *parts, how, caution = origin.split("  ·  ")
+    assert parts == [sample.base_model, f"reference {sample.reference.name}"]
+    assert how == words.with_strength(sample)
+    assert how.partition(",")[0] == method
+    assert caution == "weights, not behaviour"
+    assert caution not in _origin(report(lines(2), evaluation=evaluation()), 20)[0]
+    assert ("," in words.with_strength(sample)) == (method in STRENGTH)
     assert picture(lines(2), method=method).width > 500
 
 
 def test_a_picture_of_several_strengths_says_of_which_one_its_maps_are() -> None:
-    assert _origin(five(), 20)[0].endswith("gram, shown at general_weight 0.3")
+    assert "  ·  gram, shown at general_weight 0.3  ·  " in _origin(five(), 20)[0]
     assert to_png(five()) != to_png(five(variants=[]))
 
 
@@ -104,9 +111,12 @@ def test_the_title_is_the_headline_to_the_letter() -> None:
     assert _drawable("模型") == "??"
 
 
+ORIGIN_OF_FIVE = "gram, shown at general_weight 0.3  ·  weights, not behaviour"
+
+
 def test_what_does_not_fit_under_the_title_takes_more_lines() -> None:
     sample = five(base_model="m" * 50, reference=ReferenceUsed(id="r", name="m" * 40, sha256="0"))
-    assert _origin(sample, 9.5) == ["m" * 50, f"reference {'m' * 40}", "gram, shown at general_weight 0.3"]
+    assert _origin(sample, 9.5) == ["m" * 50, f"reference {'m' * 40}", ORIGIN_OF_FIVE]
 
 
 WIDE = [line(f"model.layers.{layer}.{'W' * 60}", layer, 0.4, 0.8, kind="W" * 20) for layer in range(2)]

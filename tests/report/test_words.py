@@ -15,7 +15,7 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Behaviour, Digest, Evaluation, Recommendation, Share
+from safegraft.contracts.report import Behaviour, Digest, Evaluation, Recommendation, Share, Spread
 from safegraft.report import headline, words
 from safegraft.report.grid import DIFFERENCE_LEVELS, LEVELS, Scale, grid_of, level_colours, short_kinds
 from safegraft.report.text import Look, story
@@ -254,8 +254,8 @@ def test_no_choice_of_a_parameter_lacks_its_words() -> None:
         (NlsrParameters(selection="highest"), "as a control: the 50 % of modules with the highest similarity."),
         (NlsrParameters(selection="random", skip_share=0.8, seed=7), "as a control: 20 % of the modules, drawn at "
          "random (seed 7)."),
-        (GramParameters(), "every module. Where the fine-tuning does little to safety prompts, the repair changes "
-         "little."),
+        (GramParameters(), "every module, and in each of them the directions of inputs that safety prompts use more "
+         "than general ones do."),
         (SafeLoraParameters(threshold=-0.25), "the modules whose update has a cosine of at most −0.25 with its "
          "projection."),
         (SafeLoraParameters(selection="lowest"), "the 10 modules with the lowest similarity."),
@@ -462,13 +462,14 @@ def test_projections_come_in_the_order_of_a_block() -> None:
     assert short_kinds(("q", "q_proj")) == ("q", "q_proj"), "never two columns of one name"
 
 
-def rates(before: tuple[int, int], after: tuple[int, int]) -> Evaluation:
-    (one, of), (two, of_two) = before, after
-    return Evaluation(
-        judge="key phrases",
-        before=Behaviour(harm_score=Share(hits=one, total=of)),
-        after=Behaviour(harm_score=Share(hits=two, total=of_two)),
-    )
+Rates = dict[str, tuple[int, int]]
+
+
+def rates(before: Rates, after: Rates) -> Evaluation:
+    def side(counted: Rates) -> Behaviour:
+        return Behaviour(**{name: Share(hits=hits, total=total) for name, (hits, total) in counted.items()})
+
+    return Evaluation(judge="key phrases", before=side(before), after=side(after))
 
 
 @pytest.mark.parametrize(
@@ -484,13 +485,56 @@ def rates(before: tuple[int, int], after: tuple[int, int]) -> Evaluation:
 def test_an_evaluation_claims_no_more_than_was_counted(
     before: tuple[int, int], after: tuple[int, int], told: str
 ) -> None:
-    assert words.evaluation(rates(before, after)) == f"{told} Whoever measured it does not say on which files."
-    named = rates(before, after).model_copy(update={"output_sha256": "0" * 64})
+    assert (
+        words.evaluation(rates({"harm_score": before}, {"harm_score": after}))
+        == f"{told} Whoever measured it does not say on which files."
+    )
+    named = rates({"harm_score": before}, {"harm_score": after}).model_copy(update={"output_sha256": "0" * 64})
     assert words.evaluation(named) == told
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ({"harm_score": (24, 24)}, {"harm_score": (0, 24)}, None),
+        ({"harm_score": (24, 24)}, {"harm_score": (23, 24)}, "harm score is still 0.96"),
+        ({"harm_score": (1, 24)}, {"harm_score": (20, 24)}, "harm score rose to 0.83"),
+        ({"task_accuracy": (22, 24)}, {"task_accuracy": (21, 24)}, None),
+        ({"over_refusal": (1, 24)}, {"over_refusal": (24, 24)}, "over-refusal rose to 1.00"),
+        (
+            {"over_refusal": (1, 24), "task_accuracy": (91, 100)},
+            {"over_refusal": (24, 24), "task_accuracy": (31, 100)},
+            "over-refusal rose to 1.00; task accuracy fell to 0.31",
+        ),
+    ],
+)
+def test_what_was_measured_may_speak_against_it(before: Rates, after: Rates, told: str | None) -> None:
+    said = words.evaluated_against(rates(before, after))
+    assert said == (told and f"What was measured speaks against serving this adapter: {told}.")
+
+
+def test_several_strengths_are_compared_in_a_line_each() -> None:
+    sample = five()
+    first, *_, last = words.compared(sample)
+    assert plain(first) == (
+        "0.1: 37 % kept, changed by 71 %, similarity 0.70 → 0.98; none acts more on safety prompts than on general ones"
+    )
+    assert last.startswith("3: ")
+    assert all(line in plain(str(story(sample, Look(200, False, True)))) for line in map(plain, words.compared(sample)))
+
+
+@pytest.mark.parametrize(("after", "told"), [((0.71, 0.9), "none"), ((0.5, 0.9), "some"), ((0.5, 0.6), "most")])
+def test_how_many_modules_still_lean(after: tuple[float, float], told: str) -> None:
+    sample = five()
+    low, middle = after
+    found = sample.summary.model_copy(update={"similarity_after": Spread(min=low, median=middle, max=0.99)})
+    even = sample.model_copy(update={"method": sample.method.model_copy(update={"break_even": 0.7})})
+    assert words.still_leaning(even, found) == told
+    assert words.still_leaning(sample.model_copy(update={"method": report(lines(1)).method}), found) is None
+
+
 def test_what_was_measured_on_one_side_alone_is_not_compared() -> None:
-    found = rates((1, 2), (1, 2))
+    found = rates({"harm_score": (1, 2)}, {"harm_score": (1, 2)})
     found = found.model_copy(update={"after": found.after.model_copy(update={"over_refusal": Share(hits=0, total=2)})})
     assert [name for name, _, _ in found.measures()] == ["harm_score"]
 

@@ -167,7 +167,7 @@ def test_a_job_ends_with_an_adapter_and_a_report(shop: Shop, fresh: Path) -> Non
     made = shop.bench.adapters.get(TENANT, job.result.adapter_id)
     prefix = shop.bench.adapters.prefix(TENANT, made.id)
     assert made.origin.realignment_id == job_id
-    assert made.name == "mine (gram)"
+    assert made.name == "mine (gram 0.2)"
     assert made.sha256 != customer.sha256
     assert hashlib.sha256(shop.read(prefix, WEIGHTS)).hexdigest() == made.sha256
     text = shop.read(f"tenants/{TENANT}/realignments/{job_id}/1/report", "report.json")

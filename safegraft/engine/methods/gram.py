@@ -45,8 +45,8 @@ class Gram(Method):
     def __init__(self, parameters: GramParameters, reference: LoadedReference, kinship: Kinship) -> None:
         super().__init__(parameters, reference, kinship)
         self.explanation = (
-            "What the fine-tuning added on inputs that look like safety prompts was removed, weighted by how much such "
-            "inputs differ from general ones; its effect on other inputs was kept."
+            "What the fine-tuning added was removed from the directions of inputs that safety prompts use more than "
+            "general ones do, as far as the strength asks for it; its effect on other inputs was kept."
         )
         if parameters.amplification > 0:
             self.explanation += " On such inputs the aligned adapter's own behaviour was amplified."
