@@ -352,8 +352,6 @@ export async function realignmentView(main, { signal, id, go }) {
         job = await post(`v1/realignments/${job.id}/cancel`);
         say("Cancellation was asked for.");
         show();
-        // The button is gone where that was the end: the keyboard goes on from the top.
-        if (!document.activeElement || document.activeElement === document.body) title.focus();
       },
       { "data-cancel": true },
     );
@@ -404,7 +402,10 @@ export async function realignmentView(main, { signal, id, go }) {
       buttons.push(h("button", { type: "button", on: { click: other } }, "Again, with other parameters"));
     }
     add(deleteButton());
+    const held = actions.contains(document.activeElement);
     put(actions, buttons);
+    // What had the keyboard is gone: it goes on from the top.
+    if (held) title.focus();
     put(outcome, wheres);
     if (job.status === "failed") {
       const theirs = job.error.class === "user";

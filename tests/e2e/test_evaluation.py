@@ -69,6 +69,13 @@ def test_an_evaluation_is_added_and_taken_out(tab: Tab, console: Console, tmp_pa
     section.get_by_text("Replace it").click()
     section.get_by_label("Another evaluation").set_input_files(file)
     section.get_by_text("fell from 1.00 to 0.08").wait_for()
+    against = page.get_by_text("What was measured speaks against serving this adapter: harm score is still 0.96.")
+    assert against.count() == 0
+    file.write_text(json.dumps(measured | {"after": {"harm_score": {"hits": 23, "total": 24}}}), encoding="utf-8")
+    section.get_by_text("Replace it").click()
+    section.get_by_label("Another evaluation").set_input_files(file)
+    against.wait_for()
+    tab.look("evaluated-against")
 
     section.get_by_role("button", name="Take it out").click()
     page.get_by_role("dialog").get_by_role("button", name="Keep it").click()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from safegraft.adapter import is_companion
-from safegraft.contracts.methods import METHOD_PARAMETERS
+from safegraft.contracts.methods import METHOD_PARAMETERS, STRENGTH
 from safegraft.engine.methods import METHODS
 from safegraft.report import grid, words
 from tests.e2e.conftest import Console
@@ -284,3 +284,7 @@ def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
     for slip in ("0x10", "0b1", "1e", "Infinity", "1_000"):
         assert f"“{slip}” is no number" in module("start.js", read, f"0.1, {slip}")
     assert "decimals with a point" in module("start.js", read, "0,1; 0,3")
+
+
+def test_the_console_knows_each_methods_strength(module: Any) -> None:
+    assert module("parts.js", "(m) => m.STRENGTH") == STRENGTH

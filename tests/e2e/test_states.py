@@ -390,6 +390,7 @@ def test_cancel_and_delete_ask_first(tab: Tab, console: Console) -> None:
         # A worker hears of it with a heartbeat, which leaves no trace; an engine that goes on before has ended by then.
         page.wait_for_timeout(8000)
     page.locator(".badge", has_text="Cancelled").wait_for()
+    assert page.evaluate("document.activeElement.tagName") == "H1", "the button that had the keyboard is gone"
     tab.look("cancelled")
     page.get_by_role("button", name="Delete").click()
     page.keyboard.press("Escape")
