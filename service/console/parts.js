@@ -58,11 +58,11 @@ export const STRENGTH = {
 /** gram 0.3, or gram, 3 strengths from 0.1 to 1: as one line. */
 export function methodLine(job) {
   const { strengths, method } = job;
-  const own = method[STRENGTH[method.type]];
-  const ends = strengths.length ? [Math.min(...strengths), Math.max(...strengths)].map(plain) : [];
-  const many = strengths.length ? `, ${strengths.length} strengths from ${ends.join(" to ")}` : "";
+  const own = strengths[0] ?? method[STRENGTH[method.type]];
+  const ends = [Math.min(...strengths), Math.max(...strengths)].map(plain);
+  const many = strengths.length > 1 ? `, ${strengths.length} strengths from ${ends.join(" to ")}` : "";
   const what = method.type === "auto" ? "recommended method" : method.type;
-  const at = !strengths.length && typeof own === "number" ? ` ${plain(own)}` : "";
+  const at = !many && typeof own === "number" ? ` ${plain(own)}` : "";
   return `${what}${at}${many}${job.mode === "analyze" ? ", measured only" : ""}`;
 }
 

@@ -102,7 +102,7 @@ export function realignmentsView(main, { signal, query, replace }) {
     },
     () => {},
   );
-  const choice = h("div", { class: "small", role: "status" });
+  const choice = h("div", { class: "actions choice-of", role: "status" });
   /** The realignments of one adapter are asked for: where several have the name, which one is meant. */
   function choose(name, ids) {
     const one = (id) =>
@@ -122,7 +122,7 @@ export function realignmentsView(main, { signal, query, replace }) {
         },
         h("code", null, id),
       );
-    put(choice, `${ids.length} adapters are called so, the newest first: `, ids.slice(0, 8).map(one));
+    put(choice, h("span", null, `${ids.length} adapters are called so, the newest first:`), ids.slice(0, 8).map(one));
     say(`${ids.length} adapters are called ${shown(name, 60)}. Choose one.`);
   }
   const adapter = h("input", {
@@ -172,11 +172,12 @@ export function realignmentsView(main, { signal, query, replace }) {
       [
         ["Status", status],
         ["Reference", reference],
-        ["Adapter", adapter, suggestions, choice],
+        ["Adapter", adapter, suggestions],
         ["Metadata", metadata, fault],
       ],
       () => list.reload(),
     ),
+    choice,
     list.element,
   );
 }
@@ -399,7 +400,7 @@ export async function realignmentView(main, { signal, id, go }) {
         draft(job);
         go(`#/adapters/${job.adapter_id}`);
       };
-      buttons.push(h("button", { type: "button", on: { click: other } }, "Again, with other parameters"));
+      buttons.push(h("button", { type: "button", on: { click: other } }, "Other parameters"));
     }
     add(deleteButton());
     const held = actions.contains(document.activeElement);

@@ -45,7 +45,7 @@ def test_a_job_is_started_again_with_other_parameters(tab: Tab, console: Console
     page.get_by_role("columnheader", name="Still lean to safety prompts").wait_for()
     assert "general_weight" not in page.locator("dd", has_text="steepness").inner_text(), "each strength has its own"
     assert page.title() == "once more, gram, 2 strengths from 0.1 to 0.5 · safegraft"
-    page.get_by_role("button", name="Again, with other parameters").click()
+    page.get_by_role("button", name="Other parameters").click()
     many = page.get_by_label("Values of general_weight")
     many.wait_for()
     assert page.get_by_label("Several, compared on one chart").is_checked()
@@ -57,6 +57,7 @@ def test_a_job_is_started_again_with_other_parameters(tab: Tab, console: Console
     page.get_by_role("heading", name="Realignment of once more").wait_for()
     other = console.job(page.url.rpartition("/")[2])
     assert other["strengths"] == [0.3]
+    assert page.title() == "once more, gram 0.3 · safegraft"
     assert other["method"]["steepness"] == 3
     assert other["metadata"] == {"customer": "c-17"}
 
@@ -74,7 +75,7 @@ def test_of_adapters_of_one_name_the_one_that_is_meant_is_chosen(tab: Tab, conso
     page.get_by_text("None of the newest hundred adapters is called so").wait_for()
     name.fill("twin")
     name.press("Enter")
-    page.get_by_text("2 adapters are called so, the newest first").wait_for()
+    page.get_by_text("2 adapters are called so, the newest first:").wait_for()
     tab.look("twins")
     assert [page.get_by_role("button", name=one).count() for one in (older, newer)] == [1, 1]
     page.get_by_role("button", name=older).click()
@@ -95,3 +96,22 @@ def test_modules_are_sorted_by_the_numbers_in_their_names(tab: Tab, console: Con
     layers = [int(text.split("layers.")[1].split(".")[0]) for text in found if "layers." in text]
     assert len(set(layers)) > 2
     assert layers in (sorted(layers), sorted(layers, reverse=True))
+
+
+def test_a_cell_that_is_touched_is_told_in_sight(tab: Tab, console: Console) -> None:
+    page = tab.page
+    tab.sign_in()
+    with console.api() as client:
+        job = realign(client, console.upload(FRESH, name="touched")["id"], method={"type": "gram"})
+    page.set_viewport_size({"width": 360, "height": 480})
+    tab.open(f"#/realignments/{job['id']}")
+    cell = page.get_by_role("grid").first.locator("tbody td").first
+    cell.wait_for()
+    cell.evaluate("cell => scrollBy(0, cell.getBoundingClientRect().top - 100)")
+    readout = page.locator(".map .readout").first
+    assert readout.bounding_box()["y"] > 480, "the map goes on below the window"
+    cell.click()
+    page.locator(".map .readout", has_text="layer 0, q_proj").first.wait_for()
+    box = readout.bounding_box()
+    assert 0 < box["y"]
+    assert box["y"] + box["height"] <= 481
