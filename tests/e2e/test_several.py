@@ -113,5 +113,5 @@ def test_a_cell_that_is_touched_is_told_in_sight(tab: Tab, console: Console) -> 
     cell.click()
     page.locator(".map .readout", has_text="layer 0, q_proj").first.wait_for()
     box = readout.bounding_box()
-    assert 0 < box["y"]
+    assert box["y"] > 0
     assert box["y"] + box["height"] <= 481
