@@ -371,6 +371,7 @@ export function jobRow(job, names = new Map()) {
       badge(job.status),
       progress ? h("span", { class: "soft" }, progress) : null,
       job.error ? h("span", { class: "soft" }, job.error.code) : null,
+      job.result?.evaluation?.caution ? h("span", { class: "tag caution" }, "its evaluation speaks against it") : null,
     ),
     h("div", { class: "when soft small" }, time(job.finished_at ?? job.started_at ?? job.created_at)),
   );

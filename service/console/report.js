@@ -160,7 +160,7 @@ function byLayer(report, twoSides, signal) {
 }
 
 // Word for word as safegraft/report/template.html says them.
-const TERMS = [
+export const TERMS = [
   ["Update", "What the fine-tuning adds to the model’s weights. A LoRA adapter is a compact form of it."],
   ["Module", "One weight matrix of the model that the adapter changes, such as the query projection of layer 12."],
   ["Reference", "The operator’s record, made once per model, of what safe behaviour looks like inside each module."],
@@ -179,7 +179,7 @@ function glossary() {
 }
 
 /** What was done to the modules, or would have been; word for word as safegraft/report/words.py says it. */
-function done(report) {
+export function done(report) {
   const { explanation, type } = report.method;
   const would = `Of a repaired module the report would say: “${explanation}”`;
   if (report.mode === "analyze") {
@@ -191,7 +191,7 @@ function done(report) {
 }
 
 /** How many modules act more on safety prompts than on general ones at one strength, as words.py says it. */
-function leaning(report, { similarity_after: after }) {
+export function leaning(report, { similarity_after: after }) {
   const even = report.method.break_even;
   if (after.min >= even) return "none";
   return after.median < even ? "most" : "some";

@@ -76,6 +76,11 @@ def test_an_evaluation_is_added_and_taken_out(tab: Tab, console: Console, tmp_pa
     section.get_by_label("Another evaluation").set_input_files(file)
     against.wait_for()
     tab.look("evaluated-against")
+    tab.open("#/realignments")
+    page.get_by_text("its evaluation speaks against it").wait_for()
+    tab.look("list-evaluated-against")
+    tab.open(f"#/realignments/{job['id']}")
+    against.wait_for()
 
     section.get_by_role("button", name="Take it out").click()
     page.get_by_role("dialog").get_by_role("button", name="Keep it").click()

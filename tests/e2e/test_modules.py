@@ -2,8 +2,10 @@
 
 import base64
 import hashlib
+import html
 import json
 import os
+import re
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 from safegraft.adapter import is_companion
 from safegraft.contracts.methods import METHOD_PARAMETERS, STRENGTH
 from safegraft.engine.methods import METHODS
-from safegraft.report import grid, words
+from safegraft.report import grid, to_html, words
 from tests.e2e.conftest import Console
+from tests.report.samples import five, line, lines, report
 
 SIZES = [0, 1, 3, 55, 56, 57, 63, 64, 65, 119, 120, 127, 128, 1000, 4096 * 3 + 17]
 
@@ -288,3 +291,34 @@ def test_strengths_are_read_or_named_as_what_they_are(module: Any) -> None:
 
 def test_the_console_knows_each_methods_strength(module: Any) -> None:
     assert module("parts.js", "(m) => m.STRENGTH") == STRENGTH
+
+
+@pytest.mark.parametrize("lineage", ["continued", "fresh", "foreign"])
+@pytest.mark.parametrize("cosine", [None, 0.31])
+def test_the_console_tells_what_the_page_tells(module: Any, lineage: str, cosine: float | None) -> None:
+    for mode, method, modules in (
+        ("patch", "gram", lines(2)),
+        ("analyze", "gram", [line("l.0.q_proj", 0, 0.5)]),
+        ("analyze", "none", [line("l.0.q_proj", 0, 0.5)]),
+        ("patch", "safelora", [line("l.0.q_proj", 0, 0.5)]),
+    ):
+        sample = report(modules, mode=mode, method=method, lineage=lineage, lineage_similarity=cosine)
+        shown = sample.model_dump(mode="json")
+        assert module("report.js", "(m, given) => m.done(given)", shown) == words.done(sample)
+        if cosine is not None or lineage != "continued":
+            assert module("report.js", "(m, given) => m.lineage(given)", shown) == words.lineage(sample)
+
+
+def test_the_terms_are_the_pages(module: Any) -> None:
+    page = html.unescape(re.sub(r"<.*?>", " ", to_html(five()))).replace("\xa0", " ")
+    page = re.sub(r"\s+", " ", page)
+    for term, text in module("report.js", "(m) => m.TERMS"):
+        assert f"{term} {text}".replace("\xa0", " ") in page
+
+
+def test_how_many_modules_lean_is_told_alike(module: Any) -> None:
+    sample = five()
+    for variant in sample.variants:
+        given = [sample.model_dump(mode="json"), variant.summary.model_dump(mode="json")]
+        told = module("report.js", "(m, [report, summary]) => m.leaning(report, summary)", given)
+        assert told == words.still_leaning(sample, variant.summary)
