@@ -81,7 +81,7 @@ def test_a_patched_adapter_loads_wherever_the_customers_loaded(
     assert report.output is not None
     assert report.output.sha256 == patched["sha256"]
     assert patched["sha256"] == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    assert patched["origin"] == {"realignment_id": job["id"]}
+    assert patched["origin"] == {"realignment_id": job["id"], "unchanged": False}
     assert report.lineage == lineage
     assert report.summary.repaired > 0
 
@@ -91,6 +91,7 @@ def test_a_job_that_repairs_nothing_returns_the_inputs_bytes(client: httpx.Clien
     job = realign(client, adapter["id"], method={"type": "nlsr", "skip_share": 1.0})
     patched = client.get(f"/v1/adapters/{job['result']['adapter_id']}").json()
     assert patched["sha256"] == adapter["sha256"]
+    assert patched["origin"] == {"realignment_id": job["id"], "unchanged": True}
     assert client.get(f"{job['result']['report_url']}").json()["summary"]["repaired"] == 0
 
 
