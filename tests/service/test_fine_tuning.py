@@ -84,7 +84,7 @@ def test_a_job_from_its_creation_to_its_result(ai: openai.OpenAI, client: httpx.
     assert job.result_files == [job.fine_tuned_model, job.id]
     patched = client.get(f"/v1/adapters/{job.fine_tuned_model}").json()
     assert patched["name"] == "reviews-safe"
-    assert patched["origin"] == {"realignment_id": job.id}
+    assert patched["origin"] == {"realignment_id": job.id, "unchanged": False}
     # The same job in our own words.
     own = client.get(f"/v1/realignments/{job.id}").json()
     assert (own["status"], own["adapter_id"], own["result"]["adapter_id"]) == (
