@@ -32,7 +32,7 @@ from celery.signals import (
 from safegraft import failpoints, logs, tracing
 from safegraft.adapter import describe
 from safegraft.contracts.adapter import Adapter, Origin
-from safegraft.contracts.methods import STRENGTH, strength_name
+from safegraft.contracts.methods import strength_name, strength_of
 from safegraft.contracts.queue import NOT_STARTED, REALIGN_TASK
 from safegraft.contracts.realignment import Progress
 from safegraft.contracts.reference import ReferenceManifest
@@ -416,7 +416,7 @@ def _publish(
     began = time.monotonic()
     strengths = [variant.strength for variant in report.variants]
     # By its strength also where there is one: the results of several jobs on one adapter are told apart by it.
-    own = getattr(report.method.parameters, STRENGTH.get(report.method.type, ""), None)
+    own = strength_of(report.method.parameters)
     alone = "" if own is None else strength_name(own)
     try:
         if report.mode == "patch":

@@ -174,6 +174,12 @@ STRENGTH = {
 MAX_STRENGTHS = 16
 
 
+def strength_of(parameters: "AutoParameters | Method") -> float | None:
+    """The value of the parameter that `strengths` varies; None where the method has none."""
+    found: float | None = getattr(parameters, STRENGTH.get(parameters.type, ""), None)
+    return found
+
+
 def strength_name(strength: float) -> str:
     """A strength as people write it, and as its folder is named: 0.3, 1, 0.05."""
     return f"{strength:g}"

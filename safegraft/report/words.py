@@ -16,6 +16,7 @@ from safegraft.contracts.methods import (
     NoneParameters,
     SafeLoraParameters,
     SafetyLockParameters,
+    strength_of,
 )
 from safegraft.contracts.report import Digest, Evaluation, ModuleLine, Probe, Report, Share, Spread, Summary
 from safegraft.report.interval import wilson
@@ -208,9 +209,8 @@ def first_strength(report: Report) -> str:
 
 def with_strength(report: Report) -> str:
     """gram, general_weight 0.2."""
-    name = STRENGTH.get(report.method.type)
-    value = getattr(report.method.parameters, name, None) if name is not None else None
-    return report.method.type if value is None else f"{report.method.type}, {name} {plain(value)}"
+    kind, value = report.method.type, strength_of(report.method.parameters)
+    return kind if value is None else f"{kind}, {STRENGTH[kind]} {plain(value)}"
 
 
 def compared(report: Report) -> list[str]:

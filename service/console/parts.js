@@ -115,7 +115,8 @@ export function withFilters(path, wanted) {
 }
 
 /**
- * A list that turns pages. isLive(item): it will change by itself, so that the list is asked again. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
+ * A list that turns pages. fetch(after) gives the API's page, row(item) an element; what is told where there is nothing.
+ * isLive(item): it will change by itself, so that the list is asked again.
  */
 export function pages({ fetch, row, label, nothing, signal, isLive = () => false }) {
   // Where the list was turned to is kept with the entry of the browser's history, so that going back finds it again.
