@@ -66,6 +66,7 @@ def test_version_and_help() -> None:
     assert "realign" in safegraft("--help").stdout
 
 
+@pytest.mark.long
 def test_by_fork_it_does_what_it_does_from_its_start(
     base: Path, aligned: Path, fresh: Path, built: Path, tmp_path: Path
 ) -> None:

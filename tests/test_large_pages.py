@@ -33,6 +33,7 @@ def asked(code: str, **environment: str) -> str:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="not Linux")
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no large pages in this kernel")
+@pytest.mark.long
 def test_the_command_line_asks_for_large_pages_before_its_first_tensor() -> None:
     device = "from typer.testing import CliRunner; from safegraft.cli import app; import torch\n"
     # What `realign` does before anything else: the root's callback, then a tensor on the device.

@@ -82,6 +82,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     assert processes(data) == {}
 
 
+@pytest.mark.long
 def test_a_folder_is_served_once_and_a_port_by_one(running: Running, tmp_path: Path) -> None:
     second = serve_again(running.data, free_port())
     assert second.returncode == 2
@@ -122,6 +123,7 @@ def test_whatever_part_is_killed_comes_back_and_jobs_complete(running: Running, 
     assert "worker1 ended; starting it again" in log
 
 
+@pytest.mark.long
 def test_nothing_is_lost_when_everything_is_killed(bundle: Path, fresh: Path, tmp_path: Path) -> None:
     """SIGKILL for the supervisor takes its children along; what was queued is done after the next start."""
     data = tmp_path / "data"

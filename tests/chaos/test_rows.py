@@ -23,7 +23,13 @@ def stage(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) -
     stage.close()
 
 
-@pytest.mark.parametrize("number", SHORT)
+# Rows whose faults take their time: they are waited for.
+LONG = (6, 9, 11)
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=[pytest.mark.long] if number in LONG else []) for number in SHORT]
+)
 def test_a_row_is_green(stage: Stage, number: int) -> None:
     _, function = ROWS[number]
     score = function(stage)

@@ -56,6 +56,7 @@ def code(data: Path, *arguments: str | Path, **environment: str) -> str:
     return str(as_json(data, *arguments, status=2, **environment)["error"]["code"])
 
 
+@pytest.mark.long
 def test_limits_change_one_by_one_and_go_back_to_the_default(data: Path, engine: Engine) -> None:
     store = KeyStore(engine, open_vault(SharedSettings(data=data)))
     store.create("acme")
@@ -87,6 +88,7 @@ def test_limits_of_nobody(data: Path, engine: Engine) -> None:
     assert code(data, "limits", "nobody", "--max-jobs", "1") == "tenant_not_found"
 
 
+@pytest.mark.long
 def test_references_are_preferred_and_removed_when_no_job_needs_them(
     data: Path, engine: Engine, bundle: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +119,7 @@ def test_references_are_preferred_and_removed_when_no_job_needs_them(
     assert as_json(data, "references", "default", "none") == {"default": None}
 
 
+@pytest.mark.long
 def test_workers_are_named_to_drain(data: Path, engine: Engine) -> None:
     assert as_json(data, "workers") == []
     assert "There is no worker" in admin(data, "drain", "--all").stderr

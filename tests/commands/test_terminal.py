@@ -77,7 +77,7 @@ def words_of(text: str) -> str:
     return " ".join(ESCAPE.sub("", text).split())
 
 
-@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("columns", [pytest.param(40, marks=pytest.mark.long), 80])
 def test_a_terminal_gets_bars_colours_and_the_headline(
     arguments: list[str | Path], tmp_path: Path, columns: int
 ) -> None:
@@ -99,11 +99,13 @@ def test_no_color_means_shades(arguments: list[str | Path], tmp_path: Path) -> N
     assert re.search(rf"^ *q [{SHADES}]+$", ESCAPE.sub("", text), re.M)
 
 
+@pytest.mark.long
 def test_a_terminal_of_sixteen_colours_gets_shades(arguments: list[str | Path], tmp_path: Path) -> None:
     text, _ = on_terminal(*arguments, tmp_path / "out", TERM="xterm")
     assert re.search(rf"^ *q [{SHADES}]+$", ESCAPE.sub("", text), re.M)
 
 
+@pytest.mark.long
 def test_the_bar_is_on_standard_error_alone(arguments: list[str | Path], tmp_path: Path) -> None:
     text, out = on_terminal(*arguments, tmp_path / "out", shared=False)
     assert "14/14" in text
@@ -128,6 +130,7 @@ def test_a_pipe_gets_shades_and_no_bar(arguments: list[str | Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1"])
+@pytest.mark.long
 def test_where_the_encoding_has_few_letters_ascii_does(
     arguments: list[str | Path], tmp_path: Path, encoding: str
 ) -> None:

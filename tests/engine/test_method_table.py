@@ -16,6 +16,7 @@ def page() -> str:
     return PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_table_of_the_page_is_what_trying_everything_gives(
     page: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -41,6 +41,7 @@ def running(references: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     assert running.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_every_command_of_the_page(running: Running, fresh: Path, continued: Path, tmp_path: Path) -> None:
     key = "any, in development"
     with running.client() as client:

@@ -51,7 +51,7 @@ def archive(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("version", ["newest", "a year older"])
+@pytest.mark.parametrize("version", ["newest", pytest.param("a year older", marks=pytest.mark.long)])
 def test_openais_client_does_every_step(platform: Platform, archive: Path, tmp_path: Path, version: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("OPENAI_")}
     if version != "newest":

@@ -270,6 +270,7 @@ def test_a_request_without_a_trace_begins_one_and_a_fault_of_the_input_is_no_err
     assert not any(span.name.endswith(("/livez", "/readyz", "/metrics")) for span in traces.spans)
 
 
+@pytest.mark.long
 def test_a_draining_worker_ends_its_job_and_takes_no_other(
     http: httpx.Client, admin: Callable[..., Any], watched: Running, fresh: Path
 ) -> None:
@@ -298,6 +299,7 @@ def test_a_draining_worker_ends_its_job_and_takes_no_other(
 
 
 @pytest.mark.skipif(SCALED, reason="the broker is not this service's own to be killed")
+@pytest.mark.long
 def test_a_drained_worker_stays_so_when_the_broker_comes_back(
     http: httpx.Client, admin: Callable[..., Any], watched: Running, fresh: Path
 ) -> None:
@@ -324,6 +326,7 @@ def _links_to(path: Path, folder: Path) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_a_dead_job_is_queued_again_by_the_operator(
     http: httpx.Client, admin: Callable[..., Any], watched: Running, fresh: Path
 ) -> None:

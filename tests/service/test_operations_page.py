@@ -33,6 +33,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     assert running.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_every_command_of_the_page(running: Running, bundle: Path, fresh: Path, tmp_path: Path) -> None:
     clean = environment_of(running.data)
     environment = clean | {

@@ -443,6 +443,7 @@ def test_after_a_kill_between_parts_the_client_goes_on_with_what_it_has(own: Cal
         assert client.get(f"/v1/files/{done.json()['file']['id']}/content").content == data
 
 
+@pytest.mark.long
 def test_after_a_kill_in_the_middle_of_completing_it_can_be_completed(own: Callable[..., Gateway]) -> None:
     gateway, data = own(), noise(256 * MIB)
     with gateway.client() as client:
@@ -517,6 +518,7 @@ def test_a_full_disk_is_our_fault_and_leaves_nothing(own: Callable[..., Gateway]
 
 
 @linux
+@pytest.mark.long
 def test_hundreds_of_megabytes_cost_disk_and_no_memory(own: Callable[..., Gateway], tmp_path: Path) -> None:
     gateway, size = own(), 384 * MIB
     path = tmp_path / "large.bin"

@@ -44,22 +44,34 @@ def secured(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert "Traceback" not in log.read_text(errors="replace"), log
 
 
+# As long as what is generated takes on a busy machine.
+pytestmark = pytest.mark.timeout(600)
+
+
 def run(url: str, folder: Path, *arguments: str) -> str:
     command = [ST, "run", f"{url}/openapi.json", "--seed", "1", "--continue-on-failure", "--no-color", *arguments]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=560)
     assert ended.returncode == 0, ended.stdout[-6000:] + ended.stderr[-1000:]
     return ended.stdout
 
 
-def test_with_a_key_every_answer_is_as_described(secured: tuple[Running, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "generated",
+    [["--phases", "fuzzing", "--max-examples", "3"], pytest.param(["--max-examples", "12"], marks=pytest.mark.long)],
+    ids=["few", "all"],
+)
+def test_with_a_key_every_answer_is_as_described(
+    secured: tuple[Running, str], tmp_path: Path, generated: list[str]
+) -> None:
     running, key = secured
-    checks = ["--checks", "all", "--exclude-checks", LEFT_OUT, "--max-examples", "12"]
+    checks = ["--checks", "all", "--exclude-checks", LEFT_OUT, *generated]
     out = run(running.url, tmp_path, "-H", f"Authorization: Bearer {key}", *checks)
     document = create_app(GatewaySettings(dev=True)).openapi()
     count = len(list(operations(document)))
     assert f"Tested: {count}" in out
 
 
+@pytest.mark.long
 def test_without_a_key_every_answer_is_as_described_too(secured: tuple[Running, str], tmp_path: Path) -> None:
     running, _ = secured
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"

@@ -29,6 +29,8 @@ from tests.service.conftest import SAFEGRAFT, Running, environment_of, execute, 
 from tests.service.otlp import Receiver, receiver
 from tests.test_launch import processes, until
 
+pytestmark = pytest.mark.long
+
 PEPPER = "pepper-Rk3vQx8ZtLm2"
 BROKER_PASSWORD = "broker-Wn5cJd1YhUq7"
 STORE_SECRET = "store-Gb9fEo4XiVs6"

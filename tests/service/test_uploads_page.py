@@ -46,6 +46,7 @@ def running(
     assert running.process.wait(60) == 0
 
 
+@pytest.mark.long
 def test_every_command_of_the_page(running: Running, fresh: Path, tmp_path: Path) -> None:
     key = "any, in development"
     shutil.copytree(fresh, tmp_path / "reviews")

@@ -48,6 +48,10 @@ if not SCALED:  # the client of object storage rightly uses them
     FAST |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "http://127.0.0.1:9")
 
 
+# Where nothing is about a timeout, a busy machine shall not cause one.
+PATIENT = {"SAFEGRAFT_WEBHOOK_TIMEOUT_SECONDS": "15"}
+
+
 def start_gateway(data: Path, **environment: str) -> Running:
     """A gateway as uvicorn runs it, without broker and workers."""
     port, log = free_port(), data / "gateway.log"
@@ -330,6 +334,7 @@ def test_redirects_are_not_followed(client: httpx.Client, receiver: Receiver, st
         assert elsewhere.received == []
 
 
+@pytest.mark.long
 def test_retry_after_stretches_a_pause_up_to_the_next_one(tmp_path: Path) -> None:
     gateway = start_gateway(tmp_path, SAFEGRAFT_WEBHOOK_RETRY_SECONDS="[0.1, 1.5, 0.1]")
     try:
@@ -399,8 +404,9 @@ def test_a_new_address_gets_what_is_pending(client: httpx.Client, receiver: Rece
 # Gateways
 
 
+@pytest.mark.long
 def test_two_gateways_send_each_message_once(tmp_path: Path) -> None:
-    one, two = start_gateway(tmp_path), start_gateway(tmp_path)
+    one, two = start_gateway(tmp_path, **PATIENT), start_gateway(tmp_path, **PATIENT)
     try:
         with receiving() as receiver, one.client() as client, two.client() as other:
             endpoints = [register(client, f"{receiver.url}/{number}") for number in range(6)]
@@ -416,6 +422,7 @@ def test_two_gateways_send_each_message_once(tmp_path: Path) -> None:
         stop(two)
 
 
+@pytest.mark.long
 def test_what_a_killed_gateway_had_claimed_is_sent_by_the_next(tmp_path: Path) -> None:
     gateway = start_gateway(tmp_path)
     with receiving(hang) as receiver:
@@ -440,6 +447,7 @@ def test_what_a_killed_gateway_had_claimed_is_sent_by_the_next(tmp_path: Path) -
             stop(after)
 
 
+@pytest.mark.long
 def test_a_gateway_that_stops_gives_back_what_it_had_not_sent(tmp_path: Path) -> None:
     """Without waiting for the lease: with a timeout of 30 seconds that would take two minutes."""
     gateway = start_gateway(tmp_path, SAFEGRAFT_WEBHOOK_TIMEOUT_SECONDS="30")
@@ -663,7 +671,7 @@ def test_the_lists_filters_are_checked(client: httpx.Client) -> None:
 def test_a_job_tells_the_endpoint_that_its_request_names(bundle: Path, fresh: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     subprocess.run([SAFEGRAFT, "reference", "add", str(bundle), "--data", str(data)], check=True, capture_output=True)
-    service = start(data, workers=1, log=tmp_path / "serve.log", dev=True, **FAST)
+    service = start(data, workers=1, log=tmp_path / "serve.log", dev=True, **FAST | PATIENT)
     try:
         with receiving() as receiver, service.client() as client:
             adapter = upload(client, fresh)["id"]

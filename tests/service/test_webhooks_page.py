@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from service.settings import GatewaySettings
 from tests.service.conftest import free_port
 
@@ -16,6 +18,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.long
 def test_the_page_can_be_followed(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
     gateway, hook = free_port(), free_port()

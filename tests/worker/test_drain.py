@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.service.conftest import SAFEGRAFT, Running, finished, start, upload
 from tests.test_launch import pid, processes, ready, until
+
+pytestmark = pytest.mark.long
 
 JOBS = 40
 

@@ -109,6 +109,7 @@ def test_a_reference_of_another_version_and_one_that_is_being_removed_stop_nobod
     assert [item.id for item in registry.installed()] == [folder.name]
 
 
+@pytest.mark.long
 def test_serve_says_so_too_and_does_not_try_again_and_again(data: Path) -> None:
     path, expected, found = flip(installed(data))
     port = free_port()

@@ -246,6 +246,7 @@ def test_a_repaired_reference_serves_again(shop: Shop, ordered: str, bundle: Pat
     assert (shop.job(ordered).status, shop.job(ordered).attempt) == ("succeeded", 2)
 
 
+@pytest.mark.long
 def test_a_worker_brings_a_shared_reference_and_replaces_a_copy_that_broke(
     tmp_path: Path, storage_url: Callable[[], str], bundle: Path, fresh: Path
 ) -> None:
@@ -470,6 +471,7 @@ def test_a_dead_pool_process_gives_its_job_back(shop: Shop, ordered: str, monkey
     ("act", "code"), [("eat_a_tensor", "out_of_memory"), ("spin", "time_limit"), ("write", "file_limit")]
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have other limits")
+@pytest.mark.long
 def test_a_job_that_takes_too_much_is_tried_again_and_then_ours(shop: Shop, fresh: Path, act: str, code: str) -> None:
     limits: dict[str, Any] = {
         "job_memory_bytes": 2**30,
