@@ -321,13 +321,16 @@ def _key(axes: "Axes", columns: int) -> None:
 
 
 def _strengths(figure: "Figure", report: Report, top: float) -> None:
-    width, height = _size(top + 0.6)
+    notes = _wrapped(_drawable(words.leaning_at(report) or ""), WIDTH - LEFT - RIGHT, SMALL)
+    width, height = _size(top + 0.6 + len(notes) * ORIGIN_LINE)
     curve = curve_of(report, width=width, height=height)
     assert curve is not None
     _write(figure, _drawable(f"The {words.strengths(report)}, side by side"), LEFT, top, size=TEXT, color=INK)
     if curve.cut:
-        _write(figure, words.CUT, LEFT, top + ORIGIN_LINE, size=SMALL, color=SOFT)
-    axes = _chart_axes(figure, top + 0.6, width, height)
+        notes.append(words.CUT)
+    for number, note in enumerate(notes, 1):
+        _write(figure, note, LEFT, top + number * ORIGIN_LINE, size=SMALL, color=SOFT)
+    axes = _chart_axes(figure, top + 0.6 + (len(notes) - curve.cut) * ORIGIN_LINE, width, height)
     _curve(axes, curve)
 
 

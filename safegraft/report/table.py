@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from safegraft.contracts.report import Evaluation, ModuleLine, Report
 from safegraft.report.interval import wilson
+from safegraft.report.words import still_leaning
 
 # What makes a spreadsheet take a cell for a formula (OWASP's list, with the full-width forms that Excel accepts).
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -32,16 +33,19 @@ def tables(report: Report) -> dict[str, str]:
 
 
 def _strengths(report: Report) -> str:
-    """A line for each strength, least first."""
+    """A line for each strength, least first. still_leaning: how many modules still act more on safety prompts than on
+    general ones: none, some, most; empty where that is not known."""
     head = ["strength", "modules", "repaired", "kept", "edit", "similarity_before_median", "similarity_after_min",
-            "similarity_after_median", "similarity_after_max", "truncation_error", "output_sha256"]  # fmt: skip
+            "similarity_after_median", "similarity_after_max", "still_leaning", "truncation_error",
+            "output_sha256"]  # fmt: skip
     lines = []
     for variant in sorted(report.variants, key=lambda item: item.strength):
         found, output = variant.summary, variant.output
         after = found.similarity_after
         lines.append(
             [variant.strength, found.modules, found.repaired, found.kept, found.edit, found.similarity_before.median,
-             after.min, after.median, after.max, found.truncation_error, output.sha256 if output else None]
+             after.min, after.median, after.max, still_leaning(report, found), found.truncation_error,
+             output.sha256 if output else None]
         )  # fmt: skip
     return _table(head, lines)
 

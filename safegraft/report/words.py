@@ -127,6 +127,18 @@ def still_leaning(report: Report, found: Summary) -> str | None:
     return "most" if after.median < even else "some"
 
 
+def leaning_at(report: Report) -> str | None:
+    """At which strengths so many of the modules do, in one line. None where nobody knows."""
+    at: dict[str, list[str]] = {"most": [], "some": [], "none": []}
+    for variant in sorted(report.variants, key=lambda item: item.strength):
+        extent = still_leaning(report, variant.summary)
+        if extent is None:
+            return None
+        at[extent].append(plain(variant.strength))
+    said = "; ".join(f"{extent} at {', '.join(found)}" for extent, found in at.items() if found)
+    return f"Modules that still lean to safety prompts: {said}." if said else None
+
+
 def inspected(sizes: Mapping[str, float], layers: int, rank: int) -> str:
     """What an adapter is, in one line like a report's; sizes: of the updates, by module."""
     where = f" in {layers:,} layer{'' if layers == 1 else 's'}" if layers else ""

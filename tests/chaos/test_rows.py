@@ -24,7 +24,7 @@ def stage(bundle: Path, fresh: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 # Rows whose faults take their time: they are waited for.
-LONG = (6, 9, 11)
+LONG = (5, 6, 9, 11)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_what_is_measured_becomes_a_part_of_the_report(
     assert Report.model_validate_json((tmp_path / "again.json").read_bytes()).evaluation == found
 
 
+@pytest.mark.long
 def test_fewer_prompts_are_spread_over_the_file(base: Path, continued: Path, tmp_path: Path) -> None:
     words = ["bake", "make", "cut", "walk", "help"]
     (tmp_path / "five.csv").write_text("prompt\n" + "\n".join(f"please {word}" for word in words) + "\n")
@@ -85,6 +86,7 @@ def test_fewer_prompts_are_spread_over_the_file(base: Path, continued: Path, tmp
         assert [row["prompt"].removeprefix("please ") for row in rows if row["side"] == "after"] == asked
 
 
+@pytest.mark.long
 def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) -> None:
     done = safegraft("evaluate", continued, continued, "--base", base, "--harmful", prompts, "--json")
     found = Evaluation.model_validate_json(done.stdout)
@@ -96,6 +98,7 @@ def test_programs_read_it_as_json(base: Path, continued: Path, prompts: Path) ->
     assert "of 3 " in told.stdout
 
 
+@pytest.mark.long
 def test_mistakes_are_named_before_anything_is_asked(
     base: Path, aligned: Path, fresh: Path, continued: Path, prompts: Path, made: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_a_signed_result_is_verified(made: Path, fresh: Path, bundle: Path) -> N
     assert "report.json" in found["not_checked"]
 
 
+@pytest.mark.long
 def test_what_differs_is_status_1_and_what_cannot_be_read_status_2(made: Path, aligned: Path, tmp_path: Path) -> None:
     provenance = made / "out.provenance.json"
     told = safegraft("verify", provenance, "--adapter", aligned, status=1).stdout
@@ -75,6 +76,7 @@ def test_what_differs_is_status_1_and_what_cannot_be_read_status_2(made: Path, a
     refused("verify", tmp_path / "half.json", "--adapter", made / "out", code="not_a_report")
 
 
+@pytest.mark.long
 def test_what_is_too_large_to_be_read_is_said_and_what_is_hashed_may_be_large(
     made: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_names_out_of_a_statement_cannot_write_on_the_terminal(made: Path, tmp_p
     assert "\x1b" not in told
 
 
+@pytest.mark.long
 def test_without_a_key_it_is_said(fresh: Path, bundle: Path, tmp_path: Path) -> None:
     common: list[str | Path] = ["realign", fresh, "--reference", bundle, "--method", "gram", "--out"]
     assert "Provenance (not signed): " in safegraft(*common, tmp_path / "out").stdout
@@ -129,6 +132,7 @@ def test_without_a_key_it_is_said(fresh: Path, bundle: Path, tmp_path: Path) -> 
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.long
 def test_a_report_is_still_run_again_and_needs_its_adapter(made: Path, fresh: Path, bundle: Path) -> None:
     report = made / "out.report.json"
     told = safegraft("verify", report, "--adapter", fresh, "--reference", bundle).stdout

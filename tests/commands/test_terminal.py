@@ -93,6 +93,7 @@ def test_a_terminal_gets_bars_colours_and_the_headline(
         assert len(line) <= columns or str(tmp_path) in line, line
 
 
+@pytest.mark.long
 def test_no_color_means_shades(arguments: list[str | Path], tmp_path: Path) -> None:
     text, _ = on_terminal(*arguments, tmp_path / "out", NO_COLOR="1")
     assert not BACKGROUND.search(text)

@@ -9,6 +9,7 @@ import pytest
 
 from safegraft.contracts.report import ModuleLine, Report
 from safegraft.report import figures, headline, render, tables, to_csv, to_json, with_headline
+from safegraft.report.words import still_leaning
 from tests.report.samples import METHODS, evaluation, five, line, lines, probe, report
 
 
@@ -71,6 +72,7 @@ def test_csv_of_strengths_has_the_curves_figures() -> None:
         assert (float(row["kept"]), float(row["edit"])) == (found.summary.kept, found.summary.edit)
         assert float(row["similarity_after_median"]) == found.summary.similarity_after.median
         assert row["output_sha256"] == (found.output.sha256 if found.output else "")
+        assert row["still_leaning"] == still_leaning(original, found.summary) == "none"
     assert [float(row["strength"]) for row in rows] == sorted(item.strength for item in original.variants)
     assert set(tables(report(lines(2)))) == {"csv"}
 

@@ -167,6 +167,20 @@ def test_the_slide_of_the_strengths_says_where_it_is_cut(monkeypatch: pytest.Mon
         assert (words.CUT in written) is said
 
 
+def test_the_slide_of_the_strengths_says_which_leave_modules_that_lean() -> None:
+    written: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(png, "_write", lambda figure, text, *where, **style: written.append(text))
+        figures(five())
+        assert "Modules that still lean to safety prompts: none at 0.1, 0.3, 0.5, 1, 3." in written
+        written.clear()
+        figures(sweep(variant(0.1, 0.3, 0.9, 0.6), variant(1, 0.5, 0.5, 0.9), method="gram"))
+        assert "Modules that still lean to safety prompts: most at 0.1; none at 1." in written
+        written.clear()
+        figures(five("safelora"))
+        assert not any("lean" in text for text in written)
+
+
 def test_names_are_no_formulas() -> None:
     name = r"$\frac{\oops$ 模型 😀 \x00" + "x" * 200
     with warnings.catch_warnings():

@@ -125,7 +125,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, bundle: Path) -> Iterator[
         yield Gateway(urls[0], urls[1], data, broker_port, store)
     logs = "".join((folder / f"{port}.log").read_text() for port in ports)
     assert "Traceback" not in logs
-    assert "does not answer" not in logs
+    # A machine that is busy enough may make it wait too long; whatever else would keep it from answering is a fault.
+    assert "does not answer" not in logs.replace("does not answer (Timeout", "")
     assert "sgk_" not in logs
 
 

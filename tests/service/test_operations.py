@@ -418,6 +418,7 @@ def test_a_job_that_has_not_ended_is_not_deleted(http: httpx.Client, admin: Call
         admin("drain", "--all", "--undo")
 
 
+@pytest.mark.long
 def test_a_worker_that_stops_leaves_the_list(watched: Running, http: httpx.Client) -> None:
     """Last, because it takes the worker away for a moment; the supervisor starts it again."""
     found = [

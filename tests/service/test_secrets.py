@@ -29,8 +29,6 @@ from tests.service.conftest import SAFEGRAFT, Running, environment_of, execute, 
 from tests.service.otlp import Receiver, receiver
 from tests.test_launch import processes, until
 
-pytestmark = pytest.mark.long
-
 PEPPER = "pepper-Rk3vQx8ZtLm2"
 BROKER_PASSWORD = "broker-Wn5cJd1YhUq7"
 STORE_SECRET = "store-Gb9fEo4XiVs6"
@@ -274,6 +272,7 @@ def _until_one(data: Path, word: str) -> list[int]:
 
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(scaled.SCALED, reason="it brings a broker and a store of its own"),
     pytest.mark.timeout(900),
 ]
