@@ -122,7 +122,11 @@ export function realignmentsView(main, { signal, query, replace }) {
         },
         h("code", null, id),
       );
-    put(choice, h("span", null, `${ids.length} adapters are called so, the newest first:`), ids.slice(0, 8).map(one));
+    put(
+      choice,
+      h("span", null, `${ids.length} adapters are called so; until you choose one, all are listed. The newest first:`),
+      ids.slice(0, 8).map(one),
+    );
     say(`${ids.length} adapters are called ${shown(name, 60)}. Choose one.`);
   }
   const adapter = h("input", {
