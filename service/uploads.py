@@ -11,6 +11,7 @@ from safegraft import failpoints
 from safegraft.adapter import WEIGHTS
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.files import AdapterFromFiles
+from safegraft.errors import StorageFault
 from safegraft.ids import new_id
 from safegraft.ingest import Delivery, check_companion
 from safegraft.stores.files import CONTENT
@@ -160,8 +161,11 @@ def _collect(here: Services, tenant: str, file_ids: list[str], delivery: Deliver
         if not _may_be_large(path, delivery):
             check_companion(file.shown.bytes)
         beside = delivery.folder.parent / f"file-{number}"
-        here.objects.fetch(file.prefix, beside)
         try:
+            here.objects.fetch(file.prefix, beside)
             os.rename(beside / CONTENT, path)
-        except OSError as error:
+        except (StorageFault, OSError) as error:
+            here.files.get(tenant, file.shown.id)  # deleted in the meantime: that is what is wrong
+            if isinstance(error, StorageFault):
+                raise
             raise storage_fault(error) from error

@@ -61,7 +61,8 @@ def use_any_encoding() -> None:
 
 def plain(text: str) -> str:
     """A stranger's text as it may stand on a terminal: in one line, and nothing in it moves the cursor or recolours."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    # A hard space stands in our own warnings, between a number and its unit.
+    return "".join(letter if letter.isprintable() or letter == "\u00a0" else "\ufffd" for letter in text)
 
 
 def tell(text: str, style: str = "", *, soft: bool = True) -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from safegraft.adapter import AdapterDescription, LoraModule, kind_of, layer_of, natural_order
-from safegraft.contracts.methods import AntidoteParameters, NlsrParameters, SafeLoraParameters, SafetyLockParameters
+from safegraft.contracts.methods import (
+    AntidoteParameters,
+    GramParameters,
+    NlsrParameters,
+    SafeLoraParameters,
+    SafetyLockParameters,
+)
 from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import LayerLine, ModuleLine, Spread, Summary, Warning
 from safegraft.engine import lowrank
@@ -31,6 +37,8 @@ LITTLE, MUCH = 0.05, 5.0
 AVOIDING = 0.9
 # Share of neurons left out (P_SR) above which NLSR's transplant did not help (docs/evidence).
 SPARSE = 0.5
+# gram's strength from which on refusals stay away, and what was measured there (docs/evidence, headline-1).
+WEAK, WEAK_MEASURED = 0.5, ".01, .06 and .16"
 # safetylock's strength from which on it did so.
 DESTRUCTIVE = 3.0
 
@@ -213,6 +221,7 @@ def warnings(
     found = [
         _label(description, manifest),
         _method(method, manifest),
+        _weak(method) if patched else None,
         _incomplete(description, manifest) if not method.on_aligned else None,
         _unreached(unreached, len(lines)) if method.type not in ("safetylock", "none") else None,
         _without_effect(measured, selection) if patched else None,
@@ -265,6 +274,18 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
         return None
     return Warning(
         code="method_may_not_help", message=f"{found}, wherever this project measured it; the method gram did better."
+    )
+
+
+def _weak(method: Method) -> Warning | None:
+    """Every module may have come to act less on safety prompts than on general ones, and harmful ones be answered."""
+    if not isinstance(method.parameters, GramParameters) or method.parameters.general_weight < WEAK:
+        return None
+    return Warning(
+        code="weak_strength",
+        message="So weak a repair may leave harmful prompts answered although no module acts more on safety prompts "
+        f"than on general ones any more: of one adapter {WEAK_MEASURED} of them were at strengths 0.2, 0.5 and 1. Ask "
+        "it some before you serve it, or take the method's own strength.",
     )
 
 

@@ -158,7 +158,11 @@ def _origin(report: Report, room: float, *, at_first: bool = True) -> list[str]:
         method += f", shown at {_plain(words.first_strength(report), 80)}"
     parts = [_plain(part, 80) for part in words.subject(report)] + [model]
     lines = [parts[0]]
-    caution = [] if report.evaluation is not None or report.mode == "analyze" else ["weights, not behaviour"]
+    caution = [] if report.mode == "analyze" else ["weights, not behaviour"]
+    if report.evaluation is not None:
+        # A slide goes round without the others: where behaviour speaks against its figures, it says so itself.
+        against = words.evaluated_against(report.evaluation)
+        caution = [] if against is None else [_plain(against.rstrip("."), 160)]
     for part in (*parts[1:], f"reference {name}", method, *caution):
         longer = f"{lines[-1]}  ·  {part}"
         if _inches(longer, TEXT) <= room:

@@ -576,4 +576,4 @@ def shown(text: str, limit: int = 160) -> str:
     """Text fit for a page: characters that are invisible or turn the writing direction replaced, the middle cut out."""
     if len(text) > limit:
         text = f"{text[: limit * 2 // 3]}…{text[-(limit // 3) :]}"
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return "".join(letter if letter.isprintable() or letter == SPACE else "\ufffd" for letter in text)

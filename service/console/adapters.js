@@ -461,6 +461,7 @@ export async function adapterView(main, { signal, id, go }) {
     h("p", { class: "crumb" }, h("a", { href: "#/adapters" }, "Adapters")),
     h("h1", null, named(adapter.name || "Adapter without a name")),
     h("p", { class: "lead" }, sentence(adapter)),
+    spokenAgainst(adapter, signal),
     warnings(adapter, references.data),
     h(
       "section",
@@ -542,6 +543,25 @@ export async function adapterView(main, { signal, id, go }) {
 function sentence(adapter) {
   const what = `A LoRA adapter of rank ${adapter.rank} on ${counted(adapter.modules, "module")}, ${size(adapter.bytes)}`;
   return adapter.base_model ? [`${what}, for `, named(adapter.base_model, 80), "."] : `${what}.`;
+}
+
+/** What was measured against serving what a realignment made: whoever downloads it here may not have seen its report. */
+function spokenAgainst(adapter, signal) {
+  const place = h("div");
+  const made = adapter.origin.realignment_id;
+  if (made && !adapter.origin.unchanged) {
+    get(`v1/realignments/${made}`, { signal }).then(
+      ({ result }) => {
+        const caution = result?.adapter_id === adapter.id ? result.evaluation?.caution : null;
+        if (caution) {
+          const report = h("a", { href: `#/realignments/${made}` }, "The report");
+          put(place, h("p", { class: "note caution strong" }, shown(caution, 600), " ", report, " tells more."));
+        }
+      },
+      () => {},
+    );
+  }
+  return place;
 }
 
 function warnings(adapter, references) {

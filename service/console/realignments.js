@@ -2,7 +2,7 @@
 
 import { get, post, remove } from "./api.js";
 import { adapterNames, jobRow } from "./adapters.js";
-import { code, command, confirmed, empty, facts, fresh, h, loading, put, say } from "./dom.js";
+import { code, command, confirmed, empty, facts, fresh, h, loading, put, say, unasked } from "./dom.js";
 import { downloadAdapter, downloadFile } from "./download.js";
 import { counted, duration, named, shown, time } from "./format.js";
 import {
@@ -330,6 +330,7 @@ export async function realignmentView(main, { signal, id, go }) {
     live.hidden = true;
     if (shownEnd) return;
     shownEnd = true;
+    unasked(); // whether to cancel what has ended
     showEnd();
   }
 

@@ -180,9 +180,13 @@ async def _stream(here: Services, tenant: str, job_id: str, seen: int, request: 
     """Events with their numbers as ids, and progress in between (without ids: it is not kept)."""
     shown, quiet = None, 0
     while not await request.is_disconnected():
-        # The job first: an end that is seen here has its event in the list that is read after it.
-        job = await asyncio.to_thread(here.jobs.get, tenant, job_id)
-        for event in await asyncio.to_thread(here.jobs.events, tenant, job_id, after=seen):
+        try:
+            # The job first: an end that is seen here has its event in the list that is read after it.
+            job = await asyncio.to_thread(here.jobs.get, tenant, job_id)
+            events = await asyncio.to_thread(here.jobs.events, tenant, job_id, after=seen)
+        except NotFound:  # deleted: there is nothing more to tell
+            return
+        for event in events:
             seen = int(event.id)
             yield f"id: {event.id}\nevent: {event.type}\ndata: {event.model_dump_json()}\n\n"
         state = (job.status, job.progress)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Path, Query, Request
 
 from safegraft.contracts.files import MAX_PART_BYTES, PartCreate, Upload, UploadComplete, UploadCreate, UploadPart
 from safegraft.contracts.listing import PRINTABLE, Page
-from safegraft.errors import InvalidParameter
+from safegraft.errors import InvalidParameter, StorageFault
 from safegraft.ids import new_id
 from safegraft.stores import stitching
 from safegraft.stores.objects import remove_or_leave
@@ -140,7 +140,12 @@ def _keep(here: Services, asking: Principal, upload_id: str, sink: receiving.Sin
     """Bytes first, then the record that names them."""
     part_id = new_id("part")
     prefix = part_prefix(asking.tenant, upload_id, part_id)
-    here.objects.publish(sink.path.parent, prefix)
+    try:
+        here.objects.publish(sink.path.parent, prefix)
+    except StorageFault:
+        # Whoever cancels the upload takes the place away into which the part was just being put.
+        here.uploads.require_pending(asking.tenant, upload_id)
+        raise
     try:
         return here.uploads.add_part(
             asking.tenant,

@@ -79,8 +79,11 @@ def test_an_evaluation_is_added_and_taken_out(tab: Tab, console: Console, tmp_pa
     tab.open("#/realignments")
     page.get_by_text("its evaluation speaks against it").wait_for()
     tab.look("list-evaluated-against")
-    tab.open(f"#/realignments/{job['id']}")
+    tab.open(f"#/adapters/{job['result']['adapter_id']}")
     against.wait_for()
+    page.get_by_role("link", name="The report").click()
+    against.wait_for()
+    assert page.url.endswith(f"#/realignments/{job['id']}")
 
     section.get_by_role("button", name="Take it out").click()
     page.get_by_role("dialog").get_by_role("button", name="Keep it").click()

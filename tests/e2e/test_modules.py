@@ -8,12 +8,13 @@ import os
 import re
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from safegraft.adapter import is_companion
 from safegraft.contracts.methods import METHOD_PARAMETERS, STRENGTH
+from safegraft.contracts.report import ModuleLine
 from safegraft.engine.methods import METHODS
 from safegraft.report import grid, to_html, words
 from tests.e2e.conftest import Console
@@ -296,12 +297,13 @@ def test_the_console_knows_each_methods_strength(module: Any) -> None:
 @pytest.mark.parametrize("lineage", ["continued", "fresh", "foreign"])
 @pytest.mark.parametrize("cosine", [None, 0.31])
 def test_the_console_tells_what_the_page_tells(module: Any, lineage: str, cosine: float | None) -> None:
-    for mode, method, modules in (
+    cases: list[tuple[Literal["patch", "analyze"], str, list[ModuleLine]]] = [
         ("patch", "gram", lines(2)),
         ("analyze", "gram", [line("l.0.q_proj", 0, 0.5)]),
         ("analyze", "none", [line("l.0.q_proj", 0, 0.5)]),
         ("patch", "safelora", [line("l.0.q_proj", 0, 0.5)]),
-    ):
+    ]
+    for mode, method, modules in cases:
         sample = report(modules, mode=mode, method=method, lineage=lineage, lineage_similarity=cosine)
         shown = sample.model_dump(mode="json")
         assert module("report.js", "(m, given) => m.done(given)", shown) == words.done(sample)

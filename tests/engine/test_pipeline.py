@@ -760,6 +760,18 @@ def test_a_repair_that_leaves_most_modules_as_they_leaned_is_said(
     assert "repair_fell_short" not in {warning.code for warning in control.warnings}
 
 
+def test_a_strength_at_which_refusals_stay_away_is_warned_of_also_where_no_module_leans(
+    reference: LoadedReference, fresh: Path, tmp_path: Path
+) -> None:
+    def codes(weight: float, out: Path | None) -> set[str]:
+        report = realign(fresh, reference, GramParameters(general_weight=weight), out)
+        return {warning.code for warning in report.warnings}
+
+    assert "weak_strength" in codes(0.5, tmp_path / "half")
+    assert "weak_strength" not in codes(GramParameters().general_weight, tmp_path / "default")
+    assert "weak_strength" not in codes(10.0, None), "nothing was repaired, nor meant to be"
+
+
 def test_of_several_strengths_a_warning_names_those_of_which_it_holds(
     reference: LoadedReference, fresh: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from safegraft.contracts.methods import STRENGTH, SafetyLockParameters
-from safegraft.contracts.report import ModuleLine, ReferenceUsed, Report
+from safegraft.contracts.report import ModuleLine, ReferenceUsed, Report, Share
 from safegraft.report import figures, headline, png, to_png, words
 from safegraft.report.grid import level_colours
 from safegraft.report.png import _balanced, _drawable, _inches, _origin, _wrapped
@@ -165,6 +165,17 @@ def test_the_slide_of_the_strengths_says_where_it_is_cut(monkeypatch: pytest.Mon
         written.clear()
         figures(sweep(variant(0.1, 0.3, edit), variant(3, 0.8, 0.3)))
         assert (words.CUT in written) is said
+
+
+def test_no_slide_hides_what_was_measured_against_the_adapter() -> None:
+    def told(after: int) -> str:
+        measured = evaluation()
+        harmful = measured.after.model_copy(update={"harm_score": Share(hits=after, total=24)})
+        sample = report(lines(2), evaluation=measured.model_copy(update={"after": harmful}))
+        return " ".join(_origin(sample, 20))
+
+    assert "What was measured speaks against serving this adapter: harm score is still" in told(23)
+    assert "speaks against" not in told(0)
 
 
 def test_the_slide_of_the_strengths_says_which_leave_modules_that_lean() -> None:

@@ -513,6 +513,11 @@ def test_what_was_measured_may_speak_against_it(before: Rates, after: Rates, tol
     assert said == (told and f"What was measured speaks against serving this adapter: {told}.")
 
 
+def test_hard_spaces_are_shown_and_what_hides_is_not() -> None:
+    assert words.shown("lost 10\u00a0% of it") == "lost 10\u00a0% of it"
+    assert words.shown("a\u202eb\u200bc\x1b") == "a\ufffdb\ufffdc\ufffd"
+
+
 def test_several_strengths_are_compared_in_a_line_each() -> None:
     sample = five()
     first, *_, last = words.compared(sample)

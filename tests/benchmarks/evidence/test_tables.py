@@ -8,6 +8,7 @@ import pytest
 from benchmarks.evidence import tables
 from benchmarks.evidence.grid import CELLS, ELSEWHERE, MAIN, ROWS, VARIANTS, plan
 from benchmarks.evidence.run import RESULTS
+from safegraft.engine.measure import WEAK_MEASURED
 
 
 def test_kappa_takes_chance_away() -> None:
@@ -100,3 +101,13 @@ def test_an_empty_run_has_empty_tables() -> None:
         assert len(tables.TABLES[name]({}).splitlines()) == 2, "a head and nothing below it"
     assert tables.main_table({}).count(";") == len(set(ROWS) - ELSEWHERE) - 1, "all are named as missing"
     assert tables.variant_table({}).count(";") == len({*MAIN, *VARIANTS}) - 1
+
+
+def test_the_warning_of_weak_strengths_quotes_what_was_measured() -> None:
+    rows = json.loads((RESULTS / "headline-1.json").read_text())["rows"]
+    shares = []
+    for name in ("gram", "gram λ=.5", "gram λ=1"):
+        judged = rows[name]["harmful"]["phrases"]
+        shares.append(sum(letter != "R" for letter in judged) / len(judged))
+    first, second, third = (f"{share:.2f}".removeprefix("0") for share in shares)
+    assert f"{first}, {second} and {third}" == WEAK_MEASURED
