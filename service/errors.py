@@ -5,6 +5,7 @@ code and the sentence.
 """
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -78,6 +79,8 @@ class RateLimited(errors.QuotaExceeded):
 FILES = {"GET", "HEAD"}
 # So many of a request's faults are told.
 MAX_ERRORS = 20
+# What pydantic calls the branches of a union, where it tells the place of an error.
+BRANCH = re.compile(r"(literal|list|set|tuple|union|nullable|function-\w+)\[")
 # Seconds after which it is worth to try again; never above the 120 that clients accept.
 RETRY_AFTER = {"rate_limit_exceeded": 1, "too_many_uploads": 5, "too_many_streams": 5, "too_many_jobs": 30}
 # OpenAI's client chooses its exception by status; its users read this.
@@ -160,7 +163,7 @@ def install(app: FastAPI) -> None:
         found = [
             # Names of fields are the client's where they are wrong: of any length, and any letters.
             {
-                "loc": [shown(str(part)) for part in item["loc"]],
+                "loc": [shown(str(part)) for part in item["loc"] if not BRANCH.match(str(part))],
                 "message": item["msg"].removeprefix("Value error, "),
                 "type": item["type"],
             }

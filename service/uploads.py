@@ -11,7 +11,7 @@ from safegraft import failpoints
 from safegraft.adapter import WEIGHTS
 from safegraft.contracts.adapter import Adapter
 from safegraft.contracts.files import AdapterFromFiles
-from safegraft.errors import StorageFault
+from safegraft.errors import InvalidParameter, StorageFault
 from safegraft.ids import new_id
 from safegraft.ingest import Delivery, check_companion
 from safegraft.stores.files import CONTENT
@@ -125,8 +125,12 @@ class _AdapterForm:
     def __init__(self, delivery: Delivery, allowed: Allowance) -> None:
         self._delivery = delivery
         self._allowed = allowed
+        self._given: set[str] = set()
 
     def field(self, name: str, value: str) -> None:
+        if name in self._given:
+            raise InvalidParameter(f"{name} was sent twice.", code="duplicate_field", param=name)
+        self._given.add(name)
         if name == "name":
             self._delivery.name = value
         else:

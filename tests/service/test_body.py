@@ -207,6 +207,14 @@ def test_a_key_that_stands_twice_is_named(client: TestClient, upload: str, raw: 
         assert (error["param"], error["message"]) == (name, f"'{name}' stands twice.")
 
 
+@pytest.mark.parametrize("name", ["sha256", "name"])
+def test_a_field_of_a_form_that_stands_twice_is_named(client: TestClient, name: str) -> None:
+    parts = "".join(f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for value in "ab")
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    answer = client.post("/v1/adapters", content=f"{parts}--x--\r\n".encode(), headers=headers)
+    assert refused(answer, 422, "duplicate_field")["param"] == name
+
+
 def test_a_form_without_a_boundary(client: TestClient) -> None:
     for path in ("/v1/adapters", "/v1/files"):
         answer = client.post(path, content=b"x", headers={"content-type": "multipart/form-data"})
