@@ -546,9 +546,11 @@ def _of_strengths(held: list[tuple[Run, Warning]], *, everywhere: bool) -> Warni
     (first, warning), *others = held
     if first.strength is None or (everywhere and all(other.message == warning.message for _, other in others)):
         return warning
-    said = f"At {STRENGTH[first.method.type]} {first.strength:g}"
-    if others:
-        said += f" (and, with other figures, at {', '.join(f'{run.strength:g}' for run, _ in others)})"
+    same = [f"{run.strength:g}" for run, other in held if other.message == warning.message]
+    different = [f"{run.strength:g}" for run, other in others if other.message != warning.message]
+    said = f"At {STRENGTH[first.method.type]} {', '.join(same[:-1]) + ' and ' if len(same) > 1 else ''}{same[-1]}"
+    if different:
+        said += f" (and, with other figures, at {', '.join(different)})"
     return warning.model_copy(update={"message": f"{said}: {warning.message}"})
 
 

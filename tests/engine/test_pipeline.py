@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +25,12 @@ from safegraft.contracts.methods import (
     SafeLoraParameters,
     SafetyLockParameters,
 )
-from safegraft.contracts.report import Report
+from safegraft.contracts.report import Report, Warning
 from safegraft.engine import measure, pipeline
 from safegraft.engine.adapter import AdapterReader
 from safegraft.engine.measure import Measured
 from safegraft.engine.methods.base import Kinship, Module
-from safegraft.engine.pipeline import detect_kinship, realign
+from safegraft.engine.pipeline import _of_strengths, detect_kinship, realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import Incompatible, InvalidAdapter, InvalidParameter, InvalidTensors
 from safegraft.report import to_json
@@ -785,9 +786,19 @@ def test_of_several_strengths_a_warning_names_those_of_which_it_holds(
     assert alone.startswith("Before the repair")
     assert told(0.01, 1000.0) == f"At general_weight 1000: {alone}"
     assert told(0.01) is None
-    both = told(1000.0, 0.01, 999.0)
-    assert both is not None
-    assert both == f"At general_weight 1000 (and, with other figures, at 999): {alone}"
+    assert told(1000.0, 0.01, 999.0) == f"At general_weight 1000 and 999: {alone}"
+    several = realign(fresh, reference, GramParameters(), tmp_path / "weak", strengths=(0.2, 0.5, 1.0, 3.0))
+    (weak,) = [item.message for item in several.warnings if item.code == "weak_strength"]
+    assert weak.startswith("At general_weight 0.5, 1 and 3: So weak a repair")
+
+
+def test_a_warning_with_other_figures_at_other_strengths_says_so() -> None:
+    def held(strength: float, message: str) -> tuple[Any, Warning]:
+        return SimpleNamespace(strength=strength, method=GramParameters()), Warning(code="w", message=message)
+
+    found = _of_strengths([held(1.0, "a"), held(2.0, "b"), held(3.0, "a")], everywhere=True)
+    assert found.message == "At general_weight 1 and 3 (and, with other figures, at 2): a"
+    assert _of_strengths([held(1.0, "a"), held(2.0, "a")], everywhere=True).message == "a"
 
 
 def test_an_update_of_nothing_avoids_nothing(reference: LoadedReference, fresh: Path, tmp_path: Path) -> None:
