@@ -37,10 +37,10 @@ LITTLE, MUCH = 0.05, 5.0
 AVOIDING = 0.9
 # Share of neurons left out (P_SR) above which NLSR's transplant did not help (docs/evidence).
 SPARSE = 0.5
-# gram's strength from which on refusals stay away, and what was measured there (docs/evidence, headline-1).
-WEAK, WEAK_MEASURED = 0.5, ".01, .06 and .16"
 # safetylock's strength from which on it did so.
 DESTRUCTIVE = 3.0
+# gram's strength from which on refusals stay away, and what was measured there (docs/evidence, headline-1).
+WEAK, WEAK_MEASURED = 0.5, ".01, .06 and .16"
 
 
 @dataclass(frozen=True)
