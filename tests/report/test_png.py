@@ -11,9 +11,10 @@ from PIL import Image
 
 from safegraft.contracts.methods import STRENGTH, SafetyLockParameters
 from safegraft.contracts.report import ModuleLine, ReferenceUsed, Report, Share
-from safegraft.report import figures, headline, png, to_png, words
+from safegraft.report import figures, headline, to_png, words
 from safegraft.report.grid import level_colours
-from safegraft.report.png import _balanced, _drawable, _inches, _origin, _wrapped
+from safegraft.report.png import _balanced, _drawable, _origin, _wrapped
+from safegraft.report.slide import Slide, inches
 from tests.report.samples import BIASES, KINDS, METHODS, evaluation, five, line, lines, report, sweep, variant
 
 
@@ -145,22 +146,22 @@ def test_lines_are_cut_by_their_width() -> None:
     for text in ("W" * 300, "l" * 300, "many words of bold text, " * 20):
         found = _wrapped(text, 5.0, 24, "bold")
         assert "".join(found).replace(" ", "") == text.replace(" ", "")
-        assert all(_inches(line_, 24, "bold") <= 5.0 for line_ in found)
-        assert min(_inches(line_, 24, "bold") for line_ in found[:-1]) > 3.5, "as much as fits"
+        assert all(inches(line_, 24, "bold") <= 5.0 for line_ in found)
+        assert min(inches(line_, 24, "bold") for line_ in found[:-1]) > 3.5, "as much as fits"
     assert len(_balanced(headline(GRAM), 12.0)) == 3
-    widths = [_inches(line_, 24, "bold") for line_ in _balanced(headline(GRAM), 12.0)]
+    widths = [inches(line_, 24, "bold") for line_ in _balanced(headline(GRAM), 12.0)]
     assert max(widths) - min(widths) < 2.5
 
 
 def test_the_slide_of_the_strengths_says_where_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    write = png._write
+    write = Slide.write
 
-    def note(figure: Any, text: str, *where: float, **style: Any) -> None:
+    def note(slide: Slide, text: str, *where: float, **style: Any) -> None:
         written.append(text)
-        write(figure, text, *where, **style)
+        write(slide, text, *where, **style)
 
-    monkeypatch.setattr(png, "_write", note)
+    monkeypatch.setattr(Slide, "write", note)
     for edit, said in ((3.9, False), (4.1, True)):
         written.clear()
         figures(sweep(variant(0.1, 0.3, edit), variant(3, 0.8, 0.3)))
@@ -181,7 +182,7 @@ def test_no_slide_hides_what_was_measured_against_the_adapter() -> None:
 def test_the_slide_of_the_strengths_says_which_leave_modules_that_lean() -> None:
     written: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(png, "_write", lambda figure, text, *where, **style: written.append(text))
+        patch.setattr(Slide, "write", lambda slide, text, *where, **style: written.append(text))
         figures(five())
         assert "Modules that still lean to safety prompts: none at 0.1, 0.3, 0.5, 1, 3." in written
         written.clear()
