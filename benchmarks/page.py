@@ -79,6 +79,13 @@ def service(found: dict[str, Any]) -> str:
         ["POST to started, of POST to done (medians)", f"{found['started_ms']['p50'] / found['done_ms']['p50']:.0%}"],
         ["POST to done, p99 against the median", f"{found['done_ms']['p99'] / found['done_ms']['p50']:.2f} ×"],
         ["jobs a second from a full queue, against `realign` alone", f"{found['rate_against_realign_alone']:g} ×"],
+        [
+            "of the worker's time for a job",
+            ", ".join(
+                f"`{stage}` {share:.0%}"
+                for stage, share in sorted(found["stages_share"].items(), key=lambda item: -item[1])
+            ),
+        ],
         ["polls a second, against a bare FastAPI route", f"{ratio(found['polls_against_bare_fastapi'])} ×"],
         [
             f"seconds of a {found['part_megabytes']:.0f} MB part, against a uvicorn that drops it",
