@@ -92,10 +92,18 @@ def get(file_id: FileId, here: Here, tenant: Tenant) -> FileObject:
     operation_id="getFileContent",
     summary="Download a file",
     response_class=FileResponse,
-    responses=downloads.FILE,
+    responses=downloads.FILE
+    | {
+        200: {
+            "content": downloads.FILE[200]["content"]
+            | downloads.tar_schema()[200]["content"]
+            | {"application/json": {"schema": {"$ref": "#/components/schemas/Report"}}}
+        }
+    },
 )
 def content(file_id: FileId, request: Request, here: Here, tenant: Tenant) -> Response:
-    """The bytes; understands Range."""
+    """The bytes; understands Range. Of an adapter, which is a fine-tuned model here, a tar of its files;
+    of a fine-tuning job's result the report."""
     with _as_file(file_id):
         if file_id.startswith("adp_"):
             return adapters.download(file_id, request, here, tenant)

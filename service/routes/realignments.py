@@ -70,6 +70,12 @@ FIGURES = (
 )
 
 
+def _schema(media: str) -> dict[str, str]:
+    if media == MEDIA[ReportForm.json]:
+        return {"$ref": "#/components/schemas/Report"}
+    return AS_BYTES if media == "image/png" else AS_TEXT
+
+
 @router.post("", status_code=202, operation_id="createRealignment", summary="Start a realignment job")
 def create(
     request: RealignmentCreate,
@@ -224,9 +230,7 @@ def report(realignment_id: RealignmentId, request: Request, here: Here, tenant: 
     summary="Download the report as JSON, HTML, CSV or PNG pictures",
     response_class=Response,
     responses={
-        200: {
-            "content": {media: {"schema": AS_TEXT if media != "image/png" else AS_BYTES} for media in MEDIA.values()}
-        },
+        200: {"content": {media: {"schema": _schema(media)} for media in MEDIA.values()}},
         **downloads.CONDITIONS,
     },
 )
