@@ -110,6 +110,7 @@ bench: .venv/.ready
 	@$(BIN)/python -m benchmarks.memory
 	@$(BIN)/python -m benchmarks.rivals
 	@$(BIN)/python -m benchmarks.growth
+	@$(BIN)/python -m benchmarks.threads
 
 # docs/performance.md from what was measured.
 bench-page: .venv/.ready

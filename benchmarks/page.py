@@ -54,6 +54,11 @@ def rivals(found: dict[str, Any]) -> str:
     return markdown.table(["", "on", "against", "takes × as long"], lines)
 
 
+def threads(found: dict[str, Any]) -> str:
+    lines = [[str(row["rank"]), row["method"], ratio(row["one"]), ratio(row["all"])] for row in found["rows"]]
+    return markdown.table(["rank", "method", "with one thread, × as long", "with all, × as long"], lines)
+
+
 def growth(found: dict[str, Any]) -> str:
     units = {"rank": "rank", "modules": "modules", "megabytes": "MB"}
     unit = {"rank": "rank", "modules": "module", "megabytes": "MB"}
@@ -104,6 +109,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "memory": memory,
     "rivals": rivals,
     "growth": growth,
+    "threads": threads,
     "service": service,
 }
 

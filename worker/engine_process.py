@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections import OrderedDict
 from multiprocessing.connection import Connection
@@ -26,6 +27,8 @@ from safegraft.errors import OverLimit, SafegraftError, StorageFault, told
 from safegraft.files import NO_SPACE
 from worker.engine import out_of_memory
 
+PROGRESS_SECONDS = 0.02
+
 
 class Stopped(Exception):
     """Who asked wants no more of it."""
@@ -39,6 +42,7 @@ class Bench:
         self._answers = answers
         self._device = device
         self._loaded: OrderedDict[str, LoadedReference] = OrderedDict()
+        self._told = "", 0.0
 
     def answer(self, message: dict[str, Any]) -> None:
         self._answers.send_bytes(json.dumps(message).encode())
@@ -100,6 +104,11 @@ class Bench:
         return {"report": report.model_dump(mode="json")}
 
     def _progress(self, stage: str, done: int, total: int) -> None:
+        # Who asked writes it down twice a second. A question and an answer for every module would take its time.
+        now = time.monotonic()
+        if stage == self._told[0] and done < total and now - self._told[1] < PROGRESS_SECONDS:
+            return
+        self._told = stage, now
         self.answer({"progress": [stage, done, total]})
         if self.hear() != "go":
             raise Stopped

@@ -415,18 +415,19 @@ def _write_side_cars(runs: list[Run], folder: Path) -> dict[str, str]:
 def _check(run: Run, folder: Path, description: AdapterDescription) -> None:
     """Compares the files on disk: they differ in the changed modules and nowhere else. Raises SystemFault."""
     assert run.folder is not None, "a run that patches has a folder"
+    changed = run.changed
     with TensorReader(folder / WEIGHTS, description.header) as before, TensorReader(run.folder / WEIGHTS) as after:
-        expected = run.layout.entries() if run.changed else Layout(description).entries()
+        expected = run.layout.entries() if changed else Layout(description).entries()
         if {key: (entry.dtype, entry.shape) for key, entry in after.header.tensors.items()} != expected:
             raise SystemFault("The patched adapter has other tensors than planned.", code="effect_check_failed")
         for item in description.modules:
             # A module that was only filled up with zeros has other bytes and the same update: it is compared by value.
             differs = any(not _same(before, after, entry.name) for entry in (item.a, item.b))
-            if differs and item.name not in run.changed:
+            if differs and item.name not in changed:
                 raise SystemFault(
                     f"{item.name} changed, against the report.", code="effect_check_failed", param=item.name
                 )
-            if item.name in run.changed and not differs and not run.layout.biases:
+            if item.name in changed and not differs and not run.layout.biases:
                 raise SystemFault(
                     f"{item.name} did not change, against the report.", code="effect_check_failed", param=item.name
                 )

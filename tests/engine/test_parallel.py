@@ -1,0 +1,70 @@
+"""As many threads as are worth it, and what comes out does not depend on them."""
+
+import threading
+import time
+
+import pytest
+
+from safegraft.engine.parallel import HELD, TRIED, each, worthwhile
+
+
+def threads_of(seconds: float, workers: int, count: int = 24) -> list[int]:
+    """The thread of each item's work."""
+
+    def work(item: int) -> int:
+        time.sleep(seconds)
+        return threading.get_ident()
+
+    found = list(each(range(count), work, workers))
+    assert [item for item, _ in found] == list(range(count))
+    return [thread for _, thread in found]
+
+
+def test_short_work_stays_on_the_thread_that_asks() -> None:
+    assert set(threads_of(0.0, 4)) == {threading.get_ident()}
+
+
+def test_long_work_is_shared_after_two_items() -> None:
+    found = threads_of(3 * TRIED * HELD, 3)
+    own = [thread == threading.get_ident() for thread in found]
+    assert own == [True] * 2 + [False] * 22
+    assert len(set(found[2:])) == 3
+
+
+def test_one_worker_is_the_thread_that_asks() -> None:
+    assert set(threads_of(0.01, 1)) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize(
+    ("took", "threads"),
+    [
+        ([], 1),
+        ([HELD / 2] * 7, 1),
+        ([HELD * 2.5] * 7, 2),
+        ([HELD * 100] * 7, 8),
+        ([HELD * 100, HELD / 2], 1),
+        ([HELD * 100] + [HELD / 2] * 6, 1),
+    ],
+    ids=["nothing", "short", "middling", "long", "one of two", "one of seven"],
+)
+def test_how_many_are_worth_it_follows_from_how_long_items_take(took: list[float], threads: int) -> None:
+    assert worthwhile(took, 8) == threads
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3 * TRIED * HELD], ids=["short", "long"])
+@pytest.mark.parametrize("failing", [0, 20])
+def test_an_error_stops_what_has_not_begun(seconds: float, failing: int) -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(seconds)
+        if item == failing:
+            raise ValueError(item)
+        return item
+
+    taken = each(range(1000), work, 2)
+    assert [next(taken) for _ in range(failing)] == [(item, item) for item in range(failing)]
+    with pytest.raises(ValueError, match=str(failing)):
+        next(taken)
+    assert len(begun) < 40
