@@ -6,9 +6,9 @@ small: threads whose operations take microseconds wait for the interpreter, and 
 On two cores an adapter of 5 MB took twice as long with two threads as with one.
 """
 
-import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -20,50 +20,52 @@ Result = TypeVar("Result")
 # Seconds of a module's work in which its thread needs the interpreter, more or less: what takes less than twice that is
 # done sooner by one thread than by two. Measured: docs/decisions/0012-threads.md.
 HELD = 0.002
-# So many items are tried on one thread first: a layer's, which are of different sizes.
+# So many items are looked at: a layer's, which are of different sizes.
 TRIED = 7
+# Items that are worth so many threads are long.
+LONG = 4
 
 
 def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) -> Iterator[tuple[Item, Result]]:
-    """(item, work(item)) in the order of the items, by as many threads up to `workers` as are worth it. An error, or
-    leaving the loop, stops what has not begun."""
+    """(item, work(item)) in the order of the items, by one thread until more are worth it, `workers` at most. An error,
+    or leaving the loop, stops what has not begun."""
 
     def one(item: Item) -> Result:
         # Inference mode belongs to a thread.
         with torch.inference_mode():
             return work(item)
 
-    items = list(items)
-    took: list[float] = []
-    done = 0
-    while done < len(items) and not _enough(took, workers):
-        began = time.perf_counter()
-        result = one(items[done])
-        took.append(time.perf_counter() - began)
-        yield items[done], result
-        done += 1
-    rest = items[done:]
-    workers = min(worthwhile(took, workers), len(rest))
-    if workers <= 1:
-        for item in rest:
-            yield item, one(item)
+    left = iter(list(items))
+    recent: deque[float] = deque(maxlen=TRIED)
+    wanted = 1
+    for item in left:
+        # Its own time: what else the machine does says nothing about threads.
+        began = time.thread_time()
+        result = one(item)
+        recent.append(time.thread_time() - began)
+        yield item, result
+        wanted = worthwhile(recent, workers)
+        # With long items no time is lost; else a whole layer tells.
+        if wanted > 1 and (wanted >= min(workers, LONG) or len(recent) == TRIED):
+            break
+    rest = list(left)
+    if not rest:
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="module")
+    pool = ThreadPoolExecutor(min(wanted, len(rest)), thread_name_prefix="module")
     try:
         yield from zip(rest, pool.map(one, rest), strict=True)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def worthwhile(took: list[float], workers: int) -> int:
-    """How many threads are worth it for items of which the first took so many seconds each on one."""
-    # The lower one of two: the first of all may have waited for what is only loaded once.
-    return max(1, min(workers, int(statistics.median_low(took) / HELD))) if took else 1
-
-
-def _enough(took: list[float], workers: int) -> bool:
-    """Whether it is known how long items take. With long ones no time is lost: two of them say it."""
-    return workers == 1 or len(took) >= TRIED or (len(took) > 1 and sum(took) > TRIED * workers * HELD)
+def worthwhile(took: Collection[float], workers: int) -> int:
+    """How many threads are worth it for items of which these took so many seconds each on one."""
+    if len(took) < 2:
+        return 1
+    # The mean, since modules that are left as they are take next to nothing; without the longest, which may have waited
+    # for what is loaded once.
+    usual = (sum(took) - max(took)) / (len(took) - 1)
+    return max(1, min(workers, int(usual / HELD)))
 
 
 @contextmanager

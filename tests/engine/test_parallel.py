@@ -5,14 +5,21 @@ import time
 
 import pytest
 
-from safegraft.engine.parallel import HELD, TRIED, each, worthwhile
+from safegraft.engine.parallel import HELD, each, worthwhile
 
 
-def threads_of(seconds: float, workers: int, count: int = 24) -> list[int]:
-    """The thread of each item's work."""
+def spend(seconds: float) -> None:
+    """So much of a thread's own time."""
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        time.sleep(0.0)  # gives the interpreter away, as an operation of torch does
+
+
+def threads_of(seconds: float, workers: int, count: int = 24, begin: int = 0) -> list[int]:
+    """The thread of each item's work, which takes so long from item `begin` on."""
 
     def work(item: int) -> int:
-        time.sleep(seconds)
+        spend(seconds if item >= begin else 0.0)
         return threading.get_ident()
 
     found = list(each(range(count), work, workers))
@@ -25,40 +32,49 @@ def test_short_work_stays_on_the_thread_that_asks() -> None:
 
 
 def test_long_work_is_shared_after_two_items() -> None:
-    found = threads_of(3 * TRIED * HELD, 3)
+    found = threads_of(4 * HELD, 3)
     own = [thread == threading.get_ident() for thread in found]
     assert own == [True] * 2 + [False] * 22
     assert len(set(found[2:])) == 3
 
 
+def test_work_that_becomes_long_is_shared_then() -> None:
+    found = threads_of(10 * HELD, 3, begin=12)
+    own = [thread == threading.get_ident() for thread in found]
+    assert own[:14] == [True] * 14
+    assert not any(own[16:])
+
+
 def test_one_worker_is_the_thread_that_asks() -> None:
-    assert set(threads_of(0.01, 1)) == {threading.get_ident()}
+    assert set(threads_of(4 * HELD, 1)) == {threading.get_ident()}
 
 
 @pytest.mark.parametrize(
     ("took", "threads"),
     [
         ([], 1),
+        ([HELD * 100], 1),
         ([HELD / 2] * 7, 1),
         ([HELD * 2.5] * 7, 2),
         ([HELD * 100] * 7, 8),
         ([HELD * 100, HELD / 2], 1),
         ([HELD * 100] + [HELD / 2] * 6, 1),
+        ([HELD * 10] * 3 + [HELD / 2] * 4, 3),
     ],
-    ids=["nothing", "short", "middling", "long", "one of two", "one of seven"],
+    ids=["nothing", "one", "short", "middling", "long", "one of two", "one of seven", "half are left as they are"],
 )
 def test_how_many_are_worth_it_follows_from_how_long_items_take(took: list[float], threads: int) -> None:
     assert worthwhile(took, 8) == threads
 
 
-@pytest.mark.parametrize("seconds", [0.0, 3 * TRIED * HELD], ids=["short", "long"])
+@pytest.mark.parametrize("seconds", [0.0, 4 * HELD], ids=["short", "long"])
 @pytest.mark.parametrize("failing", [0, 20])
 def test_an_error_stops_what_has_not_begun(seconds: float, failing: int) -> None:
     begun: list[int] = []
 
     def work(item: int) -> int:
         begun.append(item)
-        time.sleep(seconds)
+        spend(seconds)
         if item == failing:
             raise ValueError(item)
         return item
