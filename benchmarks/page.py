@@ -56,7 +56,7 @@ def rivals(found: dict[str, Any]) -> str:
 
 def threads(found: dict[str, Any]) -> str:
     lines = [[str(row["rank"]), row["method"], ratio(row["one"]), ratio(row["all"])] for row in found["rows"]]
-    return markdown.table(["rank", "method", "with one thread, × as long", "with all, × as long"], lines)
+    return markdown.table(["rank", "method", "with one, × as long", "with two, × as long"], lines)
 
 
 def growth(found: dict[str, Any]) -> str:

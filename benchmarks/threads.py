@@ -1,7 +1,7 @@
 """Realigning with as many threads as are worth it, against one and against all: `make bench`.
 
-Adapters with the shapes of SmolLM2-135M and random factors; every method in turn with the threads that are chosen from
-the first modules (safegraft/engine/parallel.py), with one, and with one a core whatever modules take. Writes
+Adapters with the shapes of SmolLM2-135M and random factors; every method in turn with the threads that are chosen
+from what modules take (safegraft/engine/parallel.py), with one, and with one a core from the third module on. Writes
 benchmarks/results/threads.json.
 """
 

@@ -87,6 +87,7 @@ class Bench:
         seconds: float,
     ) -> dict[str, Any]:
         self._loaded.move_to_end(reference)
+        self._told = "", 0.0
         used = resource.getrusage(resource.RUSAGE_SELF)
         # Soft, so that the next job has as much; what comes of it is SIGXCPU, which ends the process.
         until = math.ceil(used.ru_utime + used.ru_stime + seconds)

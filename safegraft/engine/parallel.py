@@ -39,14 +39,14 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
     recent: deque[float] = deque(maxlen=TRIED)
     wanted = 1
     for item in left:
-        # Its own time: what else the machine does says nothing about threads.
-        began = time.thread_time()
+        began = time.perf_counter()
         result = one(item)
-        recent.append(time.thread_time() - began)
+        # With what it waited for a disk, which several threads do at the same time.
+        recent.append(time.perf_counter() - began)
         yield item, result
-        wanted = worthwhile(recent, workers)
+        wanted = min(workers, worthwhile(recent))
         # With long items no time is lost; else a whole layer tells.
-        if wanted > 1 and (wanted >= min(workers, LONG) or len(recent) == TRIED):
+        if wanted > 1 and (len(recent) == TRIED or worthwhile(recent) >= LONG):
             break
     rest = list(left)
     if not rest:
@@ -58,14 +58,14 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
         pool.shutdown(cancel_futures=True)
 
 
-def worthwhile(took: Collection[float], workers: int) -> int:
+def worthwhile(took: Collection[float]) -> int:
     """How many threads are worth it for items of which these took so many seconds each on one."""
     if len(took) < 2:
         return 1
     # The mean, since modules that are left as they are take next to nothing; without the longest, which may have waited
     # for what is loaded once.
     usual = (sum(took) - max(took)) / (len(took) - 1)
-    return max(1, min(workers, int(usual / HELD)))
+    return max(1, int(usual / HELD))
 
 
 @contextmanager

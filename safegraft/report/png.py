@@ -229,7 +229,7 @@ def _map(
 
 
 def _beside(slide: Slide, text: str, x: float, y: float, **style: Any) -> None:
-    """A text whose small letters' middle lies at that height."""
+    """A text whose middle above its baseline lies at that height."""
     slide.write(text, x, y, va="center_baseline", **style)
 
 

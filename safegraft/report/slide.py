@@ -95,6 +95,7 @@ def inches(text: str, size: float, weight: str = "normal") -> float:
 def _pixels(count: int, start: float, length: float, gap: float) -> list[tuple[float, float]]:
     """Where each of so many cells in a row begins and ends, in inches that are whole pixels."""
     edges = [round((start + length * index / count) * DPI) for index in range(count + 1)]
-    between = round(gap * DPI)
+    before = round(gap * DPI) // 2
+    after = round(gap * DPI) - before
     # A cell is seen however narrow it is.
-    return [(one / DPI, max(one + 1, two - between) / DPI) for one, two in pairwise(edges)]
+    return [((one + before) / DPI, max(one + before + 1, two - after) / DPI) for one, two in pairwise(edges)]

@@ -494,7 +494,7 @@ def test_the_number_of_threads_changes_neither_a_byte_nor_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In matrices so wide that torch splits their products between threads, which changes the order of sums."""
-    # However long modules take, several are worked on at once.
+    # However little modules take, several are worked on at once.
     monkeypatch.setattr(parallel, "HELD", 1e-9)
     wide = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 1}
     llama = FAMILIES["Llama"]

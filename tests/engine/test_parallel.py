@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from safegraft.engine.parallel import HELD, each, worthwhile
+from safegraft.engine.parallel import HELD, TRIED, each, worthwhile
 
 
 def spend(seconds: float) -> None:
@@ -32,10 +32,16 @@ def test_short_work_stays_on_the_thread_that_asks() -> None:
 
 
 def test_long_work_is_shared_after_two_items() -> None:
-    found = threads_of(4 * HELD, 3)
+    found = threads_of(5 * HELD, 3)
     own = [thread == threading.get_ident() for thread in found]
     assert own == [True] * 2 + [False] * 22
     assert len(set(found[2:])) == 3
+
+
+def test_middling_work_is_shared_after_a_layer() -> None:
+    own = [thread == threading.get_ident() for thread in threads_of(2.6 * HELD, 2)]
+    assert own[:2] == [True] * 2
+    assert not any(own[TRIED:])
 
 
 def test_work_that_becomes_long_is_shared_then() -> None:
@@ -56,7 +62,7 @@ def test_one_worker_is_the_thread_that_asks() -> None:
         ([HELD * 100], 1),
         ([HELD / 2] * 7, 1),
         ([HELD * 2.5] * 7, 2),
-        ([HELD * 100] * 7, 8),
+        ([HELD * 100.5] * 7, 100),
         ([HELD * 100, HELD / 2], 1),
         ([HELD * 100] + [HELD / 2] * 6, 1),
         ([HELD * 10] * 3 + [HELD / 2] * 4, 3),
@@ -64,10 +70,10 @@ def test_one_worker_is_the_thread_that_asks() -> None:
     ids=["nothing", "one", "short", "middling", "long", "one of two", "one of seven", "half are left as they are"],
 )
 def test_how_many_are_worth_it_follows_from_how_long_items_take(took: list[float], threads: int) -> None:
-    assert worthwhile(took, 8) == threads
+    assert worthwhile(took) == threads
 
 
-@pytest.mark.parametrize("seconds", [0.0, 4 * HELD], ids=["short", "long"])
+@pytest.mark.parametrize("seconds", [0.0, 5 * HELD], ids=["short", "long"])
 @pytest.mark.parametrize("failing", [0, 20])
 def test_an_error_stops_what_has_not_begun(seconds: float, failing: int) -> None:
     begun: list[int] = []
