@@ -3,7 +3,7 @@
 One module's algebra runs on one thread: how a product is split between threads decides the order of its sums, and with
 it the last bits. Modules are small and many, so this is also the faster way to use several cores, unless they are very
 small: threads whose operations take microseconds wait for the interpreter, and for each other, longer than they work.
-On two cores an adapter of 5 MB took twice as long with two threads as with one.
+On two cores an adapter of 5 MB took up to twice as long with two threads as with one.
 """
 
 import time
