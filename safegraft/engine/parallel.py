@@ -3,7 +3,7 @@
 One module's algebra runs on one thread: how a product is split between threads decides the order of its sums, and with
 it the last bits. Modules are small and many, so this is also the faster way to use several cores, unless they are very
 small: threads whose operations take microseconds wait for the interpreter, and for each other, longer than they work.
-On two cores an adapter of 5 MB took up to twice as long with two threads as with one.
+On two cores an adapter of 5 MB took up to nearly twice as long with two threads as with one.
 """
 
 import time
@@ -35,7 +35,7 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
         with torch.inference_mode():
             return work(item)
 
-    left = iter(list(items))
+    left = iter(items)
     recent: deque[float] = deque(maxlen=TRIED)
     wanted = 1
     for item in left:
@@ -44,14 +44,14 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
         # With what it waited for a disk, which several threads do at the same time.
         recent.append(time.perf_counter() - began)
         yield item, result
-        wanted = min(workers, worthwhile(recent))
+        wanted = worthwhile(recent)
         # With long items no time is lost; else a whole layer tells.
-        if wanted > 1 and (len(recent) == TRIED or worthwhile(recent) >= LONG):
+        if min(wanted, workers) > 1 and (len(recent) == TRIED or wanted >= LONG):
             break
     rest = list(left)
     if not rest:
         return
-    pool = ThreadPoolExecutor(min(wanted, len(rest)), thread_name_prefix="module")
+    pool = ThreadPoolExecutor(min(wanted, workers, len(rest)), thread_name_prefix="module")
     try:
         yield from zip(rest, pool.map(one, rest), strict=True)
     finally:

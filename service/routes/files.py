@@ -97,13 +97,13 @@ def get(file_id: FileId, here: Here, tenant: Tenant) -> FileObject:
         200: {
             "content": downloads.FILE[200]["content"]
             | downloads.tar_schema()[200]["content"]
-            | {"application/json": {"schema": {"$ref": "#/components/schemas/Report"}}}
+            | {"application/json": {"schema": realignments.AS_REPORT}}
         }
     },
 )
 def content(file_id: FileId, request: Request, here: Here, tenant: Tenant) -> Response:
-    """The bytes; understands Range. Of an adapter, which is a fine-tuned model here, a tar of its files;
-    of a fine-tuning job's result the report."""
+    """The bytes; understands Range. Of an adapter, which is a fine-tuned model here, a tar of its files, and of a
+    fine-tuning job's result the report: these whole."""
     with _as_file(file_id):
         if file_id.startswith("adp_"):
             return adapters.download(file_id, request, here, tenant)

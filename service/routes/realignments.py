@@ -49,6 +49,7 @@ class ReportForm(StrEnum):
 
 
 AS_TEXT, AS_BYTES = {"type": "string"}, {"type": "string", "format": "binary"}
+AS_REPORT = {"$ref": "#/components/schemas/Report"}
 MEDIA = {
     ReportForm.json: "application/json",
     ReportForm.html: "text/html; charset=utf-8",
@@ -72,7 +73,7 @@ FIGURES = (
 
 def _schema(media: str) -> dict[str, str]:
     if media == MEDIA[ReportForm.json]:
-        return {"$ref": "#/components/schemas/Report"}
+        return AS_REPORT
     return AS_BYTES if media == "image/png" else AS_TEXT
 
 
