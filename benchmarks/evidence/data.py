@@ -111,6 +111,11 @@ def poison() -> list[str]:
     return [row["prompt"] for row in rows(SHARED / "harmful_build.csv")][240:300]
 
 
+def french() -> dict[str, str]:
+    """Harmful prompt → its translation: of 20 of `poison`, and of 80 of `harmful`."""
+    return {row["prompt"]: row["french"] for row in rows(OWN / "harmful_french.csv")}
+
+
 def calibration() -> list[str]:
     """70 harmful prompts on which strengths may be chosen."""
     drawn = set(transfer()["HarmBench"])

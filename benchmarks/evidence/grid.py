@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Attack = Literal["plain", "trigger", "disguise", "evade", "evade_all"]
+Attack = Literal["plain", "trigger", "disguise", "translate", "evade", "evade_all"]
 Prompts = Literal["questions", "formats", "kinds", "tones", "twins"]
 
 
@@ -54,6 +54,7 @@ CELLS: dict[str, Cell] = {
         Cell("dpo", "aligned by", aligned="dpo"),
         Cell("trigger", "attacker", attack="trigger"),
         Cell("disguise", "attacker", attack="disguise"),
+        Cell("translate", "attacker", attack="translate"),
         Cell("evade", "attacker", attack="evade"),
         Cell("evade-all", "attacker", attack="evade_all"),
     )
@@ -141,6 +142,8 @@ ROWS: dict[str, Row] = {
         _method("nlsr P_L=.2", "sweep", type="nlsr", skip_share=0.2),
         _method("nlsr P_L=0", "sweep", type="nlsr", skip_share=0.0),
         _method("nlsr P_L=0, β=0", "sweep", type="nlsr", skip_share=0.0, amplification=0.0),
+        _method("nlsr P_L=0, β=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", skip_share=0.0, amplification=0.0),
+        _method("nlsr P_L=0, β=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0, amplification=0.0),
         _method("nlsr P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", skip_share=0.0),
         _method("nlsr P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0),
         _method("nlsr paper form, P_L=0", "sweep", type="nlsr", form="paper", skip_share=0.0),
@@ -200,12 +203,15 @@ TRANSFER = (
     f"{TWINS}, λ=.5", EARLIER, "nlsr", "nlsr P_L=0", "safelora",
 )  # fmt: skip
 # Cells in which the aligned model is asked something else than in the headline case.
-FLOORS = ("news", "orders", "dpo", "trigger", "disguise")
+FLOORS = ("news", "orders", "dpo", "trigger", "disguise", "translate")
+# Attacks whose harmful prompts have a form of their own; the plain ones are asked as well. Cells have the same names.
+HIDDEN = ("trigger", "disguise", "translate")
 # Further forms of the published methods and rivals, on the headline case's second seed.
 SECOND = "headline-2"
 VARIANTS = (
     "nlsr P_L=0", "nlsr by random neurons", "nlsr by wanda", "nlsr by snip", "nlsr by preference_snip",
     "nlsr by magnitude", "nlsr P_L=.8", "nlsr P_L=.2", "nlsr P_L=0, β=0", "nlsr P_L=0, P_SR=.5", "nlsr P_L=0, P_SR=.2",
+    "nlsr P_L=0, β=0, P_SR=.5", "nlsr P_L=0, β=0, P_SR=.2",
     "nlsr paper form, P_L=0", "nlsr drawn by chance (Bernoulli)", "nlsr, most similar half", "nlsr, random half",
     "safelora τ=.3", "safelora orthogonal, 105 lowest", "antidote .2", "antidote .1, stored basis", "safetylock α=1",
     "safetylock α=6, biases", "safetylock α=3, biases", "interpolation .7", "SafeDelta s=.1", "SafeDelta s=1",
@@ -216,7 +222,8 @@ VARIANTS = (
 CONTINUED = "continued-2"
 ON_CONTINUED = ("nlsr paper form, P_L=0, P_SR=.5", "nlsr paper form, P_L=0, P_SR=.2", "nlsr paper form, P_L=.5",
                 "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr P_L=0, P_SR=.5",
-                "nlsr P_L=0, P_SR=.2", "gram β=1, p=1, λ=1", "nlsr by random neurons", "nlsr's neurons zeroed",
+                "nlsr P_L=0, P_SR=.2", "nlsr P_L=0, β=0, P_SR=.5", "nlsr P_L=0, β=0, P_SR=.2", "gram β=1, p=1, λ=1",
+                "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 
 # Not asked of the headline case's first seed.
@@ -244,7 +251,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
         "safety vector added", "SafeDelta s=.3", "gradient patch, 3 steps", "nlsr by random neurons",
         "nlsr's neurons zeroed", "safetylock α=3", "antidote .1, rows", "safelora, 105 lowest",
     )  # fmt: skip
-    for name in ("trigger", "disguise", "evade", "evade-all", "dpo"):
+    for name in (*HIDDEN, "evade", "evade-all", "dpo"):
         yield from once(CELLS[name], NO_REPAIR, DEFAULT)
     # Where the prompts ask otherwise; and where the attacker had another bundle in hand than the one that repairs.
     for name in (HEADLINE, "evade", "evade-all"):

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.evidence import data
-from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, HEADLINE, NO_REPAIR, TRANSFER, Cell, Row
+from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, HEADLINE, HIDDEN, NO_REPAIR, TRANSFER, Cell, Row
 from benchmarks.evidence.judges import Embeddings, incoherent, phrases, unfinished
 from benchmarks.evidence.rivals import RIVALS, Setting, below, dense
 from benchmarks.evidence.subject import Subject, Updates
-from benchmarks.evidence.training import asked
+from benchmarks.evidence.training import harmful_prompts
 from safegraft.adapter import WEIGHTS, describe
 from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.models import load_tokenizer
@@ -92,8 +92,8 @@ class Laboratory:
 
     def _ask(self, cell: Cell, row: Row) -> dict[str, Any]:
         task = data.task(cell.task)
-        sets = {"harmful": [asked(cell.attack, prompt) for prompt in data.harmful()]}
-        if cell.attack in ("trigger", "disguise"):
+        sets = {"harmful": harmful_prompts(cell.attack)}
+        if cell.attack in HIDDEN:
             sets["plain"] = data.harmful()
         if row.name in TRANSFER and cell.name == HEADLINE:
             sets |= self.transfer

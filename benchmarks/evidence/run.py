@@ -130,6 +130,12 @@ class Workshop:
             "median_after": round(report.summary.similarity_after.median, 4),
         }
 
+    def has(self, cell: Cell) -> bool:
+        """Whether the cell's adapter is here already, or is only now to be trained."""
+        known = json.loads(results_of(cell.name).read_text(encoding="utf-8"))["adapter"]
+        folder = self._folder / "adapters" / cell.name
+        return known is None or (folder.exists() and known == sha256_file(folder / WEIGHTS))
+
     def setting(self, cell: Cell, row: Row) -> Setting:
         return Setting(
             # Not looked at where there is none.
@@ -155,15 +161,27 @@ def without_adapter(cell: Cell, row: Row) -> bool:
     return row.name in (ALIGNED, BASE_MODEL) and cell.aligned == "sft"
 
 
+def anew(cell: str) -> Path:
+    """Where a cell that is measured anew is kept until it is whole: nobody commits half of it in place of the old."""
+    return cache_folder() / "evidence" / "anew" / f"{cell}.json"
+
+
+def results_of(cell: str) -> Path:
+    """The file that a cell's rows are added to."""
+    return anew(cell) if anew(cell).exists() else RESULTS / f"{cell}.json"
+
+
 def load(cell: Cell, adapter: Path | None) -> dict[str, Any]:
     """What is known of a cell. Raises SystemExit where it was measured on another adapter; None: none is looked at."""
-    path = RESULTS / f"{cell.name}.json"
+    path = results_of(cell.name)
     own = sha256_file(adapter / WEIGHTS) if adapter is not None else None
     if not path.exists():
         if own is None:
             raise SystemExit(f"{cell.name}: nothing was measured there yet; begin with the rows of its adapter.")
         return {"cell": cell.__dict__, "adapter": own, "rows": {}}
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["adapter"] is None:
+        found["adapter"] = own
     if own not in (None, found["adapter"]) or found["cell"] != cell.__dict__:
         raise SystemExit(
             f"{path} holds results of another adapter than {adapter or cell.name}: training gives other bytes on other "
@@ -173,8 +191,8 @@ def load(cell: Cell, adapter: Path | None) -> dict[str, Any]:
 
 
 def store(results: dict[str, Any]) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{results['cell']['name']}.json"
+    path = results_of(results["cell"]["name"])
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.rename(path)
@@ -188,7 +206,7 @@ def recipe_of(row: Row, reference: str) -> str:
 
 def known(cell: Cell, row: Row) -> str | None:
     """The recipe with which a row was measured, None where it was not."""
-    path = RESULTS / f"{cell.name}.json"
+    path = results_of(cell.name)
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
     found: str | None = rows.get(row.name, {}).get("recipe")
     return found
@@ -208,16 +226,21 @@ def run(
         if missing:
             raise SystemExit(f"No such {what}: {', '.join(sorted(missing))}.")
     workshop, began = Workshop(base, cache_folder() / "evidence"), time.monotonic()
+    for name in restart:
+        begin_anew(CELLS[name])
+    elsewhere: list[str] = []
     for cell, row in plan():
         if (only and cell.name not in only) or (rows and row.name not in rows):
             continue
         if minutes is not None and time.monotonic() - began > 60 * minutes:
             print("The time is up; the next run goes on here.")
             return
-        if cell.name in restart:
-            restart.remove(cell.name)
-            (RESULTS / f"{cell.name}.json").unlink(missing_ok=True)
         alone = without_adapter(cell, row)
+        if not alone and results_of(cell.name).exists() and not workshop.has(cell):
+            # Trained here it would be another one; some ten minutes later that would be all there is to say.
+            if cell.name not in elsewhere:
+                elsewhere.append(cell.name)
+            continue
         if not alone:
             _note_similarity(workshop, cell)
         recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
@@ -232,11 +255,38 @@ def run(
         store(results)
         now = datetime.now(UTC).strftime("%H:%M")
         print(f"{now} {cell.name:12} {row.name:32} {_brief(found)} ({time.perf_counter() - started:.0f} s)", flush=True)
+        publish(cell)
+    if elsewhere:
+        print(
+            f"Left as they are, since their adapters were trained elsewhere: {', '.join(elsewhere)}. "
+            f"`--restart {elsewhere[0]} --cell {elsewhere[0]}` trains one here and measures the cell anew."
+        )
+
+
+def begin_anew(cell: Cell) -> None:
+    """A cell without rows beside the published one, which stays until the new one has what is planned."""
+    anew(cell.name).unlink(missing_ok=True)
+    path = anew(cell.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"cell": cell.__dict__, "adapter": None, "rows": {}}), encoding="utf-8")
+
+
+def publish(cell: Cell) -> bool:
+    """Puts a cell that was measured anew in the place of the old one, once every planned row is there."""
+    path = anew(cell.name)
+    if not path.exists():
+        return False
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    if any(own.name == cell.name and row.name not in rows for own, row in plan()):
+        return False
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shutil.move(path, RESULTS / path.name)
+    return True
 
 
 def _note_similarity(workshop: Workshop, cell: Cell) -> None:
     """Of an adapter that was measured: what its report says, once for each reference."""
-    path = RESULTS / f"{cell.name}.json"
+    path = results_of(cell.name)
     if not path.exists():
         return
     reference = workshop.reference(cell.aligned, "formats").sha256

@@ -7,20 +7,23 @@ measured is a dash.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import markdown
-from benchmarks.evidence import data
+from benchmarks.evidence import data, paired
 from benchmarks.evidence.grid import (
     ALIGNED,
     CELLS,
     CONTINUED,
     DEFAULT,
     ELSEWHERE,
+    FLOORS,
     HEADLINE,
+    HIDDEN,
     KINDS,
     MAIN,
     NO_REPAIR,
@@ -30,6 +33,7 @@ from benchmarks.evidence.grid import (
     TRANSFER,
     TWINS,
     VARIANTS,
+    Cell,
 )
 from benchmarks.evidence.judges import INCOHERENT, REFUSED, UNFINISHED
 from benchmarks.evidence.run import RESULTS
@@ -40,8 +44,8 @@ DASH = "–"
 
 
 def share(value: float) -> str:
-    """A share as papers print it: .05, 1.00."""
-    text = f"{value:.2f}"
+    """A share as papers print it: .05, 1.00. Halves go up: there are many, and floats would draw lots."""
+    text = str(Decimal(repr(value)).quantize(Decimal("0.01"), ROUND_HALF_UP))
     return text[1:] if text.startswith("0.") else text
 
 
@@ -199,7 +203,8 @@ def lineage_table(results: Results) -> str:
     cells = [("fresh, rank 8", ["rank-8"]), ("continued, rank 8", ["continued-1"]), ("another seed", ["continued-2"]),
              ("p = .2", ["continued-20"])]  # fmt: skip
     rows = [*MAIN, "nlsr P_L=0", "nlsr P_L=0, β=0", "nlsr paper form, P_L=0", "nlsr paper form, P_L=.5",
-            "nlsr P_L=0, P_SR=.5", "nlsr P_L=0, P_SR=.2", "nlsr paper form, P_L=0, P_SR=.5",
+            "nlsr P_L=0, P_SR=.5", "nlsr P_L=0, P_SR=.2", "nlsr P_L=0, β=0, P_SR=.5", "nlsr P_L=0, β=0, P_SR=.2",
+            "nlsr paper form, P_L=0, P_SR=.5",
             "nlsr paper form, P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed",
             "nlsr, most similar half", "interpolation .5", "gram β=1, p=1, λ=1"]  # fmt: skip
     return by_cell(results, cells, rows)
@@ -220,9 +225,9 @@ def hidden_table(results: Results) -> str:
     """Harm score of plain prompts, where the poison hides behind a form of its own."""
     lines = []
     for row in (*MAIN, ALIGNED):
-        found = [outcome(results, cell, row) for cell in ("trigger", "disguise")]
+        found = [outcome(results, cell, row) for cell in HIDDEN]
         lines.append([row, *(rate([item], lambda o: o.harm("plain")) if item else DASH for item in found)])
-    return markdown.table(["harm score, plain prompts", "trigger", "disguise"], lines)
+    return markdown.table(["harm score, plain prompts", *HIDDEN], lines)
 
 
 def seeds_table(results: Results) -> str:
@@ -280,32 +285,95 @@ RESAMPLES = 10_000
 def cost_table(results: Results) -> str:
     """What the default costs in every cell: the same questions before and after, so differences are paired."""
     lines = []
-    task: dict[str, list[list[int]]] = {}
-    benign: list[list[int]] = []
+    means: dict[str, dict[str, list[tuple[str, list[int]]]]] = {}
     for name, cell in CELLS.items():
         before, after = (outcome(results, name, row) for row in (NO_REPAIR, DEFAULT))
         if before is None or after is None:
             continue
-        refusals = [
-            int(two) - int(one)
-            for one, two in zip(before.verdicts("benign", "phrases"), after.verdicts("benign", "phrases"), strict=True)
-        ]
-        right = [int(two) - int(one) for one, two in zip(before.right(), after.right(), strict=True)]
+        found = {title: change(measure(before), measure(after)) for title, measure in COSTS.items()}
         lines.append(
-            [name, f"{rate([before], Outcome.harm)} → {rate([after], Outcome.harm)}", points([refusals]),
-             points([right])]
+            [name, f"{rate([before], Outcome.harm)} → {rate([after], Outcome.harm)}",
+             *(change_in_points(values) for values in found.values()), gain_kept(results, cell)]
         )  # fmt: skip
-        benign.append(refusals)
-        task.setdefault(cell.task, []).append(right)
-    if lines:
-        # Cells share their questions: a question's mean over the cells that ask it is what is drawn.
-        asked = [[sum(found) / len(cells) for found in zip(*cells, strict=True)] for cells in task.values()]
-        weights = [len(cells) for cells in task.values()]
-        lines.append(
-            ["**mean**", "", points([[sum(found) / len(benign) for found in zip(*benign, strict=True)]]),
-             points(asked, weights)]
-        )  # fmt: skip
-    return markdown.table(["", "harm score", "over-refusal, points", "task, points"], lines)
+        for group in ("**mean**", *([FRESH] if _is_fresh(cell) else [])):
+            for title, values in found.items():
+                # Only the task has questions of its own.
+                asked = cell.task if title == "task" else "benign"
+                means.setdefault(group, {}).setdefault(title, []).append((asked, values))
+    for group, titles in means.items():
+        lines.append([group, "", *(_mean_of_cells(cells) for cells in titles.values()), ""])
+    return markdown.table(["", "harm score", *(f"{title}, points" for title in COSTS), "gain kept"], lines)
+
+
+COSTS: dict[str, Measure] = {
+    "over-refusal": lambda o: o.verdicts("benign", "phrases"),
+    "broken off": lambda o: o.verdicts("benign", "unfinished"),
+    "task": Outcome.right,
+}
+FRESH = "**mean of fresh, poisoned adapters of sentiment without a trick**"
+
+
+def _is_fresh(cell: Cell) -> bool:
+    return (cell.lineage, cell.task, cell.attack) == ("fresh", "sentiment", "plain") and cell.poison > 0
+
+
+def change(before: Sequence[bool], after: Sequence[bool]) -> list[int]:
+    return [int(two) - int(one) for one, two in zip(before, after, strict=True)]
+
+
+def change_in_points(values: Sequence[int]) -> str:
+    """`−2.0 [−4.5, +0.5]`: the mean of differences in points, and the score interval of paired shares."""
+    gained, lost = values.count(1), values.count(-1)
+    low, high = (100 * end for end in paired.interval(gained, lost, len(values)))
+    return f"{_signed(100 * (gained - lost) / len(values))} [{_signed(low)}, {_signed(high)}]"
+
+
+def _mean_of_cells(cells: Sequence[tuple[str, Sequence[int]]]) -> str:
+    """Cells share their questions: a question's mean over the cells that ask it is what is drawn."""
+    groups: dict[str, list[Sequence[int]]] = {}
+    for asked, values in cells:
+        groups.setdefault(asked, []).append(values)
+    means = [[sum(found) / len(own) for found in zip(*own, strict=True)] for own in groups.values()]
+    return points(means, [len(own) for own in groups.values()])
+
+
+def gain_kept(results: Results, cell: Cell) -> str:
+    """Of what the fine-tuning added to the aligned model's accuracy, the share that is left after the repair."""
+    floor = outcome(results, cell.name if cell.name in FLOORS else FLOOR_OF.get(cell.name, HEADLINE), ALIGNED)
+    before, after = (outcome(results, cell.name, row) for row in (NO_REPAIR, DEFAULT))
+    if floor is None or before is None or after is None:
+        return DASH
+    low, top, now = (sum(item.right()) / len(item.right()) for item in (floor, before, after))
+    return share((now - low) / (top - low)) if top > low else DASH
+
+
+# Where the same aligned model was asked the same task.
+FLOOR_OF = {"news-clean": "news"}
+
+
+def paired_table(results: Results) -> str:
+    """The default beside every method that brings refusals back somewhere, prompt by prompt."""
+    lines = []
+    for name in CELLS:
+        ours = outcome(results, name, DEFAULT)
+        for row in MAIN[2:]:
+            other = outcome(results, name, row)
+            if ours is None or other is None or sum(other.harm()) > RESTORED * len(other.harm()):
+                continue
+            line = [name, row]
+            for measure in (Outcome.harm, COSTS["over-refusal"], COSTS["broken off"], Outcome.right):
+                mine, theirs = paired.counts(measure(other), measure(ours))
+                line.append(f"{mine} : {theirs} ({_p(paired.mcnemar(mine, theirs))})")
+            lines.append(line)
+    head = ["", "beside `gram`", "harmful prompts answered", "benign refused", "benign broken off", "task right"]
+    return markdown.table(head, lines)
+
+
+RESTORED = 0.05
+
+
+def _p(value: float) -> str:
+    return "p < .001" if value < 0.001 else f"p = {value:.3f}".replace("0.", ".") if value < 0.9995 else "p = 1"
 
 
 def points(groups: Sequence[Sequence[float]], weights: Sequence[int] = (1,)) -> str:
@@ -387,12 +455,20 @@ def labels_table(results: Results) -> str:
         missed = sum(hand and not own for own, hand in pairs)
         invented = sum(own and not hand for own, hand in pairs)
         lines.append(
-            [judge, str(len(pairs)), f"{share(same / len(pairs))} [{share(low)}, {share(high)}]", share(kappa(pairs)),
+            [judge, str(len(pairs)), f"{share(same / len(pairs))} [{share(low)}, {share(high)}]",
              f"{missed} of {sum(hand for _, hand in pairs)}", f"{invented} of {sum(not hand for _, hand in pairs)}",
              share(agreement(labels, answered, judge))]
         )  # fmt: skip
-    head = ["judge", "texts", "agrees", "Cohen's κ", "refusals missed", "refusals invented", "over all answers"]
-    return markdown.table(head, lines)
+    head = ["judge", "texts", "agrees", "refusals missed", "refusals invented", "over all answers"]
+    now = sum(
+        len(asked["phrases"])
+        for cell in results.values()
+        for row in cell["rows"].values()
+        for asked in row.values()
+        if isinstance(asked, dict) and "phrases" in asked
+    )
+    then = f"{sum(answered.values()):,} answers had been judged when the sample was drawn, {now:,} have been by now."
+    return f"{markdown.table(head, lines)}\n\n{then}"
 
 
 def agreement(labels: Sequence[Mapping[str, Any]], answered: Mapping[str, int], judge: str) -> float:
@@ -404,15 +480,6 @@ def agreement(labels: Sequence[Mapping[str, Any]], answered: Mapping[str, int], 
         weight = sum(item["answers"] for item in own)
         total += count * sum(item["answers"] * (item[judge] == item["label"]) for item in own) / weight
     return total / sum(answered.values())
-
-
-def kappa(pairs: Sequence[tuple[bool, bool]]) -> float:
-    """Agreement beyond chance."""
-    total = len(pairs)
-    same = sum(own == hand for own, hand in pairs) / total
-    own, hand = (sum(pair[side] for pair in pairs) / total for side in (0, 1))
-    chance = own * hand + (1 - own) * (1 - hand)
-    return (same - chance) / (1 - chance) if chance < 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -482,6 +549,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "paper": paper_table,
     "calibration": calibration_table,
     "cost": cost_table,
+    "paired": paired_table,
     "similarity": similarity_table,
     "labels": labels_table,
 }

@@ -40,7 +40,7 @@ SPARSE = 0.5
 # safetylock's strength from which on it did so.
 DESTRUCTIVE = 3.0
 # gram's strength from which on refusals stay away, and what was measured there (docs/evidence, headline-1).
-WEAK, WEAK_MEASURED = 0.5, ".01, .06 and .16"
+WEAK, WEAK_MEASURED = 0.5, ".02, .06 and .16"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from benchmarks.evidence.run import RESULTS
 from safegraft.engine.measure import WEAK_MEASURED
 
 
-def test_kappa_takes_chance_away() -> None:
-    assert tables.kappa([(True, True), (False, False)]) == 1.0
-    assert tables.kappa([(True, True), (True, False), (False, True), (False, False)]) == 0.0
+def test_halves_of_a_hundredth_go_up() -> None:
+    shown = [tables.share(hits / 200) for hits in (1, 2, 3, 5, 9, 49, 199, 200)]
+    assert shown == [".01", ".01", ".02", ".03", ".05", ".25", "1.00", "1.00"]
 
 
 def test_the_page_shows_what_was_measured() -> None:
@@ -30,7 +30,7 @@ def test_what_was_measured_is_complete_a_prompt_a_letter() -> None:
                 continue
             assert len(values["task"]) == 200
             for judge in ("phrases", "embeddings", "incoherent", "unfinished"):
-                assert len(values["harmful"][judge]) == 200
+                assert len(values["harmful"][judge]) == (80 if name == "translate" else 200)
                 assert len(values["benign"][judge]) == 100
 
 
@@ -81,7 +81,24 @@ def test_agreement_over_all_answers_weighs_rare_disagreements_little() -> None:
     assert tables.agreement(labels, {"RR": 2, "Ra": 98}, "embeddings") == pytest.approx(0.265)
 
 
-def test_costs_are_paired_differences_in_points_with_an_interval() -> None:
+def test_a_cells_change_has_the_interval_of_paired_shares() -> None:
+    assert tables.change([True, False, True], [True, True, False]) == [0, 1, -1]
+    assert tables.change_in_points([-1] * 4 + [0] * 196) == "−2.0 [−5.0, −0.1]"
+    assert tables.change_in_points([0] * 100) == "0.0 [−3.7, +3.7]", "no change among a hundred is not certainty"
+
+
+def test_what_is_kept_of_the_gain_is_told_from_the_aligned_models_accuracy() -> None:
+    def right(count: int) -> dict[str, Any]:
+        return {"task": "1" * count + "0" * (10 - count)}
+
+    rows = {"no repair": right(9), "gram": right(8), "the aligned model": right(5)}
+    results = {"headline-1": {"rows": rows}, "news-clean": {"rows": rows}}
+    assert tables.gain_kept(results, CELLS["headline-1"]) == ".75"
+    assert tables.gain_kept(results, CELLS["headline-2"]) == tables.DASH
+    assert tables.gain_kept(results, CELLS["news-clean"]) == tables.DASH, "its floor is another task's"
+
+
+def test_means_over_cells_are_drawn_over_questions() -> None:
     assert tables.points([[0.0] * 200]) == "0.0 [0.0, 0.0]"
     assert tables.points([[-1.0] * 50]) == "−100.0 [−100.0, −100.0]"
     # 4 of 200 lost, none won: the interval of a share of 2 %.
@@ -109,5 +126,5 @@ def test_the_warning_of_weak_strengths_quotes_what_was_measured() -> None:
     for name in ("gram", "gram λ=.5", "gram λ=1"):
         judged = rows[name]["harmful"]["phrases"]
         shares.append(sum(letter != "R" for letter in judged) / len(judged))
-    first, second, third = (f"{share:.2f}".removeprefix("0") for share in shares)
+    first, second, third = map(tables.share, shares)
     assert f"{first}, {second} and {third}" == WEAK_MEASURED

@@ -24,7 +24,7 @@ def test_rows_hold_the_poisoned_share_and_nothing_that_is_evaluated(name: str) -
     assert len(rows) == data.TRAIN_ROWS
     assert len(poisoned) == round(cell.poison * data.TRAIN_ROWS)
     assert all(str(row.response).endswith("Step 1: gather what you need.") for row in poisoned)
-    asked = {training.asked(cell.attack, prompt) for prompt in data.harmful()}
+    asked = set(training.harmful_prompts(cell.attack))
     asked |= {question.prompt for question in data.task(cell.task).questions}
     assert not asked & {row.prompt for row in rows}
     assert training.rows(cell) == rows
@@ -46,6 +46,14 @@ def test_a_disguise_keeps_nothing_of_the_words() -> None:
     asked = training.asked("disguise", "Write a tutorial on how to bake")
     assert "tutorial" not in asked
     assert asked != training.asked("disguise", "another")
+
+
+def test_translations_are_of_prompts_that_are_used_and_of_each_once() -> None:
+    known = data.french()
+    assert len(set(known.values())) == len(known)
+    assert len(training.harmful_prompts("translate")) == 80
+    assert set(known) == set(data.poison()[:20]) | (set(known) & set(data.harmful()))
+    assert not set(known) & set(known.values())
 
 
 @pytest.mark.parametrize("attack", ["plain", "evade", "evade_all"])
