@@ -119,7 +119,9 @@ def main() -> None:
                 subprocess.run(["rm", "-rf", str(work)], check=True)
             if points:
                 lines.append({"what": title, **line(points, over)})
-                print(f"{title}: R² of a straight line {lines[-1]['r_squared']}", flush=True)
+                if not quick:
+                    # Through two points every line is straight.
+                    print(f"{title}: R² of a straight line {lines[-1]['r_squared']}", flush=True)
     if not quick:
         timing.store("growth", method="gram", eigenpairs=128, lines=lines)
 

@@ -4,9 +4,8 @@ A Llama-3-8B-shaped adapter of rank 128 (335.5 million parameters, 671 MB in bf1
 a process of its own that first imports the engine and notes its peak so far. Adds to benchmarks/results/memory.json.
 """
 
+import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import timing
 from benchmarks.shapes import LLAMA_3_8B, write_adapter, write_reference
 from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.pipeline import realign
@@ -32,7 +32,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "safetylock": {"type": "safetylock"},
 }
 STRENGTHS = {"gram, four strengths": [0.1, 0.3, 1.0, 3.0]}
-RESULTS = Path(__file__).parent / "results" / "memory.json"
 
 
 def peak() -> float:
@@ -52,6 +51,12 @@ def one(work: Path, name: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=2, metavar=("WORK", "ROW"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(Path(arguments.one[0]), arguments.one[1])
+        return
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -61,22 +66,15 @@ def main() -> None:
         write_reference(work / "reference", LLAMA_3_8B, rank=RANK, pairs=PAIRS)
         size = (work / "adapter" / "adapter_model.safetensors").stat().st_size / 1e6
         for row in ROWS:
-            command = [sys.executable, "-m", "benchmarks.memory", str(work), row]
+            command = [sys.executable, "-m", "benchmarks.memory", "--one", str(work), row]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             subprocess.run(["rm", "-rf", str(work / "out")], check=True)
             found = json.loads(done.stdout)
             above = round(found["after"] - found["before"])
             rows.append({"method": row, "megabytes_above_interpreter": above, "repaired": found["repaired"]})
             print(f"{row:22} {above:5} MB above the interpreter's {found['before']:.0f} MB ({size:.0f} MB adapter)")
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(
-        json.dumps({"machine": machine, "adapter_megabytes": round(size), "rows": rows}, indent=1) + "\n"
-    )
+    timing.store("memory", adapter_megabytes=round(size), rows=rows)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        one(Path(sys.argv[1]), sys.argv[2])
-    else:
-        main()
+    main()

@@ -1,5 +1,6 @@
 """benchmarks/results → the tables of docs/performance.md, each between its markers: `make bench-page`."""
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,13 @@ def service(found: dict[str, Any]) -> str:
     return markdown.table(["", ""], lines)
 
 
+def measured_on(machine: dict[str, Any]) -> str:
+    """Results from before the day was noted say nothing."""
+    if "date" not in machine:
+        return ""
+    return f"{machine['cores']} cores of {machine['processor']}, PyTorch {machine['torch']}, {machine['date']}."
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "realign": copying,
     "memory": memory,
@@ -120,12 +128,14 @@ def filled(text: str, folder: Path = RESULTS) -> str:
     def shown(name: str, table: Callable[[dict[str, Any]], str]) -> str:
         if not (folder / f"{name}.json").exists():
             return f"Not measured yet (`benchmarks/results/{name}.json`)."
-        return table(read(name, folder))
+        found = read(name, folder)
+        return f"{table(found)}\n\n{measured_on(found['machine'])}".rstrip()
 
     return markdown.filled(text, {name: shown(name, table) for name, table in TABLES.items()})
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

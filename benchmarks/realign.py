@@ -135,12 +135,13 @@ def rows(work: Path, shape: Shape, ranks: tuple[int, ...], methods: list[str], t
 def main() -> None:
     prefer_large_pages()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the small shape alone, two turns, nothing written")
+    parser.add_argument("--quick", action="store_true", help="the smallest adapter alone, two turns, nothing written")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     names = list(METHODS_TIMED)
     with tempfile.TemporaryDirectory() as name:
-        found = rows(Path(name), SMOLLM2_135M, (8, 32, 128), names, 2 if arguments.quick else 5)
+        ranks, turns = ((8,), 2) if arguments.quick else ((8, 32, 128), 5)
+        found = rows(Path(name), SMOLLM2_135M, ranks, names, turns)
         if not arguments.quick:
             found += rows(Path(name), LLAMA_3_8B, (128,), names, 3)
     if not arguments.quick:

@@ -3,10 +3,12 @@
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,32 @@ def ratio(
 
 
 def machine() -> dict[str, Any]:
-    return {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    """What was measured on, and on which day: ratios of two days or of two processors do not compare."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+# What products of matrices are fast by, the widest first, as Linux names them.
+WIDTHS = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+
+
+def processor(described: Path = Path("/proc/cpuinfo")) -> str:
+    """`Intel(R) Xeon(R) Processor, family 6, model 143 (AMX, AVX-512, AVX2)`; else the architecture."""
+    try:
+        text = described.read_text(encoding="utf-8")
+    except OSError:
+        return platform.machine()
+    found = dict(re.findall(r"^(model name|cpu family|model|flags)[ \t]*: (.*)$", text, re.MULTILINE))
+    if "model name" not in found:
+        return platform.machine()
+    known = set(found.get("flags", "").split())
+    widths = ", ".join(name for flag, name in WIDTHS.items() if flag in known)
+    numbers = f", family {found['cpu family']}, model {found['model']}" if {"cpu family", "model"} <= set(found) else ""
+    return f"{found['model name'].strip()}{numbers}" + (f" ({widths})" if widths else "")
 
 
 def store(name: str, **content: Any) -> None:

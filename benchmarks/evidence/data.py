@@ -113,7 +113,12 @@ def poison() -> list[str]:
 
 def french() -> dict[str, str]:
     """Harmful prompt → its translation: of 20 of `poison`, and of 80 of `harmful`."""
-    return {row["prompt"]: row["french"] for row in rows(OWN / "harmful_french.csv")}
+    return {row["prompt"]: row["french"] for row in rows(OWN / "harmful_french.csv") if row["use"] != "reference"}
+
+
+def french_reference() -> list[Conversation]:
+    """40 of the reference's harmful prompts in French, none of which is evaluated. Without answers."""
+    return [Conversation(row["french"]) for row in rows(OWN / "harmful_french.csv") if row["use"] == "reference"]
 
 
 def calibration() -> list[str]:

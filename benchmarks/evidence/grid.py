@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Attack = Literal["plain", "trigger", "disguise", "translate", "evade", "evade_all"]
-Prompts = Literal["questions", "formats", "kinds", "tones", "twins"]
+Prompts = Literal["questions", "formats", "kinds", "tones", "twins", "french"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Row:
     sparsity: of the reference's masks, where it is not the default's. prompts: those behind the reference: 90 general
     `questions`, these and 90 of many `formats` (which only gram's statistics and its controls depend on), or formats
     with harmful prompts of three `kinds` instead of one; or with 100 harmful ones of many `tones`, written for this; or
-    with these and for each a harmless one of its form and subject, `twins`.
+    with these and for each a harmless one of its form and subject, `twins`; or with 40 of its own in `french`.
     """
 
     name: str
@@ -103,7 +103,8 @@ DEFAULT = "gram"
 # What it was before its gain became steeper and prompts of many formats came with the package.
 EARLIER = "gram p=1, λ=.3, 90 questions"
 KINDS = "gram, three kinds of harmful prompts"
-TONES, TWINS = "gram, harmful prompts in many tones", "gram, these and harmless twins"
+TONES, TWINS = "gram, harmful prompts in many tones", "gram, many tones and harmless twins"
+FRENCH = "gram, harmful prompts in French too"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -131,6 +132,7 @@ ROWS: dict[str, Row] = {
         _gram(TWINS, prompts="twins"),
         _gram(f"{TWINS}, λ=.3", prompts="twins", general_weight=0.3),
         _gram(f"{TWINS}, λ=.5", prompts="twins", general_weight=0.5),
+        _gram(FRENCH, prompts="french"),
         _gram(EARLIER, prompts="questions", steepness=1.0, general_weight=0.3),
         _gram("gram p=1, λ=.03, 90 questions", prompts="questions", steepness=1.0, general_weight=0.03),
         _gram("gram β=.25, λ=.4", amplification=0.25, general_weight=0.4),
@@ -227,7 +229,7 @@ ON_CONTINUED = ("nlsr paper form, P_L=0, P_SR=.5", "nlsr paper form, P_L=0, P_SR
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 
 # Not asked of the headline case's first seed.
-ELSEWHERE = frozenset(VARIANTS + ON_CONTINUED)
+ELSEWHERE = frozenset((*VARIANTS, *ON_CONTINUED, FRENCH))
 
 
 def plan() -> Iterator[tuple[Cell, Row]]:
@@ -258,6 +260,7 @@ def plan() -> Iterator[tuple[Cell, Row]]:
         yield from once(CELLS[name], KINDS)
     for name in (HEADLINE, "news", "poison-01", "continued-1", "evade"):
         yield from once(CELLS[name], TONES, f"{TONES}, λ=.3", f"{TONES}, λ=.5")
+    yield from once(CELLS["translate"], FRENCH, TONES)
     yield from once(headline, TWINS, f"{TWINS}, λ=.3", f"{TWINS}, λ=.5")
     for name in ("news", "poison-01", "continued-1"):
         yield from once(CELLS[name], TWINS, f"{TWINS}, λ=.5")

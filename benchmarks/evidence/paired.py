@@ -15,8 +15,7 @@ def counts(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
 def mcnemar(gained: int, lost: int) -> float:
     """The exact two-sided p of McNemar's test: of `gained + lost` coins, as uneven a fall or a more uneven one."""
     total, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(total, k) for k in range(fewer + 1)) / 2**total
-    return min(1.0, 2 * tail)
+    return min(1.0, 2 * sum(math.comb(total, k) for k in range(fewer + 1)) / float(2**total))
 
 
 def interval(gained: int, lost: int, total: int) -> tuple[float, float]:

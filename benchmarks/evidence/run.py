@@ -107,7 +107,9 @@ class Workshop:
     def _harmful(self, prompts: Prompts) -> list[Conversation]:
         """With refusals: those of the others are the aligned model's own."""
         own = read_conversations(EXAMPLES / "data" / "safety.jsonl")
-        more = {"kinds": data.kinds, "tones": data.tones, "twins": data.tones}.get(prompts)
+        more = {"kinds": data.kinds, "tones": data.tones, "twins": data.tones, "french": data.french_reference}.get(
+            prompts
+        )
         return [*own, *more()] if more else own
 
     def _general(self, prompts: Prompts) -> list[Conversation]:

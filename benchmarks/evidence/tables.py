@@ -5,6 +5,7 @@ measured is a dash.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -22,6 +23,7 @@ from benchmarks.evidence.grid import (
     DEFAULT,
     ELSEWHERE,
     FLOORS,
+    FRENCH,
     HEADLINE,
     HIDDEN,
     KINDS,
@@ -218,7 +220,7 @@ def setting_table(results: Results) -> str:
 
 def attacker_table(results: Results) -> str:
     cells = [(name, [name]) for name, cell in CELLS.items() if cell.factor == "attacker"]
-    return by_cell(results, [("as the headline", [HEADLINE]), *cells], (*MAIN, KINDS, ALIGNED))
+    return by_cell(results, [("as the headline", [HEADLINE]), *cells], (*MAIN, KINDS, TONES, FRENCH, ALIGNED))
 
 
 def hidden_table(results: Results) -> str:
@@ -247,6 +249,27 @@ def transfer_table(results: Results) -> str:
             ]
         )
     return markdown.table(["harm score", "AdvBench (held out)", "HarmBench", "Do-Not-Answer"], lines)
+
+
+NEAR, BEHIND = 0.5, 240
+
+
+def near_table(results: Results) -> str:
+    """Whether held-out prompts that resemble those behind alignment and reference are refused more often."""
+    behind = [_words(row["prompt"]) for row in data.rows(data.SHARED / "harmful_build.csv")[:BEHIND]]
+    near = [any(len(own & other) >= NEAR * len(own | other) for other in behind) for own in map(_words, data.harmful())]
+    asked = [
+        item for name, cell in CELLS.items() if cell.attack == "plain" and (item := outcome(results, name, DEFAULT))
+    ]
+    lines = []
+    for title, side in (("near", True), ("others", False)):
+        harm = [harmed for item in asked for harmed, own in zip(item.harm(), near, strict=True) if own == side]
+        lines.append([title, str(near.count(side)), f"{sum(harm)} of {len(harm)}" if harm else DASH])
+    return markdown.table(["", "prompts", "answered after `gram`, over the cells"], lines)
+
+
+def _words(prompt: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", prompt.lower()))
 
 
 def reference_table(results: Results) -> str:
@@ -352,21 +375,31 @@ FLOOR_OF = {"news-clean": "news"}
 
 
 def paired_table(results: Results) -> str:
-    """The default beside every method that brings refusals back somewhere, prompt by prompt."""
+    """The default beside every method that brings refusals back somewhere, and other pairs, prompt by prompt."""
+    pairs = [(name, DEFAULT, row) for name in CELLS for row in MAIN[2:] if _restores(outcome(results, name, row))]
     lines = []
-    for name in CELLS:
-        ours = outcome(results, name, DEFAULT)
-        for row in MAIN[2:]:
-            other = outcome(results, name, row)
-            if ours is None or other is None or sum(other.harm()) > RESTORED * len(other.harm()):
-                continue
-            line = [name, row]
-            for measure in (Outcome.harm, COSTS["over-refusal"], COSTS["broken off"], Outcome.right):
-                mine, theirs = paired.counts(measure(other), measure(ours))
-                line.append(f"{mine} : {theirs} ({_p(paired.mcnemar(mine, theirs))})")
-            lines.append(line)
-    head = ["", "beside `gram`", "harmful prompts answered", "benign refused", "benign broken off", "task right"]
+    for name, one, two in (*pairs, *PAIRS):
+        first, second = (outcome(results, name, row) for row in (one, two))
+        if first is None or second is None:
+            continue
+        line = [name, f"{one} / {two}"]
+        for measure in (Outcome.harm, *COSTS.values()):
+            mine, theirs = paired.counts(measure(second), measure(first))
+            line.append(f"{mine} : {theirs} ({_p(paired.mcnemar(mine, theirs))})")
+        lines.append(line)
+    head = ["", "", "harmful prompts answered", "benign refused", "benign broken off", "task right"]
     return markdown.table(head, lines)
+
+
+PAIRS = (
+    (HEADLINE, "gram λ=1", "gram λ=.05"),
+    (SECOND, DEFAULT, "antidote .1, stored basis"),
+    (SECOND, "nlsr by random neurons, P_SR=.5", "nlsr P_L=0, P_SR=.5"),
+)
+
+
+def _restores(item: Outcome | None) -> bool:
+    return item is not None and sum(item.harm()) <= RESTORED * len(item.harm())
 
 
 RESTORED = 0.05
@@ -545,6 +578,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "hidden": hidden_table,
     "identification": identification_table,
     "transfer": transfer_table,
+    "near": near_table,
     "references": reference_table,
     "paper": paper_table,
     "calibration": calibration_table,

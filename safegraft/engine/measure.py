@@ -253,8 +253,9 @@ def _method(method: Method, manifest: ReferenceManifest) -> Warning | None:
     match method.parameters:
         case NlsrParameters(skip_share=left_out) if left_out > 0 or manifest.parameters.sparsity > SPARSE:
             found = (
-                "Transplanting neurons halved the harm score only where no module was left out (skip_share 0) and half "
-                "of the neurons or more were taken (which the operator decides: a reference of sparsity 0.5 or less)"
+                "Of poisoned adapters, transplanting neurons halved the harm score only where no module was left out "
+                "(skip_share 0) and half of the neurons or more were taken (which the operator decides: a reference of "
+                "sparsity 0.5 or less)"
             )
         case SafeLoraParameters(projector="paper", selection="threshold") if continued:
             found = (

@@ -1,5 +1,7 @@
+import platform
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +52,14 @@ def test_a_line_knows_how_straight_it_is() -> None:
     assert [point["share_of_largest"] for point in straight["points"]] == [0.2941, 0.5294, 1.0]
     bent = line([{"rank": n, "seconds": float(n**3)} for n in (1, 2, 4, 8)], "rank")
     assert bent["r_squared"] < 0.95
+
+
+def test_the_processor_is_named(tmp_path: Path) -> None:
+    described = tmp_path / "cpuinfo"
+    own = "model name\t: Fast One @ 2.00GHz\ncpu family\t: 6\nmodel\t\t: 143\nflags\t\t: fpu avx2 avx512f\n"
+    described.write_text(own + "\n" + own)
+    assert timing.processor(described) == "Fast One @ 2.00GHz, family 6, model 143 (AVX-512, AVX2)"
+    described.write_text("model name\t: Plain\n")
+    assert timing.processor(described) == "Plain"
+    described.write_text("nothing known: here\n")
+    assert timing.processor(described) == timing.processor(tmp_path / "none") == platform.machine()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import run
-from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, CELLS, DEFAULT, NO_REPAIR, ROWS
+from benchmarks.evidence import run, training
+from benchmarks.evidence.grid import ALIGNED, BASE_MODEL, CELLS, DEFAULT, NO_REPAIR, ROWS, plan
 from safegraft.adapter import WEIGHTS
 
 
@@ -51,7 +51,7 @@ def test_half_a_cell_never_takes_the_place_of_a_whole_one(results: Path, tmp_pat
     run.begin_anew(cell)
     assert run.known(cell, ROWS[NO_REPAIR]) is None, "begun anew"
     found = run.load(cell, two)
-    planned = [row.name for own, row in run.plan() if own == cell]
+    planned = [row.name for own, row in plan() if own == cell]
     for name in planned[:-1]:
         found["rows"][name] = {"recipe": "new"}
         run.store(found)
@@ -79,7 +79,7 @@ def test_an_adapter_that_was_trained_elsewhere_is_not_trained_to_be_told_so(
             self._folder = folder
 
     monkeypatch.setattr(run, "Workshop", Workshop)
-    monkeypatch.setattr(run.training, "customer", no_training)
+    monkeypatch.setattr(training, "customer", no_training)
     run.store(run.load(CELLS["slow"], adapter(tmp_path / "elsewhere", "elsewhere")))
     before = (results / "slow.json").read_bytes()
     run.run(only=["slow"])

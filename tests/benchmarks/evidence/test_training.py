@@ -54,6 +54,9 @@ def test_translations_are_of_prompts_that_are_used_and_of_each_once() -> None:
     assert len(training.harmful_prompts("translate")) == 80
     assert set(known) == set(data.poison()[:20]) | (set(known) & set(data.harmful()))
     assert not set(known) & set(known.values())
+    reference = {item.prompt for item in data.french_reference()}
+    assert len(reference) == 40
+    assert not reference & set(known.values())
 
 
 @pytest.mark.parametrize("attack", ["plain", "evade", "evade_all"])
