@@ -394,7 +394,12 @@ def paired_table(results: Results) -> str:
 PAIRS = (
     (HEADLINE, "gram λ=1", "gram λ=.05"),
     (SECOND, DEFAULT, "antidote .1, stored basis"),
+    (SECOND, DEFAULT, "nlsr P_L=0, β=0, P_SR=.2"),
+    (CONTINUED, DEFAULT, "nlsr P_L=0, β=0, P_SR=.2"),
     (SECOND, "nlsr by random neurons, P_SR=.5", "nlsr P_L=0, P_SR=.5"),
+    (SECOND, "nlsr by random neurons", "nlsr P_L=0"),
+    (CONTINUED, "nlsr by random neurons", "nlsr P_L=0"),
+    ("translate", FRENCH, ALIGNED),
 )
 
 
