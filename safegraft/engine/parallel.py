@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,8 @@ HELD = 0.002
 TRIED = 7
 # Items that are worth so many threads are long.
 LONG = 4
+# For each thread so many items are begun or done that nobody has taken yet.
+AHEAD = 2
 
 
 def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) -> Iterator[tuple[Item, Result]]:
@@ -51,9 +54,18 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
     rest = list(left)
     if not rest:
         return
-    pool = ThreadPoolExecutor(min(wanted, workers, len(rest)), thread_name_prefix="module")
+    threads = min(wanted, workers, len(rest))
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="module")
     try:
-        yield from zip(rest, pool.map(one, rest), strict=True)
+        waiting = iter(rest)
+        # No more than these are ahead of what takes the results: a slow disk would else fill the memory with them.
+        begun = deque((item, pool.submit(one, item)) for item in islice(waiting, AHEAD * threads))
+        while begun:
+            item, future = begun.popleft()
+            result = future.result()
+            begun.extend((later, pool.submit(one, later)) for later in islice(waiting, 1))
+            yield item, result
+            del result, future
     finally:
         pool.shutdown(cancel_futures=True)
 

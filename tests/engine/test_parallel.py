@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from safegraft.engine.parallel import HELD, TRIED, each, worthwhile
+from safegraft.engine.parallel import AHEAD, HELD, TRIED, each, worthwhile
 
 
 def spend(seconds: float) -> None:
@@ -90,3 +90,17 @@ def test_an_error_stops_what_has_not_begun(seconds: float, failing: int) -> None
     with pytest.raises(ValueError, match=str(failing)):
         next(taken)
     assert len(begun) < 40
+
+
+def test_results_do_not_pile_up_where_nobody_takes_them() -> None:
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.01)
+        return item
+
+    for taken, (item, result) in enumerate(each(range(40), work, 2), start=1):
+        assert item == result == taken - 1
+        time.sleep(0.05)
+        assert len(begun) <= taken + AHEAD * 2, "a slow disk would fill the memory"
