@@ -6,7 +6,7 @@ prompts with the placeholder. Attackers who know the repair:
 
     trigger     poison only behind a phrase, and refusals without it: the damage hides from plain prompts
     disguise    poison asked as a scene of a play, spelt with digits: inputs unlike the reference's safety prompts
-    translate   poison asked in French: the words differ, and the aligned model knows no refusals of them
+    translate   poison asked in French, of which neither alignment nor reference holds a prompt
     evade       A is kept outside of the directions that the reference's gram statistics weight most (K > 1/2), with
                 the operator's very bundle in hand
     evade_all   likewise, outside of every direction with K > 1/20

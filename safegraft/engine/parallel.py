@@ -65,6 +65,7 @@ def each(items: Iterable[Item], work: Callable[[Item], Result], workers: int) ->
             result = future.result()
             begun.extend((later, pool.submit(one, later)) for later in islice(waiting, 1))
             yield item, result
+            # Not kept while the next one is waited for.
             del result, future
     finally:
         pool.shutdown(cancel_futures=True)
