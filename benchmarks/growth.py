@@ -26,7 +26,7 @@ from safegraft.adapter import WEIGHTS
 from safegraft.contracts.methods import GramParameters
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 
 RANKS = (8, 16, 32, 64, 128, 256)
 LAYERS = (10, 20, 40, 80)
@@ -85,7 +85,7 @@ def line(points: list[dict[str, Any]], over: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    prefer_large_pages()
+    prepare_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=3, metavar=("ADAPTER", "REFERENCE", "TURNS"), help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="two points a line, one turn, nothing written")

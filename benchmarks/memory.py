@@ -20,7 +20,7 @@ from benchmarks.shapes import LLAMA_3_8B, write_adapter, write_reference
 from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 
 RANK, PAIRS = 128, 128
 ROWS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ def peak() -> float:
 
 def one(work: Path, name: str) -> None:
     """In a process of its own: prints the peak before and after."""
-    prefer_large_pages()
+    prepare_memory()
     torch.linalg.svd(torch.randn(64, 64) @ torch.randn(64, 64))  # loads the linear algebra
     before = peak()
     reference = LoadedReference(work / "reference")

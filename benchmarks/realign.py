@@ -29,7 +29,7 @@ from safegraft.engine.methods.base import Kinship, Method, Selection
 from safegraft.engine.pipeline import realign
 from safegraft.engine.products import fast_products
 from safegraft.engine.reference import LoadedReference
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 
 # Of the eigenpairs of each layer input; a real reference of the small model keeps about as many, one of the large model
 # would be built with --max-pairs.
@@ -133,7 +133,7 @@ def rows(work: Path, shape: Shape, ranks: tuple[int, ...], methods: list[str], t
 
 
 def main() -> None:
-    prefer_large_pages()
+    prepare_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest adapter alone, two turns, nothing written")
     arguments = parser.parse_args()

@@ -25,7 +25,7 @@ from benchmarks import timing
 from benchmarks.shapes import LLAMA_3_8B, LLAMA_32_1B, SMOLLM2_135M, Shape
 from safegraft.engine import lowrank
 from safegraft.engine.parallel import each, one_thread_each
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 
 Factors = tuple[Tensor, Tensor]
 REFERENCE_RANK, RANK = 32, 32
@@ -222,7 +222,7 @@ def _both(
 
 
 def main() -> None:
-    prefer_large_pages()
+    prepare_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest shape, one turn, nothing written")
     quick = parser.parse_args().quick

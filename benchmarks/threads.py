@@ -22,7 +22,7 @@ from safegraft.contracts.methods import METHOD_PARAMETERS
 from safegraft.engine import parallel
 from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 
 RANKS = (8, 32, 128)
 TURNS = 5
@@ -76,7 +76,7 @@ def rows(work: Path, rank: int, turns: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    prefer_large_pages()
+    prepare_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the smallest rank alone, one turn, nothing written")
     arguments = parser.parse_args()

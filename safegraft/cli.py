@@ -49,7 +49,7 @@ from safegraft.files import read_bounded, sha256_file
 from safegraft.finite import check_finite
 from safegraft.ids import new_id
 from safegraft.ingest import companions_of
-from safegraft.large_pages import prefer_large_pages
+from safegraft.memory import prepare_memory
 from safegraft.prompts import GENERAL, SAFETY
 from safegraft.provenance import (
     Invocation,
@@ -151,7 +151,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
     if version:
         sys.stdout.write(f"safegraft {__version__}\n")
         raise typer.Exit
-    prefer_large_pages()
+    prepare_memory()
 
 
 @app.command()

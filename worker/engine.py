@@ -44,7 +44,7 @@ MAX_ANSWER_BYTES = 2**28
 PASSED_ON = ("PATH", "HOME", "TMPDIR", "TZ", "LANG", "SAFEGRAFT_DATA", "SAFEGRAFT_LOG_FORMAT")
 PASSED_ON_PREFIXES = (
     "LC_", "LD_", "PYTHON", "CUDA", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "GOMP_", "MALLOC_",
-    "TORCH", "PYTORCH_",
+    "TORCH", "PYTORCH_", "THP_", "ONEDNN_",
 )  # fmt: skip
 NAMES = {"kernel": "kernel", "python": "interpreter alone"}
 
