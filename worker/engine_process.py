@@ -25,6 +25,7 @@ from safegraft.engine.pipeline import realign
 from safegraft.engine.reference import LoadedReference
 from safegraft.errors import OverLimit, SafegraftError, StorageFault, told
 from safegraft.files import NO_SPACE
+from safegraft.memory import prepare_memory
 from worker.engine import out_of_memory
 
 PROGRESS_SECONDS = 0.02
@@ -154,6 +155,7 @@ def main(given: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logs.setup("json" if os.environ.get("SAFEGRAFT_LOG_FORMAT") == "json" else "text")
+    prepare_memory()
     requests, answers = Connection(given["requests"], writable=False), Connection(given["answers"], readable=False)
     bench = Bench(requests, answers, given["device"])
     bench.answer({"boundary": _confine(given["device"], given["memory"], given["file_bytes"])})

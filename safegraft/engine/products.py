@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from safegraft.memory import prepare_memory
+from safegraft.memory import prefer_large_pages
 
 # (rows, inner, columns): a factor with itself, square, wide, few rows.
 _SHAPES = ((64, 256, 64), (96, 96, 96), (16, 1024, 48), (4, 512, 256))
@@ -57,7 +57,7 @@ def fast_products() -> Iterator[bool]:
         # Read when oneDNN is first used. It keeps code and memory for every shape, 1024 of them if it is not told; an
         # adapter may have a rank of its own in every module, and that was a gigabyte.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_SHAPES_KEPT))
-        prepare_memory()
+        prefer_large_pages()
         if _setting.blocks == 0:
             _setting.before = matmul.fp32_precision
             matmul.fp32_precision = "bf16"
