@@ -6,6 +6,7 @@ large the reference is; the operating system's page cache keeps what is used. On
 
 import hashlib
 import weakref
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from safegraft.contracts.reference import Scorer
 from safegraft.engine import lowrank
 from safegraft.engine.bundle import extrapolated
 from safegraft.engine.tensors import TensorReader
+
+# Numbers that a loaded reference keeps; some modules have several.
+_REMEMBERED = 2**16
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class LoadedReference:
         weakref.finalize(self, self._files.close)
         self._reader_of: dict[str, TensorReader] = {}
         self._resident: dict[str, Tensor] = {}
-        self._norms: dict[str, float] = {}
+        self._remembered: dict[Hashable, float] = {}
         for name in self.manifest.files:
             reader = self._files.enter_context(TensorReader(folder / name))
             for key in reader.header.tensors:
@@ -162,11 +166,22 @@ class LoadedReference:
 
     def norm(self, module: str) -> float:
         """‖Δ_a‖_F of a module that the aligned update reaches; computed once."""
-        found = self._norms.get(module)
-        if found is None:
+
+        def computed() -> float:
             strong = self.aligned(module)
             assert strong is not None, "asked for modules that the reference reaches"
-            found = self._norms[module] = lowrank.norm(*strong)
+            return lowrank.norm(*strong)
+
+        return self.remembered((module,), computed)
+
+    def remembered(self, key: Hashable, computed: Callable[[], float]) -> float:
+        """What depends on this reference and on `key` alone, whatever the adapter: computed for the first that asks."""
+        found = self._remembered.get(key)
+        if found is None:
+            # Keys hold what customers choose, strengths for one.
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            found = self._remembered[key] = computed()
         return found
 
     def heads(self, module: str) -> SafetyHeads:

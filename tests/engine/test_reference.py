@@ -204,3 +204,22 @@ def test_magnitude_takes_the_largest_of_the_amplified_update(tmp_path: Path) -> 
     assert set(found.rows.nonzero()[:, 0].tolist()) == set(delta.norm(dim=1).argsort(descending=True)[:2].tolist())
     for row, kept in zip(toy.a.abs(), found.mask_a, strict=True):
         assert set(kept.nonzero()[:, 0].tolist()) == set(row.argsort(descending=True)[:3].tolist())
+
+
+def test_what_depends_on_the_reference_alone_is_computed_once_and_not_kept_without_end(
+    reference: LoadedReference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def number(value: int) -> float:
+        def computed() -> float:
+            asked.append(value)
+            return float(value)
+
+        return reference.remembered(("number", value), computed)
+
+    assert [number(value) for value in (1, 2, 1, 2)] == [1.0, 2.0, 1.0, 2.0]
+    assert asked == [1, 2]
+    monkeypatch.setattr("safegraft.engine.reference._REMEMBERED", 10)
+    assert [number(value) for value in range(100)] == [float(value) for value in range(100)]
+    assert len(reference._remembered) <= 10

@@ -78,10 +78,12 @@ class Nlsr(Method):
         if self.form == "neuron":
             b_e, a_e = self._amplified(module.name)
             b, a = self.total(module)
-            return lowrank.cosine(b_e[safe.rows], a_e, b[safe.rows], a)
+            return self._cosine(module.name, b_e[safe.rows], a_e, b[safe.rows], a)
         b_e, a_e = self._on_a(module.name)
         b, a = module.update
-        return lowrank.cosine(b_e * safe.mask_b, a_e * safe.mask_a, b * safe.mask_b, a * safe.mask_a)
+        # Numbers are multiplied several times as fast as truth values; each mask is needed twice.
+        mask_b, mask_a = safe.mask_b.to(b.dtype), safe.mask_a.to(a.dtype)
+        return self._cosine(module.name, b_e * mask_b, a_e * mask_a, b * mask_b, a * mask_a)
 
     def similarity_after(self, before: Module, after: Module) -> float:
         if self.form != "paper":
@@ -92,7 +94,7 @@ class Nlsr(Method):
         b_e, a_e = self._on_a(before.name)
         b, a = before.update
         own = (-b * ~safe.mask_b, a * ~safe.mask_a)
-        return lowrank.cosine(b_e * safe.mask_b, a_e * safe.mask_a, *lowrank.stack(after.update, own))
+        return self._cosine(before.name, b_e * safe.mask_b, a_e * safe.mask_a, *lowrank.stack(after.update, own))
 
     def select(self, similarities: Mapping[str, float]) -> Selection:
         order = lowest(similarities)
@@ -134,6 +136,15 @@ class Nlsr(Method):
             return Proposal(*own)
         b_e, a_e = theirs
         return Proposal(*lowrank.stack((b_e / module.scaling * safe.rows[:, None], a_e), own))
+
+    def _cosine(self, name: str, b_e: torch.Tensor, a_e: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> float:
+        """`lowrank.cosine` of the aligned update's safety-critical part and another's; the first one's norm is the same
+        for every adapter, and taken once."""
+        parameters = self.parameters
+        seed = parameters.seed if parameters.scorer == "random" else None
+        part = (name, self.form == "neuron", parameters.scorer, seed, self.beta)
+        scale = self.reference.remembered(part, lambda: lowrank.norm(b_e, a_e))
+        return lowrank.clamped(lowrank.inner(b_e, a_e, b, a), scale * lowrank.norm(b, a))
 
     def _amplified(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         found = self.reference.amplified(name, self.beta)

@@ -14,7 +14,7 @@ from safegraft.engine import lowrank
 from safegraft.engine.bundle import BuildSettings
 from safegraft.engine.methods.base import Kinship, Module
 from safegraft.engine.methods.nlsr import Nlsr
-from safegraft.engine.reference import SafetyNeurons, magnitude_neurons, random_neurons
+from safegraft.engine.reference import LoadedReference, SafetyNeurons, magnitude_neurons, random_neurons
 from safegraft.errors import Incompatible
 from tests.engine.random_bundle import NAME, Toy, dense, repaired
 
@@ -203,6 +203,27 @@ def test_every_scorer_decides_what_every_form_transplants(tmp_path: Path, form: 
     parameters = NlsrParameters.model_validate({"form": form, "scorer": scorer, "seed": 7})
     module = toy.continued(2.0)
     close(proposed(Nlsr(parameters, toy.reference, CONTINUED), module), expected(form, twin, safe, module))
+
+
+def test_a_warm_reference_gives_every_job_what_a_new_one_gives(tmp_path: Path) -> None:
+    """Numbers that a reference keeps are of one form, scorer, seed and amplification."""
+    settings = BuildSettings(amplification=0.9, sparsity=0.5)
+    toy = Toy(tmp_path / "ref", d=12, k=14, r=4, seed=3, settings=settings, weak_rank=2)
+    module = toy.continued(2.0)
+    seen = set()
+    for form in FORMS:
+        for scorer in ("low_rank", "wanda", "magnitude", "random"):
+            for seed, beta in ((7, None), (8, None), (7, 0.0), (7, 2.0)):
+                given = {"form": form, "scorer": scorer, "seed": seed, "amplification": beta}
+                parameters = NlsrParameters.model_validate(given)
+                warm, new = (
+                    Nlsr(parameters, reference, CONTINUED).similarity(module)
+                    for reference in (toy.reference, LoadedReference(tmp_path / "ref"))
+                )
+                assert warm == new, given
+                assert Nlsr(parameters, toy.reference, CONTINUED).similarity(module) == warm
+                seen.add(warm)
+    assert len(seen) > 20
 
 
 def neurons(toy: Toy, scorer: str) -> SafetyNeurons:
