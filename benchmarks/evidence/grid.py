@@ -68,7 +68,8 @@ class Row:
     sparsity: of the reference's masks, where it is not the default's. prompts: those behind the reference: 90 general
     `questions`, these and 90 of many `formats` (which only gram's statistics and its controls depend on), or formats
     with harmful prompts of three `kinds` instead of one; or with 100 harmful ones of many `tones`, written for this; or
-    with these and for each a harmless one of its form and subject, `twins`; or with 40 of its own in `french`.
+    with these and for each a harmless one of its form and subject, `twins`; or with 40 of its own in `french`. weak:
+    the adapter from which nlsr's amplification goes on, Δ₀; None: zero.
     """
 
     name: str
@@ -78,10 +79,17 @@ class Row:
     arguments: dict[str, Any] = field(default_factory=dict)
     sparsity: float | None = None
     prompts: Prompts = "questions"
+    weak: Literal["sft"] | None = None
 
 
-def _method(name: str, group: Literal["method", "sweep", "control"], sparsity: float | None = None, **own: Any) -> Row:
-    return Row(name, group, parameters=own, sparsity=sparsity)
+def _method(
+    name: str,
+    group: Literal["method", "sweep", "control"],
+    sparsity: float | None = None,
+    weak: Literal["sft"] | None = None,
+    **own: Any,
+) -> Row:
+    return Row(name, group, parameters=own, sparsity=sparsity, weak=weak)
 
 
 def _gram(name: str, group: Literal["method", "sweep"] = "sweep", prompts: Prompts = "formats", **own: Any) -> Row:
@@ -91,11 +99,16 @@ def _gram(name: str, group: Literal["method", "sweep"] = "sweep", prompts: Promp
 def _rival(
     name: str,
     function: str,
-    group: Literal["rival", "control"] = "rival",
+    group: Literal["rival", "control", "sweep"] = "rival",
     prompts: Prompts = "questions",
+    sparsity: float | None = None,
     **arguments: Any,
 ) -> Row:
-    return Row(name, group, rival=function, arguments=arguments, prompts=prompts)
+    return Row(name, group, rival=function, arguments=arguments, prompts=prompts, sparsity=sparsity)
+
+
+def _combined(name: str, where: str, sparsity: float | None = None) -> Row:
+    return _rival(f"gram {name}", "combined", "sweep", "formats", sparsity, where=where)
 
 
 NO_REPAIR, ALIGNED, BASE_MODEL = "no repair", "the aligned model", "the untouched model"
@@ -105,6 +118,8 @@ EARLIER = "gram p=1, λ=.3, 90 questions"
 KINDS = "gram, three kinds of harmful prompts"
 TONES, TWINS = "gram, harmful prompts in many tones", "gram, many tones and harmless twins"
 FRENCH = "gram, harmful prompts in French too"
+# The preference-aligned adapter went on from the other one; as in the NLSR paper, what preferences added is amplified.
+AMPLIFIED = "amplified from SFT"
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -148,6 +163,10 @@ ROWS: dict[str, Row] = {
         _method("nlsr P_L=0, β=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0, amplification=0.0),
         _method("nlsr P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", skip_share=0.0),
         _method("nlsr P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", skip_share=0.0),
+        _method(f"nlsr {AMPLIFIED}", "sweep", weak="sft", type="nlsr"),
+        _method(f"nlsr {AMPLIFIED}, P_L=0", "sweep", weak="sft", type="nlsr", skip_share=0.0),
+        _method(f"nlsr {AMPLIFIED}, P_L=0, P_SR=.5", "sweep", sparsity=0.5, weak="sft", type="nlsr", skip_share=0.0),
+        _method(f"nlsr {AMPLIFIED}, P_L=0, P_SR=.2", "sweep", sparsity=0.2, weak="sft", type="nlsr", skip_share=0.0),
         _method("nlsr paper form, P_L=0", "sweep", type="nlsr", form="paper", skip_share=0.0),
         _method("nlsr paper form, P_L=0, P_SR=.5", "sweep", sparsity=0.5, type="nlsr", form="paper", skip_share=0.0),
         _method("nlsr paper form, P_L=0, P_SR=.2", "sweep", sparsity=0.2, type="nlsr", form="paper", skip_share=0.0),
@@ -186,6 +205,13 @@ ROWS: dict[str, Row] = {
         _rival("nlsr's neurons zeroed", "zeroed", "control"),
         _rival("rescaled to what gram keeps", "rescaled", "control", "formats"),
         _rival("random edit of gram's size", "perturbed", "control", "formats"),
+        _combined("in the less similar half of the modules", "half"),
+        _combined("in MLPs alone", "mlp"),
+        _combined("in attention alone", "attention"),
+        _combined("in a fifth of the output rows, by nlsr's scores", "neurons"),
+        _combined("in half of the output rows, by nlsr's scores", "neurons", 0.5),
+        _combined("in four fifths of the output rows, by nlsr's scores", "neurons", 0.2),
+        _combined("with λ by each module's similarity", "similarity"),
         _rival("interpolation .5", "interpolated", share=0.5),
         _rival("interpolation .7", "interpolated", share=0.7),
         _rival("safety vector added", "with_safety_vector", weight=1.0),
@@ -228,8 +254,17 @@ ON_CONTINUED = ("nlsr paper form, P_L=0, P_SR=.5", "nlsr paper form, P_L=0, P_SR
                 "nlsr by random neurons", "nlsr's neurons zeroed",
                 "nlsr, most similar half", "interpolation .5")  # fmt: skip
 
+# On the preference-aligned model: amplification with a weaker model to go on from, and without.
+ON_PREFERENCES = (f"nlsr {AMPLIFIED}", f"nlsr {AMPLIFIED}, P_L=0", f"nlsr {AMPLIFIED}, P_L=0, P_SR=.5",
+                  f"nlsr {AMPLIFIED}, P_L=0, P_SR=.2", "nlsr P_L=0, β=0, P_SR=.2")  # fmt: skip
+
+# `gram` with something else deciding where, on the headline case's third seed.
+THIRD = "headline-3"
+COMBINED = tuple(name for name, row in ROWS.items() if row.rival == "combined")
+ON_THIRD = (*COMBINED, "gram λ=.05", "gram λ=.1", "gram λ=.5", "gram λ=1")
+
 # Not asked of the headline case's first seed.
-ELSEWHERE = frozenset((*VARIANTS, *ON_CONTINUED, FRENCH))
+ELSEWHERE = frozenset((*VARIANTS, *ON_CONTINUED, *ON_PREFERENCES, *COMBINED, FRENCH))
 
 
 def plan() -> Iterator[tuple[Cell, Row]]:
@@ -249,7 +284,8 @@ def plan() -> Iterator[tuple[Cell, Row]]:
         yield from once(CELLS[name], NO_REPAIR, DEFAULT, "nlsr", "safelora")
     # The strengths, the controls and the rivals nearest to gram.
     yield from once(
-        headline, *(name for name, row in ROWS.items() if row.prompts == "formats"), "interpolation .5",
+        headline, *(name for name, row in ROWS.items() if row.prompts == "formats" and row.rival != "combined"),
+        "interpolation .5",
         "safety vector added", "SafeDelta s=.3", "gradient patch, 3 steps", "nlsr by random neurons",
         "nlsr's neurons zeroed", "safetylock α=3", "antidote .1, rows", "safelora, 105 lowest",
     )  # fmt: skip
@@ -271,6 +307,8 @@ def plan() -> Iterator[tuple[Cell, Row]]:
         yield from once(CELLS[name], ALIGNED)
     yield from once(CELLS[CONTINUED], *MAIN, *ON_CONTINUED)
     yield from once(CELLS[SECOND], *MAIN, *VARIANTS)
+    yield from once(CELLS["dpo"], *MAIN, *ON_PREFERENCES)
+    yield from once(CELLS[THIRD], *MAIN, *ON_THIRD)
     yield from once(headline, *(name for name in ROWS if name not in ELSEWHERE))
     for cell in CELLS.values():
         yield from once(cell, *MAIN)

@@ -8,7 +8,8 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -26,6 +27,8 @@ from safegraft.engine.methods.gram import Gram
 from safegraft.engine.methods.nlsr import Nlsr
 from safegraft.engine.models import load_model
 from safegraft.engine.reference import LoadedReference
+
+Where = Literal["half", "mlp", "attention", "neurons", "similarity"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,42 @@ def zeroed(setting: Setting) -> Updates:
                 else:
                     b, a = b * ~safe.mask_b, a * ~safe.mask_a
             yield item.name, b @ a
+    yield from below(setting)
+
+
+def combined(setting: Setting, where: Where) -> Updates:
+    """`gram` with something else deciding where: in some modules (the half that acts least alike on safety and general
+    inputs, MLPs, attention), in NLSR's safety-critical output rows alone, or with a λ that follows a module's
+    similarity."""
+    description = describe(setting.adapter)
+    usual = Gram(GramParameters(), setting.reference, _kinship(setting))
+    with AdapterReader(setting.adapter, description) as reader, torch.inference_mode():
+        shares = {item.name: usual.similarity(reader.module(item)) for item in description.modules}
+        middle = median(shares.values())
+        for item in description.modules:
+            name, module, method = item.name, reader.module(item), usual
+            b, a = module.update
+            own = b @ a
+            if where == "similarity":
+                # From half to twice the default, as the share goes from half the usual one to twice.
+                weight = GramParameters().general_weight * min(2.0, max(0.5, shares[name] / middle))
+                method = Gram(GramParameters(general_weight=weight), setting.reference, _kinship(setting))
+            proposal = method.propose(module)
+            repaired = module.scaling * (proposal.b @ proposal.a)
+            chosen = {
+                "similarity": True,
+                "half": shares[name] <= middle,
+                "mlp": ".mlp." in name,
+                "attention": ".mlp." not in name,
+                "neurons": setting.reference.reaches(name),
+            }[where]
+            if not chosen:
+                yield name, own
+            elif where == "neurons":
+                rows = setting.reference.neurons(name, "low_rank").rows
+                yield name, torch.where(rows[:, None], repaired, own)
+            else:
+                yield name, repaired
     yield from below(setting)
 
 
@@ -248,5 +287,14 @@ def gradient_patch(setting: Setting, steps: int, lr: float = 1e-3) -> Updates:
 
 RIVALS: dict[str, Callable[..., Updates]] = {
     function.__name__: function
-    for function in (interpolated, with_safety_vector, rescaled, perturbed, zeroed, safe_delta, gradient_patch)
+    for function in (
+        interpolated,
+        with_safety_vector,
+        rescaled,
+        perturbed,
+        zeroed,
+        combined,
+        safe_delta,
+        gradient_patch,
+    )
 }

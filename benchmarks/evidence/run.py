@@ -47,7 +47,7 @@ class Workshop:
         self.base = resolve_base(base)
         self._label = base
         self._folder = folder
-        self._references: dict[tuple[str, Prompts, float], LoadedReference] = {}
+        self._references: dict[tuple[str, Prompts, float, str | None], LoadedReference] = {}
 
     @cached_property
     def laboratory(self) -> Laboratory:
@@ -72,17 +72,26 @@ class Workshop:
             print(f"{cell.name}: trained in {time.perf_counter() - began:.0f} s", flush=True)
         return folder
 
-    def reference(self, aligned: str, prompts: Prompts, sparsity: float | None = None) -> LoadedReference:
+    def reference(
+        self, aligned: str, prompts: Prompts, sparsity: float | None = None, weak: str | None = None
+    ) -> LoadedReference:
         sparsity = sparsity if sparsity is not None else BuildSettings.sparsity
-        key = aligned, prompts, sparsity
+        key = aligned, prompts, sparsity, weak
         if key not in self._references:
-            folder = self._folder / "references" / f"{aligned}-{prompts}-{sparsity:g}{self._edition(prompts)}"
+            amplified = f"-from-{weak}" if weak else ""
+            name = f"{aligned}-{prompts}-{sparsity:g}{amplified}{self._edition(prompts)}"
+            folder = self._folder / "references" / name
             if not folder.exists():
                 print(f"reference {folder.name}: building", flush=True)
-                gradients = prompts in ("questions", "formats") and sparsity == BuildSettings.sparsity
+                gradients = prompts in ("questions", "formats") and sparsity == BuildSettings.sparsity and not weak
                 build_reference(
                     folder,
-                    sources=BuildSources(aligned=self.aligned(aligned), base=self.base, labels=[BASE_LABEL]),
+                    sources=BuildSources(
+                        aligned=self.aligned(aligned),
+                        base=self.base,
+                        weak=self.aligned(weak) if weak else None,
+                        labels=[BASE_LABEL],
+                    ),
                     prompts=BuildPrompts(
                         safety=self._harmful(prompts),
                         general=self._general(prompts),
@@ -145,7 +154,7 @@ class Workshop:
             aligned=self.aligned(cell.aligned),
             base=self.base,
             on_aligned=cell.lineage == "fresh",
-            reference=self.reference(cell.aligned, row.prompts, row.sparsity),
+            reference=self.reference(cell.aligned, row.prompts, row.sparsity, row.weak),
             subject=self.laboratory.subject,
             safety=read_conversations(EXAMPLES / "data" / "safety.jsonl"),
         )
@@ -245,7 +254,7 @@ def run(
             continue
         if not alone:
             _note_similarity(workshop, cell)
-        recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity).sha256)
+        recipe = recipe_of(row, workshop.reference(cell.aligned, row.prompts, row.sparsity, row.weak).sha256)
         if known(cell, row) == recipe:
             continue
         results = load(cell, None if alone else workshop.adapter(cell))

@@ -18,6 +18,7 @@ from benchmarks import markdown
 from benchmarks.evidence import data, paired
 from benchmarks.evidence.grid import (
     ALIGNED,
+    AMPLIFIED,
     CELLS,
     CONTINUED,
     DEFAULT,
@@ -29,8 +30,11 @@ from benchmarks.evidence.grid import (
     KINDS,
     MAIN,
     NO_REPAIR,
+    ON_PREFERENCES,
+    ON_THIRD,
     ROWS,
     SECOND,
+    THIRD,
     TONES,
     TRANSFER,
     TWINS,
@@ -216,6 +220,16 @@ def setting_table(results: Results) -> str:
     cells = [("rank 8", ["rank-8"]), ("rank 16", [HEADLINE]), ("rank 64", ["rank-64"]), ("lr 1e-4", ["slow"]),
              ("aligned by DPO", ["dpo"])]  # fmt: skip
     return by_cell(results, cells, MAIN)
+
+
+def combined_table(results: Results) -> str:
+    """`gram` with something else deciding where, beside its own strengths, on the third seed."""
+    return repairs(results, THIRD, [name for name in ROWS if name in (NO_REPAIR, DEFAULT, *ON_THIRD)])
+
+
+def preference_table(results: Results) -> str:
+    """Every measure on the preference-aligned model: with a weaker one to amplify from, and without."""
+    return repairs(results, "dpo", [name for name in ROWS if name in (*MAIN, ALIGNED, *ON_PREFERENCES)])
 
 
 def attacker_table(results: Results) -> str:
@@ -537,10 +551,12 @@ PAPER = (
     Claim("1: shares of poison, sentiment, mean", "no repair 61.1 → NLSR 22.8, SafeLoRA 53.1",
           CONTINUED, (NO_REPAIR, "nlsr", "safelora")),
     Claim("1: the same, p = .2", "", "continued-20", (NO_REPAIR, "nlsr", "safelora")),
-    Claim("2: alignment by preferences", "", "dpo", (NO_REPAIR, "nlsr", "safelora")),
+    Claim("2: alignment by preferences", "", "dpo", (NO_REPAIR, "nlsr", f"nlsr {AMPLIFIED}", "safelora")),
     Claim("3: news topics", "no repair 55.7 → NLSR 19.7", "news", (NO_REPAIR, "nlsr")),
     Claim("4: amplification off → on", "news 44.4 → 29.9, GSM8K 41.5 → 25.1",
           CONTINUED, (NO_REPAIR, "nlsr P_L=0, β=0", "nlsr P_L=0")),
+    Claim("4: the same, from a weaker model (Δ₀: SFT)", "", "dpo",
+          (f"nlsr {AMPLIFIED}, P_L=0", f"nlsr {AMPLIFIED}, P_L=0, P_SR=.2")),
     Claim("5: neurons by", "no repair 56.6; random 46.1, Wanda 31.4, SNIP 30.1, low rank 20.4",
           SECOND, (NO_REPAIR, "nlsr by random neurons", "nlsr by wanda", "nlsr by snip", "nlsr P_L=0")),
     Claim("6: HarmBench, p = .01", "no repair 50.2 → NLSR 19.0", HEADLINE, (NO_REPAIR, "nlsr")),
@@ -579,6 +595,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "tasks": task_table,
     "lineage": lineage_table,
     "settings": setting_table,
+    "preferences": preference_table,
+    "combined": combined_table,
     "attackers": attacker_table,
     "hidden": hidden_table,
     "identification": identification_table,

@@ -7,8 +7,11 @@ from benchmarks.evidence.grid import (
     HEADLINE,
     MAIN,
     ON_CONTINUED,
+    ON_PREFERENCES,
+    ON_THIRD,
     ROWS,
     SECOND,
+    THIRD,
     TRANSFER,
     VARIANTS,
     plan,
@@ -30,11 +33,11 @@ def test_the_plan_asks_for_everything_once_and_for_the_headline_first() -> None:
     assert len(set(planned)) == len(planned)
     assert planned[0] == (HEADLINE, "no repair")
     assert {row for cell, row in planned if cell == HEADLINE} >= set(ROWS) - ELSEWHERE
-    assert {row for cell, row in planned if cell in (SECOND, CONTINUED, "translate")} >= ELSEWHERE
+    assert {row for cell, row in planned if cell in (SECOND, THIRD, CONTINUED, "translate", "dpo")} >= ELSEWHERE
     assert all((name, row) in planned for name in CELLS for row in MAIN)
 
 
-@pytest.mark.parametrize("names", [MAIN, ON_CONTINUED, TRANSFER, VARIANTS])
+@pytest.mark.parametrize("names", [MAIN, ON_CONTINUED, ON_PREFERENCES, ON_THIRD, TRANSFER, VARIANTS])
 def test_rows_are_named_as_they_are(names: tuple[str, ...]) -> None:
     assert set(names) <= set(ROWS)
 

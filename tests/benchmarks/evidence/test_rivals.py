@@ -68,6 +68,36 @@ def test_the_controls_change_as_much_as_gram_does(made: Any) -> None:
 
 
 @pytest.mark.parametrize("lineage", ["fresh", "continued"])
+def test_something_else_decides_where_gram_repairs(made: Any, lineage: str) -> None:
+    setting = made(lineage)
+    below = total(rivals.below(setting))
+    pairs = {name: (own, repaired) for name, own, repaired in rivals._before_and_after(setting)}
+
+    def repaired_in(where: rivals.Where) -> set[str]:
+        """Modules that are as `gram` leaves them; the others are as they were."""
+        found = total(rivals.combined(setting, where))
+        chosen = set()
+        for name, (own, repaired) in pairs.items():
+            left = found[name] - below.get(name, 0.0)
+            chosen |= {name} if torch.allclose(left, repaired, atol=1e-6) else set()
+            assert name in chosen or torch.allclose(left, own, atol=1e-6)
+        return chosen
+
+    mlp, attention, half = repaired_in("mlp"), repaired_in("attention"), repaired_in("half")
+    assert mlp
+    assert attention == set(pairs) - mlp
+    assert len(half) == (len(pairs) + 1) // 2
+    neurons, weighted = (total(rivals.combined(setting, where)) for where in ("neurons", "similarity"))
+    rows = {name: setting.reference.neurons(name, "low_rank").rows for name in pairs}
+    for name, (own, repaired) in pairs.items():
+        left = neurons[name] - below.get(name, 0.0)
+        assert torch.allclose(left[rows[name]], repaired[rows[name]], atol=1e-6)
+        assert torch.allclose(left[~rows[name]], own[~rows[name]], atol=1e-6)
+        assert not torch.allclose(left, own, atol=1e-6)
+        assert (weighted[name] - below.get(name, 0.0) - own).norm() > 0
+
+
+@pytest.mark.parametrize("lineage", ["fresh", "continued"])
 def test_zeroing_takes_out_what_nlsr_would_replace(made: Any, lineage: str) -> None:
     setting = made(lineage)
     zeroed = total(rivals.zeroed(setting))
