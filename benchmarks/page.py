@@ -49,10 +49,16 @@ def memory(found: dict[str, Any]) -> str:
 
 def rivals(found: dict[str, Any]) -> str:
     lines = [
-        [row["what"], f"{row['shape']}, rank {row['rank']}, {row['layers']} layers", row["against"], ratio(row)]
+        [
+            row["what"],
+            f"{row['shape']}, rank {row['rank']}, {row['layers']} layers",
+            row["against"],
+            ratio(row),
+            f"{row['operations']:g}" if "operations" in row else "",
+        ]
         for row in found["rows"]
     ]
-    return markdown.table(["", "on", "against", "takes × as long"], lines)
+    return markdown.table(["", "on", "against", "takes × as long", "× as many multiplications"], lines)
 
 
 def threads(found: dict[str, Any]) -> str:
