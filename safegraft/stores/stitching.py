@@ -3,7 +3,7 @@
 import hashlib
 import io
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import BinaryIO, NoReturn, cast
@@ -25,10 +25,11 @@ GONE = ("upload_not_pending", "part_not_found", "part_missing")
 def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
     """Stitches the parts into a file. The upload stays pending if that fails, and can be completed again.
 
-    Repeated with the same parts it returns what the first time made. Raises NotFound, Conflict, InvalidParameter
-    (`part_missing`, `checksum_mismatch`, …), TooLarge (`part_too_large`), StorageFault.
+    Repeated with the same parts it returns what the first time made, or says that this has another hash. Raises
+    NotFound, Conflict, InvalidParameter (`part_missing`, `checksum_mismatch`, …), TooLarge (`part_too_large`),
+    StorageFault.
     """
-    done = uploads.completed(tenant, upload_id, request.part_ids)
+    done = _done(uploads, tenant, upload_id, request)
     if done is not None:
         return done
     try:
@@ -39,14 +40,24 @@ def complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str
         raise
 
 
+def _done(uploads: UploadStore, tenant: str, upload_id: str, request: UploadComplete) -> Upload | None:
+    found = uploads.completed(tenant, upload_id, request.part_ids)
+    if found is None:
+        return None
+    upload, hashes = found
+    # Of those that the first try took: an MD5 only where it was asked for one.
+    _compare(request, hashes)
+    return upload
+
+
 def _complete(uploads: UploadStore, objects: Objects, tenant: str, upload_id: str, request: UploadComplete) -> Upload:
     parts = uploads.chosen(tenant, upload_id, request.part_ids)
     # Of its own for every try: two tries at once, with parts in another order, must not write the same file.
     file_id = new_id("file")
     prefix = file_prefix(tenant, file_id)
     try:
-        sha256 = _stitch(objects, tenant, parts, prefix, request)
-        won = uploads.complete(tenant, upload_id, request.part_ids, file_id=file_id, prefix=prefix, sha256=sha256)
+        hashes = _stitch(objects, tenant, parts, prefix, request)
+        won = uploads.complete(tenant, upload_id, request.part_ids, file_id=file_id, prefix=prefix, hashes=hashes)
     except BaseException as error:
         remove_or_leave(objects, prefix)
         if isinstance(error, TooLarge):
@@ -63,7 +74,7 @@ def _by_another(
     uploads: UploadStore, tenant: str, upload_id: str, request: UploadComplete, error: SafegraftError
 ) -> Upload:
     """What another try made meanwhile. Raises Conflict where the upload has ended otherwise, and else `error`."""
-    done = uploads.completed(tenant, upload_id, request.part_ids)
+    done = _done(uploads, tenant, upload_id, request)
     if done is not None:
         return done
     uploads.require_pending(tenant, upload_id)
@@ -96,8 +107,10 @@ def discard(objects: Objects, tenant: str, upload_id: str) -> None:
     remove_or_leave(objects, upload_prefix(tenant, upload_id))
 
 
-def _stitch(objects: Objects, tenant: str, parts: Sequence[UploadPart], prefix: str, request: UploadComplete) -> str:
-    """Writes the file and returns its SHA-256."""
+def _stitch(
+    objects: Objects, tenant: str, parts: Sequence[UploadPart], prefix: str, request: UploadComplete
+) -> dict[str, str]:
+    """Writes the file and returns its hashes by name: SHA-256, and MD5 where one was announced."""
     source = Stitched(objects, tenant, parts, md5=request.md5 is not None)
     try:
         with ReadAhead(source) as ahead:
@@ -108,19 +121,20 @@ def _stitch(objects: Objects, tenant: str, parts: Sequence[UploadPart], prefix: 
         raise
     if not ahead.finished:
         raise StorageFault(f"{prefix} was not stored whole.")
-    _compare("sha256", request.sha256, source.sha256.hexdigest())
-    _compare("md5", request.md5, source.md5.hexdigest() if source.md5 else "")
-    return source.sha256.hexdigest()
+    hashes = {"sha256": source.sha256.hexdigest()} | ({"md5": source.md5.hexdigest()} if source.md5 else {})
+    _compare(request, hashes)
+    return hashes
 
 
-def _compare(name: str, wanted: str | None, found: str) -> None:
-    if wanted is not None and wanted.lower().removeprefix("sha256-") != found:
-        raise InvalidParameter(
-            f"The stitched file has {name} {found}, not the announced one.",
-            code="checksum_mismatch",
-            param=name,
-            hint="Check the order of the parts, and send again those whose sha256 differs.",
-        )
+def _compare(request: UploadComplete, found: Mapping[str, str]) -> None:
+    for name, wanted in (("sha256", request.sha256), ("md5", request.md5)):
+        if wanted is not None and name in found and wanted.lower().removeprefix("sha256-") != found[name]:
+            raise InvalidParameter(
+                f"The stitched file has {name} {found[name]}, not the announced one.",
+                code="checksum_mismatch",
+                param=name,
+                hint="Check the order of the parts, and send again those whose sha256 differs.",
+            )
 
 
 class ReadAhead:

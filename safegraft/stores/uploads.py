@@ -11,7 +11,7 @@ lies under the prefix of an upload that has ended, and `expire` names it again.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import delete, func, insert, or_, select, update
@@ -149,8 +149,9 @@ class UploadStore:
             )
         return [found[part_id] for part_id in part_ids]
 
-    def completed(self, tenant: str, upload_id: str, part_ids: Sequence[str]) -> Upload | None:
-        """The upload, if these parts completed it before. Raises Conflict where others did."""
+    def completed(self, tenant: str, upload_id: str, part_ids: Sequence[str]) -> tuple[Upload, dict[str, str]] | None:
+        """The upload, if these parts completed it before, and the hashes that its file was found to have, by name.
+        Raises Conflict where others did."""
         with reading(self._engine) as connection:
             row = _find(connection, tenant, upload_id)
             if row.state != "completed":
@@ -159,12 +160,20 @@ class UploadStore:
                 raise Conflict(
                     f"{upload_id} was completed from other parts.", code="upload_not_pending", param="part_ids"
                 )
-            return _shown(connection, row)
+            return _shown(connection, row), row.request.get("hashes", {})
 
     def complete(
-        self, tenant: str, upload_id: str, part_ids: Sequence[str], *, file_id: str, prefix: str, sha256: str
+        self,
+        tenant: str,
+        upload_id: str,
+        part_ids: Sequence[str],
+        *,
+        file_id: str,
+        prefix: str,
+        hashes: Mapping[str, str],
     ) -> bool:
-        """Makes the file (whose bytes lie under `prefix`) and ends the upload, in one transaction.
+        """Makes the file (whose bytes lie under `prefix`) and ends the upload, in one transaction. hashes: `sha256`,
+        and whatever else was taken of the bytes.
 
         False where somebody else completed it meanwhile. Raises Conflict where it was cancelled or has expired.
         """
@@ -184,11 +193,11 @@ class UploadStore:
                     filename=row.filename,
                     purpose=row.purpose,
                     bytes=row.bytes,
-                    sha256=sha256,
+                    sha256=hashes["sha256"],
                     seconds=kept["seconds"] if kept else None,
                 ),
             )
-            request = {**row.request, "completed_from": _order(part_ids)}
+            request = {**row.request, "completed_from": _order(part_ids), "hashes": dict(hashes)}
             _end(connection, upload_id, "completed", file_id=file_id, request=request)
         return True
 

@@ -172,6 +172,9 @@ def test_parts_arrive_in_any_order_and_at_once(gateway: Gateway, http: httpx.Cli
     done = http.post(f"/v1/uploads/{upload}/complete", json=body)
     assert done.status_code == 200, done.text
     assert http.post(f"/v1/uploads/{upload}/complete", json=body).json() == done.json()
+    for name, other in (("sha256", "0" * 64), ("md5", "0" * 32)):
+        again = http.post(f"/v1/uploads/{upload}/complete", json=body | {name: other})
+        assert refused(again, 422, "checksum_mismatch")["param"] == name
     assert http.get(f"/v1/uploads/{upload}").json() == done.json()
     answer = http.get(f"/v1/files/{done.json()['file']['id']}/content", headers={"range": f"bytes={MIB - 5}-{MIB + 4}"})
     assert (answer.status_code, answer.content) == (206, data[MIB - 5 : MIB + 5])
