@@ -11,13 +11,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 .PHONY: help setup demo test test-long test-again test-scaled test-scaled-again e2e chaos check bench bench-page bench-service bench-load evidence fuzz openapi format clean
 
 help:
+	@echo "make setup    what all others need, in .venv"
 	@echo "make demo     the main job, end to end, on a real model and a real adapter"
 	@echo "make test     the tests; test-long: those that wait for faults and restarts, and follow every page"
 	@echo "make test-scaled  the tests of stores, service and worker on Postgres, S3 and Redis"
 	@echo "make chaos    the fault scoreboard: kills and stops everything, and counts what was lost"
 	@echo "make e2e      the console in Chromium, against a real service; pictures of every state in var/e2e"
 	@echo "make check    lint, types, import contracts, container files"
-	@echo "make bench    timings, side by side; bench-service: what the service adds; bench-load: under load"
+	@echo "make bench    timings, side by side; bench-service: what the service adds; bench-load: under load;"
+	@echo "              bench-page: writes what they found into docs/performance.md"
 	@echo "make evidence  the safety scoreboard of docs/evidence (hours; goes on where it stopped)"
 	@echo "make fuzz     the parsers of uploads under atheris, FUZZ_SECONDS=600 each"
 	@echo "make pictures  draws the pictures of docs/report.md and docs/console.md, after make demo"

@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
-from rich.table import Column, Table
+from rich.table import Table
 
 from safegraft import __version__, logs
 from safegraft.adapter import CONFIG, WEIGHTS, describe, is_adapter
@@ -35,6 +35,7 @@ from safegraft.commands.terminal import (
     out,
     plain,
     print_json,
+    print_list,
     progress_bars,
     references_of,
     settings_for,
@@ -739,12 +740,12 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     if as_json:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
-    table = Table(Column("id", no_wrap=True), "name", "base model", "methods", box=None)
+    table = Table("id", "name", "base model", "methods", box=None)
     for item in found:
         # Names that whoever built the bundle gave.
         name, base_model = plain(item.manifest.name), plain(item.manifest.base_model.labels[0])
         table.add_row(item.id, name, base_model, plain(", ".join(item.manifest.methods)))
-    out.print(table, markup=False)
+    print_list(table)
 
 
 @reference_app.command("show")

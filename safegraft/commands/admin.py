@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from safegraft.commands.audit import audited
-from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
+from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, print_list, settings_for
 from safegraft.contracts.keys import Limits
 from safegraft.errors import Conflict, InvalidParameter
 from safegraft.stores import options, overview
@@ -320,11 +319,11 @@ def _print_limits(tenant: str, found: Limits, as_json: bool) -> None:
 
 def _print_table(columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
     table = Table(box=None)
-    for number, column in enumerate(columns):
-        table.add_column(column, no_wrap=number == 0, overflow="fold")
+    for column in columns:
+        table.add_column(column)
     for row in rows:
-        table.add_row(*map(escape, row))
-    out.print(table, highlight=False)
+        table.add_row(*row)
+    print_list(table)
 
 
 def _when(seconds: float | None) -> str:

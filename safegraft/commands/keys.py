@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from safegraft.commands.audit import audited
-from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, settings_for
+from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, print_list, settings_for
 from safegraft.contracts.keys import DEFAULT_TENANT, Scope
 from safegraft.errors import InvalidParameter
 from safegraft.stores.keys import KeyStore
@@ -19,7 +18,6 @@ from safegraft.vault import open_vault
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 UNITS = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-WIDE = 240
 LONGEST = 5200 * UNITS["w"]  # a hundred years; far more could not be shown as a date
 
 
@@ -60,13 +58,11 @@ def list_(
     if as_json:
         print_json([key.model_dump(mode="json") for key in keys])
         return
-    # The id is never cut off: `revoke` asks for it. Nothing is where no terminal's width is to be kept to.
-    identity = Column("id", min_width=32, no_wrap=True)
-    table = Table(identity, "tenant", "name", "begins", "scopes", "made", "expires", "revoked", "last used", box=None)
+    table = Table("id", "tenant", "name", "begins", "scopes", "made", "expires", "revoked", "last used", box=None)
     for key in keys:
         times = (key.created_at, key.expires_at, key.revoked_at, key.last_used_at)
         table.add_row(key.id, key.tenant, Text(key.name), f"{key.hint}…", ",".join(key.scopes), *map(_when, times))
-    (out if out.is_terminal else Console(width=WIDE)).print(table)
+    print_list(table)
 
 
 @app.command("revoke")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from safegraft.errors import InvalidParameter
 from safegraft.report.text import Look
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from safegraft.stores.references import ReferenceRegistry
 
 out, err = Console(), Console(stderr=True)
+# More than any list here takes.
+_WIDE = 1000
 Json = Annotated[bool, typer.Option("--json", envvar="SAFEGRAFT_JSON", help="Print one JSON object instead of text.")]
 Data = Annotated[Path, typer.Option(envvar="SAFEGRAFT_DATA", help="The service's data folder.")]
 
@@ -50,6 +53,14 @@ DeviceName = Annotated[str, typer.Option(envvar="SAFEGRAFT_DEVICE", callback=_de
 class ModelDtype(StrEnum):
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+def print_list(table: Table) -> None:
+    """A row a line, however narrow the terminal is, and where there is none: what a cell holds can be found and cut."""
+    text = StringIO()
+    Console(file=text, width=_WIDE).print(table, markup=False, highlight=False)
+    for line in text.getvalue().splitlines():
+        out.out(line.rstrip(), highlight=False)
 
 
 def use_any_encoding() -> None:

@@ -151,7 +151,10 @@ def test_jobs_and_requeue(data: Path, engine: Engine) -> None:
     assert [job["id"] for job in as_json(data, "jobs", "--limit", "1")] == [waiting]
     [shown] = as_json(data, "jobs", "--dead")
     assert (shown["id"], shown["tenant"], shown["error"]) == (dead, "acme", "storage_fault")
-    assert all(word in admin(data, "jobs", "--dead").stdout for word in (dead, "acme", "storage_fault"))
+    # A line a job, in a pipe and on a terminal of any width.
+    [header, line] = admin(data, "jobs", "--dead").stdout.splitlines()
+    assert header.split() == ["id", "tenant", "state", "attempt", "method", "error", "worker", "made", "ended"]
+    assert line.split()[:6] == [dead, "acme", "dead", "1", "auto", "storage_fault"]
     assert code(data, "requeue", running) == "not_dead"
     assert code(data, "requeue", "rlg_nobody") == "realignment_not_found"
     assert admin(data, "requeue", dead).stderr == f"{dead} is queued again, after 1 attempts.\n"
