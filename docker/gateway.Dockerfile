@@ -32,7 +32,8 @@ WORKDIR /opt/safegraft
 # The grace period: an open stream of events would otherwise hold up the stop until it is a kill.
 ENV PYTHONUNBUFFERED=1 \
     SAFEGRAFT_DATA=/data \
-    UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=8
+    UVICORN_TIMEOUT_GRACEFUL_SHUTDOWN=8 \
+    UVICORN_WS=none
 VOLUME /data
 EXPOSE 8000
 

@@ -149,7 +149,7 @@ def plan_children(plan: Plan, sockets: Path) -> list[Child]:
     folder = hashlib.sha256(f"{socket.gethostname()}:{data}".encode()).hexdigest()[:12]
     threads = max(1, (os.cpu_count() or 1) // max(1, plan.workers))
     gateway = [sys.executable, "-m", "uvicorn", "--factory", "service.main:app", "--host", plan.host]
-    gateway += ["--port", str(plan.port), "--timeout-graceful-shutdown", "10"]
+    gateway += ["--port", str(plan.port), "--timeout-graceful-shutdown", "10", "--ws", "none"]
     children.append(Child("gateway", gateway, environment))
     for number in range(1, plan.workers + 1):
         name = f"worker{number}"

@@ -55,14 +55,19 @@ from service.routes import (
 )
 from service.settings import GatewaySettings
 from service.shares import Shares
+from service.stopping import Running, Stopping
 from service.validation import Limits, Validator
 from service.webhooks import Sender
 
 log = logging.getLogger("safegraft.gateway")
+# For requests that a stop cut short: to clean up, and to say so.
+CUT_SHORT_SECONDS = 2.0
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
     """The application; it opens database and broker when it starts, not when it is made."""
+
+    running = Running()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -76,6 +81,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         try:
             yield
         finally:
+            await running.ended(CUT_SHORT_SECONDS)
             stop_all(here.loops)
             here.validator.close()
             await here.gatekeeper.close()
@@ -105,6 +111,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.mount(docs.ASSETS, docs.assets)
     errors.install(app)
     app.add_middleware(Audit)
+    app.add_middleware(Stopping, running=running)
     app.add_middleware(Observer, metrics=app.state.metrics)
     app.add_middleware(RequestId)
     _trace(app)

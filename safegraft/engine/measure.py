@@ -416,7 +416,7 @@ def _truncated(lines: Sequence[ModuleLine]) -> Warning | None:
         code="truncated",
         message=f"Bringing the result back to the adapter's rank lost more than 10\u00a0% of the update's norm in "
         f"{_modules(len(rough))} (most in {worst.name}: {_percent(worst.truncation_error)}). The output rank "
-        "`exact` loses nothing.",
+        "exact loses nothing.",
     )
 
 
