@@ -18,12 +18,19 @@ from safegraft.errors import TooLarge
 
 CHUNK = 2**20
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Below it, no upload and no result of any use fits, and SQLite soon cannot even write that something was deleted.
+MIN_FREE_BYTES = 2**25
 
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_room(*folders: Path) -> bool:
+    """Whether the disks of these folders have MIN_FREE_BYTES left. Raises OSError."""
+    return min(shutil.disk_usage(folder).free for folder in folders) >= MIN_FREE_BYTES
 
 
 def folder_bytes(folder: Path) -> int:

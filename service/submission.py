@@ -62,6 +62,7 @@ def submit(
         origins=replace(origins, traceparent=origins.traceparent or tracing.current()),
         retried=retried,
         max_open=here.settings.max_jobs_per_tenant if own is None else own,
+        of_stored=True,
     )
     with logs.bound(job_id=created.job.id):
         log.info("replayed" if created.replayed else "queued")

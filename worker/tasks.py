@@ -39,7 +39,7 @@ from safegraft.contracts.reference import ReferenceManifest
 from safegraft.contracts.report import Report, Subject
 from safegraft.dsse import load_signing_key
 from safegraft.errors import CorruptReference, LostLease, NotFound, OverLimit, SafegraftError, SystemFault, UserError
-from safegraft.files import folder_bytes, sha256_file, side_car_folder
+from safegraft.files import folder_bytes, has_room, sha256_file, side_car_folder
 from safegraft.ids import new_id
 from safegraft.provenance import (
     PROVENANCE,
@@ -332,12 +332,24 @@ def run_job(bench: Bench, ticket: str) -> None:
     """One attempt at the job whose turn it is. Whatever happens, the record says it afterwards; nothing is raised but
     for a kill."""
     failpoints.hit("worker.received")
+    if not _has_room(bench):
+        # No fault of the job's, whose attempts would be spent in seconds: it waits, and is announced again.
+        log.warning("%s: left in the queue; this machine's disk is full", ticket)
+        return
     claim = bench.jobs.claim_next(worker_name(), ticket)
     if claim is None:
         log.info("%s: nothing to do", ticket)
         return
     with logs.bound(job_id=claim.id, attempt=claim.attempt, trace_id=tracing.trace_id(claim.traceparent)):
         _run_claimed(bench, claim)
+
+
+def _has_room(bench: Bench) -> bool:
+    folders = [folder for folder in (bench.settings.data, bench.objects.scratch) if folder.exists()]
+    try:
+        return has_room(*folders) if folders else True
+    except OSError:
+        return True  # the attempt will say what it is
 
 
 def _run_claimed(bench: Bench, claim: Claim) -> None:

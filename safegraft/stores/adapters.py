@@ -49,12 +49,12 @@ class AdapterStore:
 
     def get(self, tenant: str, adapter_id: str) -> Adapter:
         with reading(self._engine) as connection:
-            return _shown(_find(connection, tenant, adapter_id))
+            return _shown(find_adapter(connection, tenant, adapter_id))
 
     def prefix(self, tenant: str, adapter_id: str) -> str:
         """Where the adapter's files lie in the object store."""
         with reading(self._engine) as connection:
-            return str(_find(connection, tenant, adapter_id).prefix)
+            return str(find_adapter(connection, tenant, adapter_id).prefix)
 
     def page(
         self,
@@ -105,7 +105,7 @@ def expiring(adapter: Adapter, retention: float) -> Adapter:
 
 def remove_adapter(connection: Connection, tenant: str, adapter_id: str) -> str:
     """`AdapterStore.delete` within a transaction of the caller's."""
-    row = _find(connection, tenant, adapter_id)
+    row = find_adapter(connection, tenant, adapter_id, lock=True)
     busy = connection.execute(
         select(realignments.c.id).where(
             realignments.c.adapter_id == adapter_id, realignments.c.state.in_(("queued", "running"))
@@ -122,9 +122,10 @@ def remove_adapter(connection: Connection, tenant: str, adapter_id: str) -> str:
     return str(row.prefix)
 
 
-def _find(connection: Connection, tenant: str, adapter_id: str) -> Row[Any]:
+def find_adapter(connection: Connection, tenant: str, adapter_id: str, *, lock: bool = False) -> Row[Any]:
+    """lock: until the transaction ends nobody else locks it (SQLite has one writer anyway). Raises NotFound."""
     query = select(adapters).where(adapters.c.id == adapter_id, adapters.c.tenant == tenant)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
     if row is None:
         raise NotFound(f"There is no adapter {adapter_id[:80]!r}.", code="adapter_not_found", param="adapter_id")
     return row

@@ -39,7 +39,7 @@ from safegraft.contracts.report import Summary
 from safegraft.errors import Conflict, LostLease, NotFound, QuotaExceeded, SafegraftError
 from safegraft.ids import new_id
 from safegraft.stores import outbox, totals
-from safegraft.stores.adapters import expiring, insert_adapter, remove_adapter
+from safegraft.stores.adapters import expiring, find_adapter, insert_adapter, remove_adapter
 from safegraft.stores.database import adapters, events, now, reading, realignments, workers
 from safegraft.stores.objects import job_prefix
 
@@ -144,14 +144,17 @@ class JobStore:
         origins: Origins = Origins(),
         retried: bool = False,
         max_open: int = 0,
+        of_stored: bool = False,
     ) -> Created:
         """Adds a queued job, due at once. The same key with the same request returns the first job.
 
         retried: the client says that it sent this before, without a key: a job that the same request made within
         RETRY_WINDOW seconds is returned instead. max_open: how many jobs the tenant may have queued or running.
+        of_stored: looks once more, in the transaction that makes the job, whether the adapter is there; nobody deletes
+        it meanwhile.
 
-        Raises Conflict (`idempotency_key_reused`) for the same key with another request, QuotaExceeded
-        (`too_many_jobs`).
+        Raises NotFound (`adapter_not_found`), Conflict (`idempotency_key_reused`) for the same key with another
+        request, QuotaExceeded (`too_many_jobs`).
         """
         job_id = new_id("rlg")
         sent = origins.request_hash or hash_of(request)
@@ -188,6 +191,8 @@ class JobStore:
                         code="too_many_jobs",
                         hint="Wait until some have ended.",
                     )
+                if of_stored:
+                    find_adapter(connection, tenant, request.adapter_id, lock=True)
                 connection.execute(insert(realignments).values(**row))
                 _note(connection, job_id, "created", "Queued.")
                 failpoints.hit("gateway.creating")

@@ -1,6 +1,5 @@
 """/livez and /readyz: is the process alive, and can it serve."""
 
-import shutil
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Response
@@ -8,12 +7,11 @@ from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from safegraft.files import has_room
 from safegraft.stores.database import reading
 from service.dependencies import Here, Services
 
 router = APIRouter(tags=["health"])
-# Below it, no upload of any use arrives, and SQLite soon cannot even write that something was deleted.
-MIN_FREE_BYTES = 2**25
 
 
 class Health(BaseModel):
@@ -65,10 +63,9 @@ def _worker(here: Services) -> bool:
 def _space(here: Services) -> bool:
     """Whether this machine's disks have room: SQLite's, and the uploads', which pass through it wherever bytes lie."""
     try:
-        free = [shutil.disk_usage(path).free for path in (here.settings.data, here.objects.scratch)]
+        return has_room(here.settings.data, here.objects.scratch)
     except OSError:
         return False
-    return min(free) >= MIN_FREE_BYTES
 
 
 def _database(here: Services) -> bool:

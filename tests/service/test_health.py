@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
+from safegraft.files import MIN_FREE_BYTES
 from safegraft.stores.references import LIST_SECONDS, open_references
 from service.app import create_app
-from service.routes.health import MIN_FREE_BYTES
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
 from tests.service.conftest import Running, free_port

@@ -59,6 +59,35 @@ def test_twenty_posts_with_one_key_make_one_job(store: JobStore, engine: Engine)
     assert kinds(store, answers[0][0]) == ["created"]
 
 
+def test_a_job_and_the_deletion_of_its_adapter_exclude_each_other(store: JobStore, adapters: AdapterStore) -> None:
+    with pytest.raises(NotFound) as gone:
+        store.create("t", REFERENCE, request("adp_none"), of_stored=True)
+    assert gone.value.code == "adapter_not_found"
+    outcomes = set()
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(20):
+            item = adapters.add(adapter(f"a{number}"), "t", f"adapters/{number}")
+            barrier = threading.Barrier(2)
+
+            def post(adapter_id: str = item.id, barrier: threading.Barrier = barrier) -> str:
+                barrier.wait()
+                try:
+                    return store.create("t", REFERENCE, request(adapter_id), of_stored=True).job.status
+                except NotFound as error:
+                    return error.code
+
+            def remove(adapter_id: str = item.id, barrier: threading.Barrier = barrier) -> str:
+                barrier.wait()
+                try:
+                    return adapters.delete("t", adapter_id)[:8]
+                except Conflict as error:
+                    return error.code
+
+            made, removed = pool.submit(post), pool.submit(remove)
+            outcomes.add((made.result(), removed.result()))
+    assert outcomes <= {("queued", "adapter_in_use"), ("adapter_not_found", "adapters")}
+
+
 def test_a_key_means_one_request_of_one_tenant(store: JobStore) -> None:
     first = store.create("t", REFERENCE, request("adp_1"), "k").job
     with pytest.raises(Conflict) as refused:

@@ -20,6 +20,7 @@ from safegraft.contracts.adapter import Adapter, Origin
 from safegraft.contracts.realignment import Realignment, RealignmentCreate
 from safegraft.contracts.report import Report
 from safegraft.errors import StorageFault
+from safegraft.files import MIN_FREE_BYTES
 from safegraft.ids import new_id
 from safegraft.records import adapter_record
 from safegraft.report import render as report_files
@@ -429,6 +430,17 @@ def test_messages_for_unknown_running_and_ended_jobs_are_dropped(shop: Shop, ord
     assert shop.jobs.claim(held, "w2") is not None
     run_job(shop.bench, held)
     assert (shop.job(held).status, shop.job(held).attempt) == ("running", 1)
+
+
+def test_a_full_disk_spends_no_attempts(shop: Shop, ordered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage, free = shutil.disk_usage(shop.data), MIN_FREE_BYTES - 1
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=free))
+    for _ in range(5):
+        run_job(shop.bench, ordered)
+        assert (shop.job(ordered).status, shop.job(ordered).attempt) == ("queued", 0)
+    free += 1
+    run_job(shop.bench, ordered)
+    assert (shop.job(ordered).status, shop.job(ordered).attempt) == ("succeeded", 1)
 
 
 def test_references_stay_in_memory_up_to_the_limit(shop: Shop, bundle: Path, tmp_path: Path) -> None:
