@@ -226,15 +226,21 @@ def _count(members: int) -> None:
 
 
 def _safe_name(name: str) -> PurePosixPath:
+    """Raises InvalidArchive also for names of files that would not be kept: what wrote them is not to be trusted."""
     path = PurePosixPath(name)
-    printable = name.isprintable() and len(name) <= 512 and len(path.name.encode()) <= 255
-    if not printable or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        raise InvalidArchive(
-            f"The archive names a path outside its folder: {ascii(name)[:120]}.",
-            code="archive_unsafe_path",
-            param=ascii(name)[:120],
-        )
-    return path
+    if path.is_absolute() or ".." in path.parts:
+        fault = "a path outside its folder"
+    elif not name.isprintable():
+        fault = "a path with a letter that cannot be printed"
+    elif "\\" in name or ":" in name:
+        fault = "a path with a backslash or a colon, which some systems take for another folder"
+    elif len(name) > 512 or len(path.name.encode()) > 255:
+        fault = "a path that is longer than 512 letters, or a file's name longer than 255 bytes"
+    else:
+        return path
+    raise InvalidArchive(
+        f"The archive names {fault}: {ascii(name)[:120]}.", code="archive_unsafe_path", param=ascii(name)[:120]
+    )
 
 
 def _refuse_kind(name: str) -> None:

@@ -71,7 +71,8 @@ class _Read(Request):
 
 
 def paced(request: Request) -> Receive:
-    """The request's `receive`, which raises InvalidParameter (`upload_stalled`) where the body does not come."""
+    """The request's `receive`, which raises InvalidParameter where the body does not come (`upload_stalled`), or comes
+    in a coding that nobody here takes off again (`unsupported_media_type`)."""
     read, began, ended = 0, 0.0, False
 
     async def receive() -> Message:
@@ -85,6 +86,8 @@ def paced(request: Request) -> Receive:
         except TimeoutError as error:
             raise InvalidParameter(f"Nothing arrived for {IDLE_SECONDS:g} s.", code="upload_stalled") from error
         ended = not message.get("more_body", False)
+        if message.get("body"):
+            _refuse_coding(request)
         read += len(message.get("body", b""))
         elapsed = time.monotonic() - began
         if not ended and elapsed > IDLE_SECONDS and read < MIN_RATE * elapsed:
@@ -92,6 +95,17 @@ def paced(request: Request) -> Receive:
         return message
 
     return receive
+
+
+def _refuse_coding(request: Request) -> None:
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise InvalidParameter(
+            f"The Content-Encoding {coding[:80]!r} is not accepted here.",
+            code="unsupported_media_type",
+            param="Content-Encoding",
+            hint="Send the body as it is.",
+        )
 
 
 def limited(request: Request, most: int) -> Receive:

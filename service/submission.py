@@ -52,7 +52,7 @@ def submit(
     _check_strengths(request)
     if request.webhook_url is not None:
         origins = replace(origins, webhook_endpoint_id=here.webhooks.registered(tenant, request.webhook_url))
-    _check_room(here, asking)
+    _check_room(here, asking, request)
     own = asking.limits.max_jobs
     created = here.jobs.create(
         tenant,
@@ -70,11 +70,17 @@ def submit(
     return created
 
 
-def _check_room(here: Services, asking: Principal) -> None:
-    """A job makes adapters too: who has no room left makes none. Raises QuotaExceeded."""
+def _check_room(here: Services, asking: Principal, request: RealignmentCreate) -> None:
+    """A job makes adapters too, each about as large as the one that it is of: who has no room for them makes none.
+    Those of other jobs that have not ended count when they are made. Raises NotFound, QuotaExceeded."""
     quota = here.settings.max_bytes_per_tenant if asking.limits.max_bytes is None else asking.limits.max_bytes
-    if quotas.room(here.database, asking.tenant, quota) == 0:
-        raise quotas.no_room(1, 0, quota)
+    left = quotas.room(here.database, asking.tenant, quota)
+    if left is None:
+        return
+    made = 0 if request.mode == "analyze" else max(1, len(request.strengths))
+    added = max(1, made * here.adapters.get(asking.tenant, request.adapter_id).bytes)
+    if added > left:
+        raise quotas.no_room(added, left, quota)
 
 
 def _check_strengths(request: RealignmentCreate) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from safegraft import failpoints
 from safegraft.adapter import WEIGHTS
 from safegraft.contracts.adapter import Adapter
-from safegraft.contracts.files import AdapterFromFiles
+from safegraft.contracts.files import ANNOUNCED_SHA256, AdapterFromFiles
 from safegraft.errors import InvalidParameter, StorageFault
 from safegraft.ids import new_id
 from safegraft.ingest import Delivery, check_companion
@@ -133,6 +134,8 @@ class _AdapterForm:
         self._given.add(name)
         if name == "name":
             self._delivery.name = value
+        elif re.fullmatch(ANNOUNCED_SHA256, value) is None:
+            raise InvalidParameter("A SHA-256 is 64 hex digits.", code="invalid_field", param=name)
         else:
             self._delivery.sha256 = value
 

@@ -28,6 +28,8 @@ def _printable(text: str) -> str:
 FileName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_printable)]
 Kept = Annotated[int, Field(ge=MIN_KEPT, le=MAX_KEPT)]
 Sha256 = Annotated[str, Field(pattern="^(sha256-)?[0-9a-fA-F]{64}$", description="In hex.")]
+# Where nothing announced is an empty text.
+ANNOUNCED_SHA256 = "^((sha256-)?[0-9a-fA-F]{64})?$"
 
 
 class ExpiresAfter(Asked):
@@ -75,7 +77,7 @@ class AdapterFromFiles(Asked):
         list[Annotated[str, Field(max_length=80, pattern=PRINTABLE)]], Field(min_length=1, max_length=64)
     ]
     name: str = ""
-    sha256: str = ""
+    sha256: Annotated[str, Field(pattern=ANNOUNCED_SHA256, description="Of its weights, in hex.")] = ""
 
 
 class FileObject(Shown):

@@ -8,7 +8,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from safegraft.adapter import CONFIG, WEIGHTS
 from safegraft.contracts.adapter import Adapter, AdapterDeleted
 from safegraft.contracts.base import NO_NUL
-from safegraft.contracts.files import AdapterFromFiles
+from safegraft.contracts.files import ANNOUNCED_SHA256, AdapterFromFiles
 from safegraft.contracts.listing import PRINTABLE, Page
 from safegraft.errors import NotFound
 from safegraft.stores.adapters import AdapterFilters
@@ -56,7 +56,9 @@ async def create(
     here: Here,
     asking: Asking,
     name: Annotated[str, Query(max_length=200, description="For an archive, which has no fields.")] = "",
-    sha256: Annotated[str, Query(max_length=80, description=f"For an archive: SHA-256 of its {WEIGHTS}.")] = "",
+    sha256: Annotated[
+        str, Query(pattern=ANNOUNCED_SHA256, description=f"For an archive: SHA-256 of its {WEIGHTS}, in hex.")
+    ] = "",
 ) -> Adapter:
     """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated.
 

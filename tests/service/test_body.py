@@ -1,6 +1,7 @@
 """Bodies that are no JSON, or do not say that they are: what was wrong, where, and what to do, on every route."""
 
 import asyncio
+import gzip
 import json
 import socket
 import time
@@ -86,6 +87,23 @@ def test_every_operation_says_what_content_type_it_wants(client: TestClient, upl
             assert error["message"].startswith(f"{said} Send "), path
             assert error["param"] == "Content-Type"
             assert not alone or error["message"].endswith(DO)
+
+
+def test_a_body_in_a_coding_is_refused_by_name(client: TestClient, upload: str) -> None:
+    whole = gzip.compress(b'{"part_ids": ["part_1"]}')
+    for path, kind in (
+        (f"/v1/uploads/{upload}/complete", "application/json"),
+        (f"/v1/uploads/{upload}/parts", "application/octet-stream"),
+        ("/v1/adapters", "application/x-tar"),
+        ("/v1/adapters", "multipart/form-data; boundary=x"),
+    ):
+        content = b"ab" if path.endswith("parts") else whole
+        answer = client.post(path, content=content, headers={"content-type": kind, "content-encoding": "GZIP"})
+        error = refused(answer, 415, "unsupported_media_type")
+        assert (error["param"], "'gzip'" in error["message"]) == ("Content-Encoding", True)
+    plain = {"content-type": "application/octet-stream", "content-encoding": "identity"}
+    assert client.post(f"/v1/uploads/{upload}/parts", content=b"a", headers=plain).status_code == 200
+    assert client.get("/v1/adapters", headers={"content-encoding": "gzip"}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -175,7 +193,7 @@ def read(messages: list[Message], pause: float) -> list[Message]:
         return left.pop(0)
 
     async def whole() -> list[Message]:
-        limited = body.limited(Request({"type": "http"}, receive), 2**20)
+        limited = body.limited(Request({"type": "http", "headers": []}, receive), 2**20)
         return [await limited() for _ in messages]
 
     return asyncio.run(whole())
@@ -209,7 +227,7 @@ def test_a_key_that_stands_twice_is_named(client: TestClient, upload: str, raw: 
 
 @pytest.mark.parametrize("name", ["sha256", "name"])
 def test_a_field_of_a_form_that_stands_twice_is_named(client: TestClient, name: str) -> None:
-    parts = "".join(f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for value in "ab")
+    parts = "".join(f'--x\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n{value * 64}\r\n' for value in "ab")
     headers = {"content-type": "multipart/form-data; boundary=x"}
     answer = client.post("/v1/adapters", content=f"{parts}--x--\r\n".encode(), headers=headers)
     assert refused(answer, 422, "duplicate_field")["param"] == name
