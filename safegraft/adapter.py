@@ -32,6 +32,8 @@ COMPANIONS = (
 )  # fmt: skip
 # fnmatch's `*` matches anything, also slashes.
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+# What pydantic calls the kinds of values that a field may have, where it tells the place of a fault.
+BRANCH = re.compile(r"(literal|list|dict|set|tuple|union|nullable|function-\w+)\[|(bool|int|str|float)$")
 MAX_CONFIG_BYTES = 2**20
 MAX_RANK = 4096
 MIN_SCALING, MAX_SCALING = 1e-6, 1e6
@@ -178,7 +180,9 @@ def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
             raise ValueError("it holds a NUL character")
         json.dumps(data, ensure_ascii=False).encode()
     except (UnicodeError, RecursionError, ValueError) as error:
-        raise InvalidAdapter(f"{CONFIG} is not JSON ({error})."[:300], code="config_not_json", param=CONFIG) from error
+        # Of a number of thousands of digits Python goes on about its own settings.
+        why = str(error).partition("; use ")[0]
+        raise InvalidAdapter(f"{CONFIG} is not JSON ({why})."[:300], code="config_not_json", param=CONFIG) from error
     if not isinstance(data, dict):
         raise InvalidAdapter(f"{CONFIG} is not a JSON object.", code="config_not_json", param=CONFIG)
     if isinstance(kind := data.get("peft_type"), str) and kind != "LORA":
@@ -186,12 +190,23 @@ def parse_config(raw: bytes, *, own: bool = False) -> PeftConfig:
     try:
         config = PeftConfig.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = shown(".".join(str(part) for part in first["loc"]))
-        raise InvalidAdapter(f"{CONFIG}: {where}: {first['msg']}.", code="config_invalid", param=where) from error
+        where, why = _fault(error)
+        raise InvalidAdapter(f"{CONFIG}: {where}: {why}.", code="config_invalid", param=where) from error
     _refuse_unsound(config.model_copy(update={"lora_bias": False}) if own else config, data)
     _refuse_numbers(config)
     return config
+
+
+def _fault(error: ValidationError) -> tuple[str, str]:
+    """The first field that is wrong, and what may stand there; of several kinds pydantic says each by itself."""
+
+    def place(found: Any) -> str:
+        field, *inner = map(str, found["loc"])
+        return shown(".".join([field, *(part for part in inner if not BRANCH.match(part))]))
+
+    faults = error.errors()
+    where = place(faults[0])
+    return where, ", or: ".join(dict.fromkeys(fault["msg"] for fault in faults if place(fault) == where))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -379,7 +394,7 @@ class Targets:
             return [self._compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
         patterns = config.layers_pattern
         names = [patterns] if isinstance(patterns, str) else patterns
-        return [self._compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
+        return [self._compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.", name) for name in names]
 
     def _wanted(self, wanted: list[str] | str) -> Callable[[str], bool]:
         if isinstance(wanted, str):
@@ -389,13 +404,13 @@ class Targets:
         return lambda module: any(end in names for end in _ends(module))
 
     def _by_name(self, patterns: dict[str, Any] | None) -> list[tuple[Any, Any]]:
-        return [(self._compile(rf"(?:.*\.)?(?:{name})$"), value) for name, value in (patterns or {}).items()]
+        return [(self._compile(rf"(?:.*\.)?(?:{name})$", name), value) for name, value in (patterns or {}).items()]
 
-    def _compile(self, pattern: str) -> Any:
-        program = compiled(pattern)
+    def _compile(self, pattern: str, given: str | None = None) -> Any:
+        program = compiled(pattern, given)
         self.instructions += program.programsize
         if self.instructions > MAX_INSTRUCTIONS:
-            _bad_pattern(pattern, "the patterns together are too large")
+            _bad_pattern(given or pattern, "the patterns together are too large")
         return program
 
 
@@ -414,10 +429,10 @@ def _first(patterns: list[tuple[Any, Any]], module: str, default: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def compiled(pattern: str) -> Any:
-    """`pattern` compiled by RE2, to be matched against bytes. Raises InvalidAdapter where it cannot be."""
+def compiled(pattern: str, given: str | None = None) -> Any:
+    """`pattern` compiled by RE2, to be matched against bytes. Raises InvalidAdapter, which names what was `given`."""
     if "{," in pattern or "[:" in pattern:
-        _bad_pattern(pattern, "RE2 reads {,n} and [:class:] otherwise than PEFT does")
+        _bad_pattern(given or pattern, "RE2 reads {,n} and [:class:] otherwise than PEFT does")
     options = re2.Options()
     options.log_errors = False
     options.max_mem = 2**20
@@ -428,7 +443,10 @@ def compiled(pattern: str) -> Any:
     try:
         return re2.compile(pattern.encode(), options=options)
     except re2.error as error:
-        _bad_pattern(pattern, shown(str(error)), error)
+        why = error.args[0] if error.args else ""
+        text = why.decode("latin-1") if isinstance(why, bytes) else str(why)
+        # RE2 goes on with the part of the pattern that it stopped at.
+        _bad_pattern(given or pattern, shown(text.partition(": ")[0]), error)
 
 
 def _bad_pattern(pattern: str, why: str, cause: Exception | None = None) -> NoReturn:

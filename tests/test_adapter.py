@@ -587,3 +587,32 @@ def test_nothing_that_is_loaded_or_run_travels_under_the_name_of_a_companion(suf
             assert not is_companion(f"{name.replace('*', '')}.{suffix}")
             assert not is_companion(f"{name.replace('*', '_x')}.{suffix}")
             assert not is_companion(f"{name.replace('*', '.jinja.json')}.{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "said"),
+    [
+        ({"layers_to_transform": "0"}, "layers_to_transform", "valid list, or: Input should be a valid integer"),
+        ({"target_modules": 5}, "target_modules", "valid list, or: Input should be a valid string"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules.1", "valid string"),
+        ({"init_lora_weights": 5}, "init_lora_weights", "valid boolean, or: Input should be a valid string"),
+        ({"target_modules": "(?<=x)y"}, "(?<=x)y", "The pattern '(?<=x)y' cannot be used ("),
+        ({"layers_to_transform": [0], "layers_pattern": "("}, "(", "The pattern '(' cannot be used (missing ))."),
+        ({"rank_pattern": {"(": 4}}, "(", "The pattern '(' cannot be used (missing ))."),
+    ],
+)
+def test_a_fault_is_told_by_the_field_and_in_words(
+    tmp_path: Path, changes: dict[str, Any], param: str, said: str
+) -> None:
+    with pytest.raises(InvalidAdapter) as error:
+        describe(plain(tmp_path, **changes))
+    assert error.value.param == param
+    assert said in error.value.message
+    assert not re.search(r"b'|\[int\]|\[str\]|idx", error.value.message)
+
+
+def test_a_number_that_python_does_not_read_is_told_without_python() -> None:
+    with pytest.raises(InvalidAdapter) as error:
+        parse_config(b'{"r": ' + b"1" * 10_000 + b"}")
+    assert "digits" in error.value.message
+    assert "sys." not in error.value.message

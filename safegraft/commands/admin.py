@@ -10,7 +10,17 @@ import typer
 from rich.table import Table
 
 from safegraft.commands.audit import audited
-from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, print_list, settings_for
+from safegraft.commands.terminal import (
+    Data,
+    Json,
+    database_of,
+    err,
+    installed_database_of,
+    out,
+    print_json,
+    print_list,
+    settings_for,
+)
 from safegraft.contracts.keys import Limits
 from safegraft.errors import Conflict, InvalidParameter
 from safegraft.stores import options, overview
@@ -45,7 +55,7 @@ def jobs(
 ) -> None:
     """Lists the jobs of all tenants that are queued or running, newest first."""
     states = ["dead"] if dead else ["queued", "running"]
-    found = overview.jobs(database_of(settings_for(data)), states, limit=limit)
+    found = overview.jobs(installed_database_of(settings_for(data)), states, limit=limit)
     if as_json:
         print_json([asdict(job) for job in found])
         return
@@ -75,7 +85,9 @@ def requeue(
 ) -> None:
     """Queues a dead job once more, with as many attempts as a new one."""
     settings = settings_for(data)
-    store = JobStore(database_of(settings), lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts)
+    store = JobStore(
+        installed_database_of(settings), lease_seconds=settings.lease_seconds, max_attempts=settings.max_attempts
+    )
     attempts = store.requeue(job_id)
     audited(settings, "admin.requeue", job_id)
     if as_json:
@@ -152,7 +164,7 @@ def limits(
 ) -> None:
     """Sets a tenant's own limits; `default` takes one back. What is not named stays. Gateways follow within seconds."""
     settings = settings_for(data)
-    store = KeyStore(database_of(settings), open_vault(settings))
+    store = KeyStore(installed_database_of(settings), open_vault(settings))
     found = store.limits(tenant)
     given = {"max_bytes": max_bytes, "max_jobs": max_jobs, "max_requests_per_second": max_requests}
     changes = {name: _limit(name, text) for name, text in given.items() if text}
@@ -175,7 +187,7 @@ def gc(
 ) -> None:
     """Removes what has expired, and bytes that belong to nothing. Gateways do the same every hour."""
     settings = settings_for(data)
-    collected = GarbageCollector(database_of(settings), open_objects(settings)).collect(dry_run=dry_run)
+    collected = GarbageCollector(installed_database_of(settings), open_objects(settings)).collect(dry_run=dry_run)
     if as_json:
         removed = {kind: asdict(item) for kind, item in collected.kinds.items()}
         print_json({"dry_run": dry_run, "removed": removed, "failed": collected.failed})
@@ -295,7 +307,7 @@ def _registry(data: Path) -> ReferenceRegistry:
 
 def _workers(data: Path) -> WorkerStore:
     settings = settings_for(data)
-    return WorkerStore(database_of(settings), lease_seconds=settings.lease_seconds)
+    return WorkerStore(installed_database_of(settings), lease_seconds=settings.lease_seconds)
 
 
 def _limit(name: str, text: str) -> int | None:

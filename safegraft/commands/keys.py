@@ -10,7 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from safegraft.commands.audit import audited
-from safegraft.commands.terminal import Data, Json, database_of, err, out, print_json, print_list, settings_for
+from safegraft.commands.terminal import (
+    Data,
+    Json,
+    database_of,
+    err,
+    installed_database_of,
+    out,
+    print_json,
+    print_list,
+    settings_for,
+)
 from safegraft.contracts.keys import DEFAULT_TENANT, Scope
 from safegraft.errors import InvalidParameter
 from safegraft.stores.keys import KeyStore
@@ -54,7 +64,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """Lists keys, newest first, without the keys themselves."""
-    keys = _store(data).list(tenant or None)
+    keys = _store(data, there=True).list(tenant or None)
     if as_json:
         print_json([key.model_dump(mode="json") for key in keys])
         return
@@ -70,7 +80,7 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id, key_…")], data: Data = Path("var"), as_json: Json = False
 ) -> None:
     """Ends a key. A gateway may accept it for some seconds more (SAFEGRAFT_KEY_CACHE_SECONDS)."""
-    key = _store(data).revoke(key_id)
+    key = _store(data, there=True).revoke(key_id)
     audited(settings_for(data), "keys.revoke", key.id, tenant=key.tenant)
     if as_json:
         print_json(key.model_dump(mode="json"))
@@ -101,9 +111,10 @@ def parse_span(text: str) -> float | None:
     return float(int(match[1]) * UNITS[match[2]])
 
 
-def _store(data: Path) -> KeyStore:
+def _store(data: Path, *, there: bool = False) -> KeyStore:
+    """there: only if the service is there already."""
     settings = settings_for(data)
-    return KeyStore(database_of(settings), open_vault(settings))
+    return KeyStore((installed_database_of if there else database_of)(settings), open_vault(settings))
 
 
 def _when(seconds: int | None) -> str:

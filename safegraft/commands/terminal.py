@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from safegraft.errors import InvalidParameter
+from safegraft.errors import InvalidParameter, NotFound
 from safegraft.report.text import Look
 from safegraft.settings import SharedSettings
 
@@ -122,6 +122,22 @@ def database_of(settings: SharedSettings) -> "Engine":
     from safegraft.stores.database import open_database
 
     return open_database(settings.database, upgrade=settings.database_upgrade)
+
+
+def installed_database_of(settings: SharedSettings) -> "Engine":
+    """The database of a service that is there already: a mistyped folder is no service without jobs and keys. Raises
+    NotFound."""
+    from sqlalchemy.engine import make_url
+
+    url = make_url(settings.database)
+    if url.get_backend_name() == "sqlite" and url.database and not Path(url.database).is_file():
+        raise NotFound(
+            f"No service ever ran with this data folder: there is no {url.database}.",
+            code="no_installation",
+            param="--data",
+            hint="Name its folder with --data or SAFEGRAFT_DATA, or its database with SAFEGRAFT_DATABASE_URL.",
+        )
+    return database_of(settings)
 
 
 def references_of(settings: SharedSettings) -> "ReferenceRegistry":

@@ -140,6 +140,12 @@ def test_workers_are_named_to_drain(data: Path, engine: Engine) -> None:
     assert as_json(data, "workers", SAFEGRAFT_LEASE_SECONDS="100")[0]["state"] == "live"
 
 
+def test_a_mistyped_folder_is_no_service_without_jobs(tmp_path: Path) -> None:
+    for command in (("jobs",), ("workers",), ("requeue", "rlg_1"), ("gc",), ("limits", "acme"), ("drain", "w")):
+        assert code(tmp_path / "typo", *command) == "no_installation"
+    assert not (tmp_path / "typo").exists()
+
+
 def test_jobs_and_requeue(data: Path, engine: Engine) -> None:
     assert as_json(data, "jobs") == as_json(data, "jobs", "--dead") == []
     store = JobStore(engine, lease_seconds=30, max_attempts=1)

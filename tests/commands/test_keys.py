@@ -124,6 +124,10 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path, options: list[str], c
 
 
 def test_a_key_that_is_not_there_cannot_be_revoked(tmp_path: Path) -> None:
+    for command in (("list",), ("revoke", "key_nothing")):
+        refused("keys", *command, "--data", tmp_path / "typo", code="no_installation")
+    assert not (tmp_path / "typo").exists()
+    create(tmp_path)
     refused("keys", "revoke", "key_nothing", "--data", tmp_path, code="key_not_found")
 
 
@@ -175,6 +179,7 @@ def test_the_gateways_image_can_run_it(tmp_path: Path, bundle: Path, fresh: Path
         "from safegraft.cli import main\n"
         "main()\n"
     )
+    (tmp_path / "safegraft.sqlite").touch()
     places = {"BUNDLE": str(bundle), "ADAPTER": str(fresh)}
     arguments = [places.get(word, word) for word in command]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("SAFEGRAFT_")}
