@@ -92,7 +92,7 @@ def check_provenance(body: bytes, evidence: Evidence) -> Checked:
     if evidence.given is not None:
         found.compare(sent, folder_digests(evidence.given), INPUT)
     else:
-        found.leave(f"{INPUT}{name}" for name in sent)
+        found.leave((f"{INPUT}{name}" for name in sent), "what was sent; given with --input")
     _check_reference(dependencies, evidence.reference, found)
     return found
 

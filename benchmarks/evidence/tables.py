@@ -30,6 +30,7 @@ from benchmarks.evidence.grid import (
     KINDS,
     MAIN,
     NO_REPAIR,
+    ON_CONTINUED,
     ON_PREFERENCES,
     ON_THIRD,
     ROWS,
@@ -214,6 +215,11 @@ def lineage_table(results: Results) -> str:
             "nlsr paper form, P_L=0, P_SR=.2", "nlsr by random neurons", "nlsr's neurons zeroed",
             "nlsr, most similar half", "interpolation .5", "gram β=1, p=1, λ=1"]  # fmt: skip
     return by_cell(results, cells, rows)
+
+
+def continued_table(results: Results) -> str:
+    """Every measure of the continued adapter on which further rows were measured."""
+    return repairs(results, CONTINUED, [name for name in ROWS if name in (*MAIN, *ON_CONTINUED)])
 
 
 def setting_table(results: Results) -> str:
@@ -594,6 +600,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "poison": poison_table,
     "tasks": task_table,
     "lineage": lineage_table,
+    "continued": continued_table,
     "settings": setting_table,
     "preferences": preference_table,
     "combined": combined_table,
