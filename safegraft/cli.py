@@ -392,7 +392,7 @@ def _has_key(data: Path) -> bool:
 def _numbers(text: str) -> list[float]:
     """`0.1,0.3` → [0.1, 0.3]. Raises InvalidParameter."""
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        found = [float(part) for part in text.split(",")] if text.strip() else []
     except ValueError as error:
         raise InvalidParameter(
             f"--strengths {text!r}: expected numbers, like 0.1,0.3,1.", param="--strengths"
@@ -534,7 +534,7 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
-        if not equals:
+        if not equals or not name:
             raise InvalidParameter(f"--set {setting!r}: expected name=value.", param="--set")
         if name == "type":
             raise InvalidParameter("The method is chosen by --method, not by --set type=….", param="--set")
@@ -739,6 +739,9 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
     found = references_of(settings_for(data)).installed()
     if as_json:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
+        return
+    if not found:
+        err.print(f"No reference is installed in {plain(str(data))}: safegraft reference add DIR", markup=False)
         return
     table = Table("id", "name", "base model", "methods", box=None)
     for item in found:

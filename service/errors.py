@@ -170,7 +170,9 @@ def install(app: FastAPI) -> None:
             for item in error.errors()[:MAX_ERRORS]
         ]
         first = found[0]
-        where = ".".join(part for part in first["loc"] if part != "body") or "body"
+        where = ".".join(first["loc"][1:]) or first["loc"][0]
+        if first["loc"][0] == "header":
+            where = where.title()
         return problem(422, "invalid_request", f"{where}: {first['message']}.", param=where, found=found)
 
     @app.exception_handler(HTTPException)

@@ -17,6 +17,8 @@ log = logging.getLogger("safegraft.dispatcher")
 # A kept connection may be stale: once more, at once. By itself kombu sleeps for two seconds before that, and whoever
 # asks after health, or stops the gateway, waits with it.
 RETRIES, PAUSE = 1, 0
+# Of a broker that takes connections and says nothing. Whoever asks after health gives up after a second or two.
+PING_SECONDS = 0.5
 
 
 class Queue:
@@ -43,8 +45,9 @@ class Queue:
     def ping(self) -> bool:
         """Does the broker answer?"""
         try:
-            with self._celery.connection_for_read() as connection:
-                connection.ensure_connection(max_retries=RETRIES, interval_start=PAUSE, timeout=2)
+            soon = {"socket_connect_timeout": PING_SECONDS, "socket_timeout": PING_SECONDS}
+            with self._celery.connection_for_read(transport_options=soon) as connection:
+                connection.ensure_connection(max_retries=RETRIES, interval_start=PAUSE, timeout=2 * PING_SECONDS)
             return True
         except (OperationalError, OSError):
             return False

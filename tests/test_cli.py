@@ -225,6 +225,9 @@ def test_build_refuses_bad_input_before_it_loads_a_model(
 def test_references_are_verified_installed_listed_and_shown(built: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     assert safegraft("reference", "list", "--data", data, "--json").stdout == "[]\n"
+    empty = safegraft("reference", "list", "--data", data)
+    assert empty.stdout == ""
+    assert f"No reference is installed in {data}" in "".join(empty.stderr.splitlines())
     added = json.loads(safegraft("reference", "add", built, "--json", SAFEGRAFT_DATA=str(data)).stdout)
     assert safegraft("reference", "add", built, "--data", data).stdout == f"{added['id']}\n"
     listed = json.loads(safegraft("reference", "list", "--data", data, "--json").stdout)
@@ -319,6 +322,7 @@ def test_analyze_writes_the_reports_alone_and_environment_variables_work(
         (["--set", "skip_share=nan"], "invalid_parameter", "skip_share"),
         (["--set", "form=whole"], "invalid_parameter", "form: .*neuron"),
         (["--set", "skip_share"], "invalid_parameter", "name=value"),
+        (["--set", "=1"], "invalid_parameter", "name=value"),
         (["--set", "type=gram"], "invalid_parameter", "--method"),
         (["--set", "general_weight=much"], "invalid_parameter", "general_weight: .*number"),
         (["--set", "amplification=1"], "invalid_parameter", "nlsr and gram have amplification"),
@@ -388,7 +392,7 @@ def test_several_strengths_make_a_folder_each(fresh: Path, built: Path, tmp_path
     done = safegraft(*common, "--method", "gram", "--strengths", "0.1,1", "--json")
     assert sorted(path.name for path in out.iterdir()) == ["0.1", "1"]
     assert [variant["strength"] for variant in json.loads(done.stdout)["variants"]] == [0.1, 1.0]
-    for wrong in ("much", "0.1,nan", "0.1,0.1", "0"):
+    for wrong in ("much", "0.1,nan", "0.1,0.1", "0", "0.1,,0.2"):
         elsewhere: list[str | Path] = ["realign", fresh, "--reference", built, "--out", tmp_path / "other"]
         refused(*elsewhere, "--method", "gram", "--strengths", wrong, code="(invalid_parameter|bad_strengths)")
     refused(*elsewhere, "--strengths", "0.1", "--method", "none", code="bad_strengths")

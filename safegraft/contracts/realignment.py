@@ -112,11 +112,13 @@ class ResultEvaluation(Shown):
 
 
 class Result(Shown):
-    """`adapter_id` is null for `analyze`; with several strengths it is that of the first. side_car_urls: files that a
-    method delivers beside the adapter. summary: that of the report. evaluation: what was measured of its behaviour and
-    sent here afterwards."""
+    """`adapter_id` is null for `analyze`; with several strengths it is that of the first. method: the one that ran,
+    also where `auto` was asked for; null of jobs that ended before this was kept. side_car_urls: files that a method
+    delivers beside the adapter. summary: that of the report. evaluation: what was measured of its behaviour and sent
+    here afterwards."""
 
     adapter_id: str | None
+    method: str | None = None
     summary: Summary | None = None
     variants: list[StrengthResult] = []
     side_car_urls: list[str] = []

@@ -480,6 +480,7 @@ class JobStore:
         found: list[Any] = [summary.model_dump() for summary in summaries]
         result = {
             "adapter_id": made[0] if made else None,
+            "method": method or None,
             "summary": found[0] if found else None,
             "variants": [
                 {"strength": strength, "adapter_id": adapter_id, "summary": summary}
@@ -758,6 +759,7 @@ def _shown(row: Row[Any]) -> Realignment:
         own = f"/v1/realignments/{row.id}"
         result = Result(
             adapter_id=row.result["adapter_id"],
+            method=row.result.get("method"),
             summary=row.result.get("summary"),
             variants=[StrengthResult.model_validate(item) for item in row.result.get("variants", [])],
             side_car_urls=[f"{own}/side_car/{name}" for name in row.result.get("side_cars", [])],

@@ -61,7 +61,8 @@ export function methodLine(job) {
   const own = strengths[0] ?? method[STRENGTH[method.type]];
   const ends = [Math.min(...strengths), Math.max(...strengths)].map(plain);
   const many = strengths.length > 1 ? `, ${strengths.length} strengths from ${ends.join(" to ")}` : "";
-  const what = method.type === "auto" ? "recommended method" : method.type;
+  const chosen = job.result?.method ? `${job.result.method}, as recommended` : "recommended method";
+  const what = method.type === "auto" ? chosen : method.type;
   const at = !many && typeof own === "number" ? ` ${plain(own)}` : "";
   return `${what}${at}${many}${job.mode === "analyze" ? ", measured only" : ""}`;
 }

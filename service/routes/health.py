@@ -21,12 +21,14 @@ class Health(BaseModel):
     checks: dict[str, bool] = {}
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", operation_id="livez", summary="Check that the process is alive")
 async def livez() -> Health:
     """Answers as long as the process does."""
     return Health(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz", operation_id="readyz", summary="Check that the service can serve", responses={503: {"model": Health}}
 )

@@ -70,6 +70,16 @@ FIGURES = (
     ReportForm.evaluation_table,
 )
 
+BY_METADATA = {
+    "name": "metadata",
+    "in": "query",
+    "required": False,
+    "style": "deepObject",
+    "explode": True,
+    "description": "`metadata[key]=value`: jobs with that metadata.",
+    "schema": {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": 16},
+}
+
 
 def _schema(media: str) -> dict[str, str]:
     if media == MEDIA[ReportForm.json]:
@@ -94,7 +104,9 @@ def create(
     return created.job
 
 
-@router.get("", operation_id="listRealignments", summary="List realignment jobs")
+@router.get(
+    "", operation_id="listRealignments", summary="List realignment jobs", openapi_extra={"parameters": [BY_METADATA]}
+)
 def list_(
     request: Request,
     here: Here,

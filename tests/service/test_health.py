@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from safegraft.files import MIN_FREE_BYTES
 from safegraft.stores.references import LIST_SECONDS, open_references
 from service.app import create_app
+from service.queue import PING_SECONDS, Queue
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
 from tests.service.conftest import Running, free_port
@@ -72,6 +74,23 @@ def test_a_whole_service_is_ready(service: Running) -> None:
     assert answer.status_code == 200
     names = ("database", "broker", "storage", "space", "reference", "worker")
     assert answer.json() == {"status": "ok", "checks": dict.fromkeys(names, True)}
+
+
+def test_monitors_may_ask_with_head(service: Running) -> None:
+    with service.client() as client:
+        answers = [client.head(path) for path in ("/livez", "/readyz")]
+    assert [(answer.status_code, answer.content) for answer in answers] == [(200, b"")] * 2
+
+
+def test_a_broker_that_says_nothing_is_away_soon() -> None:
+    """Whoever asks after health gives up after a second or two."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as silent:
+        queue = Queue(f"redis://127.0.0.1:{silent.getsockname()[1]}/0")
+        queue.ping()  # imports what it needs
+        began = time.monotonic()
+        assert queue.ping() is False
+        assert PING_SECONDS / 2 < time.monotonic() - began < 4 * PING_SECONDS + 1.0
+        queue.close()
 
 
 def test_a_place_for_bytes_that_cannot_be_written_is_named(tmp_path: Path) -> None:

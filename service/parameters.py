@@ -1,0 +1,52 @@
+"""Query strings: a parameter that a route does not know is refused, as an unknown field of a body is. Ignored, a
+mistyped `?limt=5` would answer with something else than was asked for."""
+
+from difflib import get_close_matches
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from fastapi import Request
+from fastapi.dependencies.models import Dependant
+from fastapi.routing import APIRoute
+
+from safegraft.errors import InvalidParameter
+from safegraft.header import shown
+
+# Written metadata[key]=value; `submission.metadata_filters` judges what stands in the brackets.
+METADATA = "metadata"
+
+
+async def known_parameters(request: Request) -> None:
+    """A dependency of all routes below /v1. Raises InvalidParameter (`unknown_parameter`, `invalid_request`)."""
+    query: bytes = request.scope["query_string"]
+    if not query:
+        return
+    try:
+        unquote_to_bytes(query).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidParameter(
+            "The query string is not UTF-8.", code="invalid_request", param="query", hint="Percent-encode UTF-8."
+        ) from error
+    names = _names(request.scope["route"])
+    for name in request.query_params:
+        if name in names or (METADATA in names and name.startswith(METADATA)):
+            continue
+        near = get_close_matches(name[:80], names, n=1)
+        known = f"This route knows {', '.join(sorted(names))}." if names else "This route knows none."
+        raise InvalidParameter(
+            f"{shown(name)!r} is no parameter of this route.",
+            code="unknown_parameter",
+            param=shown(name),
+            hint=f"Did you mean {near[0]}?" if near else known,
+        )
+
+
+def _names(route: APIRoute) -> frozenset[str]:
+    extra: dict[str, Any] = route.openapi_extra or {}
+    described = {item["name"] for item in extra.get("parameters", []) if item["in"] == "query"}
+    return frozenset(described | set(_asked(route.dependant)))
+
+
+def _asked(dependant: Dependant) -> list[str]:
+    own = [field.alias for field in dependant.query_params]
+    return own + [name for inner in dependant.dependencies for name in _asked(inner)]
