@@ -47,7 +47,7 @@ class Queue:
         try:
             soon = {"socket_connect_timeout": PING_SECONDS, "socket_timeout": PING_SECONDS}
             with self._celery.connection_for_read(transport_options=soon) as connection:
-                connection.ensure_connection(max_retries=RETRIES, interval_start=PAUSE, timeout=2 * PING_SECONDS)
+                connection.ensure_connection(max_retries=RETRIES, interval_start=PAUSE, timeout=1)
             return True
         except (OperationalError, OSError):
             return False
