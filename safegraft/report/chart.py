@@ -8,7 +8,6 @@ from safegraft.report.grid import Scale
 from safegraft.report.words import counted, number
 
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 10.0, 34.0
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,6 @@ def chart_of(layers: list[LayerLine], *, width: int, height: int, two_sides: boo
     # Round steps read better than exact ones.
     every = next((step for step in (1, 2, 5, 10, 20, 50, 100) if step >= every), every)
     starts = first if every == 1 else math.ceil(first / every) * every
-    step = next((step for step in STEPS if (scale.high - scale.low) / step <= 5.001), STEPS[-1])
-    digits = 2 if step < 0.1 or round(scale.low * 100) % 10 else 1
-    lowest = math.ceil(scale.low / step - 1e-6)
-    highest = math.floor(scale.high / step + 1e-6)
     return Chart(
         width,
         height,
@@ -101,7 +96,7 @@ def chart_of(layers: list[LayerLine], *, width: int, height: int, two_sides: boo
         bottom,
         points,
         tuple(Tick(x(layer), str(layer)) for layer in range(starts, last + 1, every)),
-        tuple(Tick(y(index * step), number(index * step, digits)) for index in range(lowest, highest + 1)),
+        tuple(Tick(bottom - position * (bottom - top), label) for position, label in scale.round_ticks()),
         _description(lines, two_sides),
     )
 

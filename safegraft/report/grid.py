@@ -26,6 +26,8 @@ OTHERS = "others"
 # way, so the order survives any colour blindness and a grey print.
 COLOURS = ("#0b1f5c", "#253494", "#225ea8", "#1d91c0", "#41b6c4", "#7fcdbb", "#c7e9b4", "#e9f5b0")
 LEVELS = 24
+# Between the marks of an axis.
+STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # ColorBrewer's PuOr for differences: orange is less similar than before, purple more. Its two ends stay apart in every
 # colour blindness; a grey print tells them by the sign of the number. An odd number of levels, so that 0 has its own.
 DIFFERENCES = (
@@ -92,6 +94,13 @@ class Scale:
         count = 4 if round((self.high - self.low) * 100) % 4 == 0 else 2
         values = [self.low + (self.high - self.low) * index / count for index in range(count + 1)]
         return [(self.position(value), said(value, 2 if round(value * 1000) % 10 == 0 else 3)) for value in values]
+
+    def round_ticks(self) -> list[tuple[float, str]]:
+        """(position, label) of at most six marks at multiples of a round number; the ends need not be among them."""
+        step = next((step for step in STEPS if (self.high - self.low) / step <= 5.001), STEPS[-1])
+        digits = 2 if step < 0.1 or round(self.low * 100) % 10 else 1
+        first, last = math.ceil(self.low / step - 1e-6), math.floor(self.high / step + 1e-6)
+        return [(self.position(index * step), number(index * step, digits)) for index in range(first, last + 1)]
 
     def level(self, value: float) -> int:
         return min(self.levels - 1, int(self.position(value) * self.levels))

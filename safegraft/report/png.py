@@ -397,7 +397,7 @@ def _changes(slide: Slide, report: Report, top: float) -> None:
     pad = width * 0.02
     inner = width - 2 * pad
     rows = [down + (index + 0.6) * height / (len(lines) + 0.2) for index in range(len(lines))]
-    _upright(slide, left + pad, down, inner, height, scale.ticks())
+    _upright(slide, left + pad, down, inner, height, scale.round_ticks())
     styles: dict[str, dict[str, Any]] = {
         "before": {
             "marker": "o", "markersize": 10, "linestyle": "none", "color": BEFORE, "markerfacecolor": "white",

@@ -423,6 +423,21 @@ def test_the_scale_spans_the_data(values: list[float], low: float, high: float) 
     assert [position for position, _ in scale.ticks()][:: len(scale.ticks()) - 1] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0.55, 1.0, ["0.60", "0.70", "0.80", "0.90", "1.00"]),
+        (0.85, 1.0, ["0.85", "0.90", "0.95", "1.00"]),
+        (0.9, 1.0, ["0.90", "0.92", "0.94", "0.96", "0.98", "1.00"]),
+        (-1.0, 1.0, ["-1.0", "-0.5", "0.0", "0.5", "1.0"]),
+    ],
+)
+def test_an_axis_has_round_marks(low: float, high: float, labels: list[str]) -> None:
+    marks = Scale(low, high).round_ticks()
+    assert [label.replace("\u2212", "-") for _, label in marks] == labels
+    assert [low + position * (high - low) for position, _ in marks] == pytest.approx([float(text) for text in labels])
+
+
 def test_the_colours_rise_in_lightness_and_hold_readable_text() -> None:
     def luminance(code: str) -> float:
         parts = [int(code[start : start + 2], 16) / 255 for start in (1, 3, 5)]
