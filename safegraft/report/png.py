@@ -28,7 +28,7 @@ from safegraft.report.grid import (
     sides_of,
 )
 from safegraft.report.interval import wilson
-from safegraft.report.slide import HEIGHT, WIDTH, Slide, inches
+from safegraft.report.slide import HEIGHT, WIDTH, Slide, advance, inches
 
 INK, SOFT, EMPTY, RULE = "#17202b", "#566272", "#eef0f2", "#dfe3e8"
 # As in style.css.
@@ -87,17 +87,24 @@ def _picture(report: Report, draw: Callable[[Slide, Report, float], None], *, at
 
 def _wrapped(text: str, room: float, size: float, weight: str = "normal") -> list[str]:
     """Lines that are no wider than `room`, in inches; between words, and within one that fits on no line."""
-    lines = [""]
+    lines, used, space = [""], 0.0, advance(" ", size, weight)
     for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".lstrip()
-        if inches(longer, size, weight) <= room:
-            lines[-1] = longer
+        width = advance(word, size, weight)
+        if lines[-1] and used + space + width <= room:
+            lines[-1] += f" {word}"
+            used += space + width
             continue
-        lines.append("")
-        for letter in word:
-            if inches(lines[-1] + letter, size, weight) > room:
-                lines.append("")
-            lines[-1] += letter
+        lines.append(word)
+        used = width
+        if width > room:
+            lines[-1], used = "", 0.0
+            for letter in word:
+                width = advance(letter, size, weight)
+                if used + width > room:
+                    lines.append("")
+                    used = 0.0
+                lines[-1] += letter
+                used += width
     return [line for line in lines if line]
 
 

@@ -92,6 +92,11 @@ def inches(text: str, size: float, weight: str = "normal") -> float:
     return float(renderer.get_text_width_height_descent(text, font, False)[0]) / DPI
 
 
+def advance(text: str, size: float, weight: str = "normal") -> float:
+    """How much longer a line gets by a text: words that are measured once make lines of any length."""
+    return inches(f"|{text}|", size, weight) - inches("||", size, weight)
+
+
 def _pixels(count: int, start: float, length: float, gap: float) -> list[tuple[float, float]]:
     """Where each of so many cells in a row begins and ends, in inches that are whole pixels."""
     edges = [round((start + length * index / count) * DPI) for index in range(count + 1)]
