@@ -43,8 +43,14 @@ def copying(found: dict[str, Any]) -> str:
 
 
 def memory(found: dict[str, Any]) -> str:
-    lines = [[row["method"], f"{row['megabytes_above_interpreter']} MB"] for row in found["rows"]]
-    return markdown.table([f"{found['adapter_megabytes']} MB adapter", "peak above the interpreter"], lines)
+    names = list(found["rows"][0]["settings"])
+    lines = []
+    for row in found["rows"]:
+        own, *others = (row["settings"][name] for name in names)
+        told = [f"{item['megabytes_above_interpreter']} MB, {item['times_as_long']:g} ×" for item in others]
+        lines.append([row["method"], f"{own['megabytes_above_interpreter']} MB", *told])
+    heads = [f"{found['adapter_megabytes']} MB adapter: peak above the interpreter", *names]
+    return markdown.table(heads, lines)
 
 
 def rivals(found: dict[str, Any]) -> str:

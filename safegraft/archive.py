@@ -54,6 +54,7 @@ def unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], max_bytes
                 f"The archive holds adapter files in two folders ({min(parents)} and {path.parent}).",
                 code="archive_ambiguous",
                 param=str(path),
+                hint="Archive one adapter's folder, without those within it: tar --exclude='checkpoint-*' -cf …",
             )
         parents.add(path.parent)
         target = folder / path.name

@@ -42,6 +42,7 @@ from safegraft.commands.terminal import (
     tell,
     use_any_encoding,
 )
+from safegraft.contracts.base import told
 from safegraft.contracts.methods import DEFAULT_METHOD, METHOD_PARAMETERS, MODELS, STRENGTH
 from safegraft.contracts.report import Subject
 from safegraft.dsse import load_public_key, load_signing_key
@@ -183,7 +184,8 @@ def serve(
             hint=f"Make one with: safegraft keys create --data {data}. Or try it with --dev.",
         )
     if not references_of(settings_for(data)).installed():
-        err.print("No reference is installed yet; jobs need one: safegraft reference add DIR", style="yellow")
+        how = f"safegraft reference add DIR --data {plain(str(data))}"
+        err.print(f"No reference is installed yet; jobs need one: {how}", style="yellow", soft_wrap=True)
     broker = os.environ.get("SAFEGRAFT_REDIS_URL") or os.environ.get("REDIS_URL", "")
     run(
         Plan(
@@ -203,6 +205,7 @@ def serve(
 @app.command()
 def inspect(adapter: Folder, as_json: Json = False) -> None:
     """Says what an adapter is and where its update is large, or why it cannot be treated. Reads no base model."""
+    companions_of(adapter)
     description = describe(adapter)
     with progress_bars(as_json) as progress:
         check_finite(adapter / WEIGHTS, description.header, lambda done, total: progress("finite values", done, total))
@@ -548,7 +551,7 @@ def parse_parameters(method: str, settings: list[str]) -> Any:
         first = error.errors()[0]
         name = str(first["loc"][-1])
         known = ", ".join(key for key in MODELS[method].model_fields if key != "type")
-        raise InvalidParameter(f"{name}: {first['msg']}.", param=name, hint=f"{method} knows: {known}.") from error
+        raise InvalidParameter(f"{name}: {told(first)}.", param=name, hint=f"{method} knows: {known}.") from error
 
 
 def _knowing(names: list[str]) -> str:
@@ -741,7 +744,12 @@ def list_(data: Data = Path("var"), as_json: Json = False) -> None:
         print_json([{"id": item.id, "name": item.manifest.name, "methods": item.manifest.methods} for item in found])
         return
     if not found:
-        err.print(f"No reference is installed in {plain(str(data))}: safegraft reference add DIR", markup=False)
+        where = plain(str(data))
+        err.print(
+            f"No reference is installed in {where}: safegraft reference add DIR --data {where}",
+            markup=False,
+            soft_wrap=True,
+        )
         return
     table = Table("id", "name", "base model", "methods", box=None)
     for item in found:

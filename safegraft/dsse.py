@@ -20,6 +20,8 @@ from safegraft.files import sync_folder
 
 PRIVATE, PUBLIC = "signing_key.pem", "signing_key.pub.pem"
 HOW = "Make one with: safegraft provenance keygen --out DIR."
+# Of whoever only checks: a new key never fits.
+WHICH = f"Take {PUBLIC} of whoever signed, which safegraft provenance keygen made beside the private key."
 # A PEM of Ed25519 has some 120 characters; whatever is far beyond that is another file.
 MAX_PEM_BYTES = 2**16
 
@@ -152,4 +154,5 @@ def _read(path: Path, code: str) -> bytes:
 
 
 def _refused(path: Path, code: str, why: str) -> InvalidParameter:
-    return InvalidParameter(f"{path} is no key that can be used: {why}.", code=code, param=str(path), hint=HOW)
+    hint = WHICH if code == "bad_public_key" else HOW
+    return InvalidParameter(f"{path} is no key that can be used: {why}.", code=code, param=str(path), hint=hint)

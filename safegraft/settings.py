@@ -4,15 +4,43 @@ Each shell adds its own in its `settings.py`. Read once, at the edge; every fiel
 prefix SAFEGRAFT_ (`REDIS_URL` is also understood without it).
 """
 
+import logging
+import os
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+log = logging.getLogger("safegraft.settings")
+PREFIX = "SAFEGRAFT_"
+# As difflib counts it: letters that are swapped or left out, not another word.
+NEAR = 0.93
+
+
+def mistyped(kind: type["SharedSettings"], environment: Iterable[str]) -> dict[str, str]:
+    """Variables that this part reads nothing from, and the setting that each is nearly called. Others than nearly are
+    another part's: all may share one environment."""
+    own = {f"{PREFIX}{name.upper()}" for name in kind.model_fields}
+    found = {}
+    for name in environment:
+        if name.startswith(PREFIX) and name not in own:
+            near = get_close_matches(name, own, n=1, cutoff=NEAR)
+            if near:
+                found[name] = near[0]
+    return found
+
+
+def warn_of_mistyped(kind: type["SharedSettings"]) -> None:
+    """A retention that is misspelt keeps everything for ever, without a word."""
+    for name, near in mistyped(kind, os.environ).items():
+        log.warning("the environment has %s, which is no setting; did you mean %s?", name, near)
+
 
 class SharedSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="SAFEGRAFT_", extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", populate_by_name=True)
 
     data: Path = Field(default=Path("var"), description="Folder for the database, adapters, results and references.")
     database_url: str = Field(default="", description="SQLAlchemy URL; empty: SQLite in the data folder.")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,7 +36,6 @@ from service.destinations import Destinations
 from service.loops import Loop, stop_all
 from service.metrics import HttpMetrics
 from service.observer import Observer
-from service.parameters import known_parameters
 from service.queue import Dispatcher, Queue
 from service.routes import (
     adapters,
@@ -104,9 +103,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = HttpMetrics()
     # Routes are tried in this order: the one that is polled is among the first.
     ours = (realignments, adapters, uploads, files, provenance, batches, fine_tuning, webhooks, catalogue, audit)
-    for resource in ours:
-        app.include_router(resource.router, dependencies=[Depends(known_parameters)])
-    for resource in (health, metrics, docs):
+    for resource in (*ours, health, metrics, docs):
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)

@@ -7,6 +7,7 @@ from fastapi import Depends, Header, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.engine import Engine
 
+from safegraft.contracts.keys import Scope
 from safegraft.contracts.provenance import ProvenanceKey
 from safegraft.errors import InvalidParameter
 from safegraft.stores.adapters import AdapterStore
@@ -23,6 +24,7 @@ from safegraft.stores.workers import WorkerStore
 from service.auth import Gatekeeper, Principal
 from service.destinations import Destinations
 from service.loops import Loop
+from service.parameters import known_parameters
 from service.queue import Queue
 from service.settings import GatewaySettings
 from service.shares import Shares
@@ -74,17 +76,24 @@ bearer = HTTPBearer(auto_error=False, description="An API key. Not asked for in 
 
 async def tenant(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
     """The tenant that the request's key belongs to; reading needs the scope `read`, everything else `write`."""
-    return (await services(request).gatekeeper.require(request)).tenant
+    return (await _admitted(request)).tenant
 
 
 async def admin(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> str:
     """The tenant of a key with the scope `admin`."""
-    return (await services(request).gatekeeper.require(request, "admin")).tenant
+    return (await _admitted(request, "admin")).tenant
 
 
 async def principal(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]) -> Principal:
     """Like `tenant`, with the key's limits."""
-    return await services(request).gatekeeper.require(request)
+    return await _admitted(request)
+
+
+async def _admitted(request: Request, scope: Scope | None = None) -> Principal:
+    found = await services(request).gatekeeper.require(request, scope)
+    # Strangers, and those over their limits, are told nothing else first.
+    known_parameters(request)
+    return found
 
 
 Here = Annotated[Services, Depends(here_)]

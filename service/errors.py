@@ -6,6 +6,8 @@ code and the sentence.
 
 import logging
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,6 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from safegraft import errors
+from safegraft.contracts.base import told
+from safegraft.contracts.methods import DEFAULT_METHOD, MODELS
 from safegraft.header import shown
 from safegraft.stores.database import disk_is_full
 
@@ -77,6 +81,7 @@ class RateLimited(errors.QuotaExceeded):
 
 # Methods of what is mounted.
 FILES = {"GET", "HEAD"}
+METHODS = {DEFAULT_METHOD, *MODELS}
 # So many of a request's faults are told.
 MAX_ERRORS = 20
 # What pydantic calls the branches of a union, where it tells the place of an error.
@@ -160,28 +165,28 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        found = [
-            # Names of fields are the client's where they are wrong: of any length, and any letters.
-            {
-                "loc": [shown(str(part)) for part in item["loc"] if not BRANCH.match(str(part))],
-                "message": item["msg"].removeprefix("Value error, "),
-                "type": item["type"],
-            }
-            for item in error.errors()[:MAX_ERRORS]
-        ]
+        faults = error.errors()[:MAX_ERRORS]
+        found = [{"loc": _place(item["loc"]), "message": told(item), "type": item["type"]} for item in faults]
         first = found[0]
         where = ".".join(first["loc"][1:]) or first["loc"][0]
         if first["loc"][0] == "header":
             where = where.title()
-        return problem(422, "invalid_request", f"{where}: {first['message']}.", param=where, found=found)
+        detail = f"{where}: {first['message']}. {_advice(request, faults[0])}".rstrip()
+        return problem(422, "invalid_request", detail, param=where, found=found)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         code = HTTP_CODES.get(error.status_code, "http_error")
-        answer = problem(error.status_code, code, f"{request.method} {request.url.path}: {error.detail}.")
+        detail = f"{request.method} {request.url.path}: {error.detail}."
+        allowed = ", ".join(sorted(_methods(app, request))) if error.status_code == 405 else ""
+        if allowed:
+            detail += f" This path takes {allowed}."
+        elif code == "route_not_found":
+            detail += " GET /openapi.json has all paths: the API's begin with /v1/, and none ends with a slash."
+        answer = problem(error.status_code, code, detail)
         answer.headers.update(error.headers or {})
-        if error.status_code == 405:
-            answer.headers["allow"] = ", ".join(sorted(_methods(app, request)))
+        if allowed:
+            answer.headers["allow"] = allowed
         return answer
 
     @app.exception_handler(Exception)
@@ -191,6 +196,36 @@ def install(app: FastAPI) -> None:
         # This handler answers outside of all middleware.
         answer.headers["x-request-id"] = request.state.request_id
         return answer
+
+
+def _place(loc: Sequence[int | str]) -> list[str]:
+    """Where in what was sent: without the branches that pydantic names, and without what a method is called, which is
+    no key. Names of fields are the client's where they are wrong: of any length, and any letters."""
+    parts = [str(part) for part in loc]
+    kept = [
+        part
+        for index, part in enumerate(parts)
+        if not BRANCH.match(part) and not (index and parts[index - 1] == "method" and part in METHODS)
+    ]
+    return [shown(part) for part in kept]
+
+
+def _advice(request: Request, fault: Mapping[str, Any]) -> str:
+    """What to write instead, where that is known."""
+    loc, kind = fault["loc"], fault["type"]
+    if loc[-1] == "method" and kind in ("model_attributes_type", "union_tag_not_found"):
+        return 'Write {"type": "gram"}, and parameters beside the type; GET /v1/methods tells of all.'
+    if kind != "extra_forbidden":
+        return ""
+    names: Iterable[str] = ()
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = body.field_info.annotation if body is not None else None
+    if len(loc) == 2 and isinstance(model, type) and issubclass(model, BaseModel):
+        names = model.model_fields
+    elif len(loc) == 4 and loc[1] == "method" and loc[2] in MODELS:
+        names = MODELS[loc[2]].model_fields
+    near = get_close_matches(str(loc[-1])[:80], names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(names)}." if names else ""
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:

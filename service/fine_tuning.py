@@ -70,7 +70,8 @@ def _start(
     if not body.training_file.startswith("file"):
         return _submit(here, asking, body, body.training_file, reference_id, sent, idempotency_key, retried)
     # What receives files lives on the event loop; this runs in one of its threads.
-    made = from_thread.run(adapter_from_files, here, asking, [body.training_file], body.suffix or "").id
+    # The suffix is the patched adapter's name: under it nobody is to find the one that came.
+    made = from_thread.run(adapter_from_files, here, asking, [body.training_file], "").id
     used = None
     try:
         created = _submit(here, asking, body, made, reference_id, sent, idempotency_key, retried)

@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from safegraft import failpoints, logs
 from safegraft.errors import SafegraftError
+from safegraft.settings import warn_of_mistyped
 from safegraft.stores.database import open_database
 from service.app import create_app
 from service.settings import GatewaySettings
@@ -18,6 +19,7 @@ def app() -> FastAPI:
         where = ".".join(str(part) for part in first["loc"])
         raise SystemExit(f"The setting {where} cannot be used: {first['msg']}.") from None
     logs.setup(settings.log_format)
+    warn_of_mistyped(GatewaySettings)
     failpoints.arm()
     try:
         # Also opened when the app starts; but what is raised there comes as a page of traceback.

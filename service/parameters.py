@@ -1,6 +1,7 @@
 """Query strings: a parameter that a route does not know is refused, as an unknown field of a body is. Ignored, a
 mistyped `?limt=5` would answer with something else than was asked for."""
 
+from collections import Counter
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -16,8 +17,8 @@ from safegraft.header import shown
 METADATA = "metadata"
 
 
-async def known_parameters(request: Request) -> None:
-    """A dependency of all routes below /v1. Raises InvalidParameter (`unknown_parameter`, `invalid_request`)."""
+def known_parameters(request: Request) -> None:
+    """Raises InvalidParameter (`unknown_parameter`, `duplicate_parameter`, `invalid_request`)."""
     query: bytes = request.scope["query_string"]
     if not query:
         return
@@ -28,8 +29,12 @@ async def known_parameters(request: Request) -> None:
             "The query string is not UTF-8.", code="invalid_request", param="query", hint="Percent-encode UTF-8."
         ) from error
     names = _names(request.scope["route"])
-    for name in request.query_params:
-        if name in names or (METADATA in names and name.startswith(METADATA)):
+    for name, count in Counter(name for name, _ in request.query_params.multi_items()).items():
+        if METADATA in names and name.startswith(METADATA):
+            continue
+        if name in names:
+            if count > 1:
+                raise InvalidParameter(f"{name} is given twice.", code="duplicate_parameter", param=name)
             continue
         near = get_close_matches(name[:80], names, n=1)
         known = f"This route knows {', '.join(sorted(names))}." if names else "This route knows none."

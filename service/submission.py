@@ -92,6 +92,7 @@ def _check_strengths(request: RealignmentCreate) -> None:
             "strengths needs a method: which one runs by itself is only known when the adapter has been read.",
             code="bad_strengths",
             param="method",
+            hint='Add "method": {"type": "gram"}, or another one of GET /v1/methods.',
         )
     parameters_by_strength(request.method, request.strengths)
 

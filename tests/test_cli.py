@@ -371,6 +371,7 @@ def test_a_strangers_folder_reads_nothing_but_its_own_files(
     make(sent / name)
     message = refused("realign", sent, "--reference", built, "--out", tmp_path / "out", "--method", "gram", code=code)
     assert message.startswith(f"{code}: {name} ")
+    assert refused("inspect", sent, code=code) == message
     assert [path.name for path in tmp_path.iterdir()] == ["sent"]
 
 

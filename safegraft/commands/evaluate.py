@@ -163,6 +163,8 @@ def evaluate(
     for label, path in (("Evaluation", to), ("Answers", answers)):
         if path is not None:
             tell(f"{label}: {path}")
+    if report is None and aligned is None:
+        _tell_base()
     if to is None:
         err.print("The evaluation was not written; --out keeps it for `safegraft report --evaluation`.", style="yellow")
 
@@ -215,10 +217,15 @@ def _refuse_others(report: Report, before: Path, after: Path, on_aligned: bool) 
             hint="It is served on the model alone: leave --aligned out.",
         )
     if report.lineage != "continued" and not on_aligned:
-        err.print(
-            "Note: this adapter is served on the aligned model. Without --aligned, --base has to be that model.",
-            style="yellow",
-        )
+        _tell_base()
+
+
+def _tell_base() -> None:
+    err.print(
+        "Note: an adapter that was not continued from the provider's own is served on the aligned model. Without "
+        "--aligned, --base has to be that model.",
+        style="yellow",
+    )
 
 
 def _refuse_others_than_adapters(side: str, folder: Path) -> None:

@@ -47,7 +47,9 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Makes a key and shows it, this once."""
-    key, text = _store(data).create(tenant, name=name, scopes=parse_scopes(scopes), seconds=parse_span(expires))
+    # First of all: what is refused leaves no new folder.
+    wanted, seconds = parse_scopes(scopes), parse_span(expires)
+    key, text = _store(data).create(tenant, name=name, scopes=wanted, seconds=seconds)
     audited(settings_for(data), "keys.create", key.id, tenant=key.tenant)
     if as_json:
         print_json({**key.model_dump(mode="json"), "key": text})

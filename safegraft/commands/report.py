@@ -15,6 +15,11 @@ from safegraft.report.text import Look, story
 from safegraft.verification import MAX_DOCUMENT_BYTES
 
 Document = TypeVar("Document", bound=BaseModel)
+WRITTEN_BY = {
+    "not_a_report": "`safegraft realign` writes it as OUT.report.json, and the service has it at a job's report_url; "
+    "provenance is for `safegraft verify`.",
+    "not_an_evaluation": "`safegraft evaluate --out FILE` writes it.",
+}
 
 
 def tell_report(report: Report) -> None:
@@ -77,5 +82,5 @@ def _read(path: Path, kind: type[Document], code: str, param: str) -> Document:
             f"{path} is no {kind.__name__.lower()}: {fault}.",
             code=code,
             param=param,
-            hint="docs/report.md says what belongs into it.",
+            hint=WRITTEN_BY[code],
         ) from error

@@ -27,9 +27,9 @@ def _printable(text: str) -> str:
 
 FileName = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_printable)]
 Kept = Annotated[int, Field(ge=MIN_KEPT, le=MAX_KEPT)]
-Sha256 = Annotated[str, Field(pattern="^(sha256-)?[0-9a-fA-F]{64}$", description="In hex.")]
-# Where nothing announced is an empty text.
-ANNOUNCED_SHA256 = "^((sha256-)?[0-9a-fA-F]{64})?$"
+# An empty one is refused, too: a script whose hashing failed sends it.
+ANNOUNCED_SHA256 = "^(sha256-)?[0-9a-fA-F]{64}$"
+Sha256 = Annotated[str, Field(pattern=ANNOUNCED_SHA256, description="In hex.")]
 
 
 class ExpiresAfter(Asked):
@@ -77,7 +77,7 @@ class AdapterFromFiles(Asked):
         list[Annotated[str, Field(max_length=80, pattern=PRINTABLE)]], Field(min_length=1, max_length=64)
     ]
     name: str = ""
-    sha256: Annotated[str, Field(pattern=ANNOUNCED_SHA256, description="Of its weights, in hex.")] = ""
+    sha256: Annotated[str, Field(pattern=ANNOUNCED_SHA256, description="Of its weights, in hex.")] | None = None
 
 
 class FileObject(Shown):

@@ -5,13 +5,13 @@ Fields that mean training are refused unless they ask for nothing: none is ignor
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from safegraft.contracts.base import NO_NUL, Asked, Shown
 from safegraft.contracts.listing import PRINTABLE
 from safegraft.contracts.methods import MODELS, MethodParameters
-from safegraft.contracts.realignment import Metadata, Name
+from safegraft.contracts.realignment import Metadata, printable
 
 TRAINING_METHODS = ("supervised", "dpo", "reinforcement")
 
@@ -62,7 +62,7 @@ class FineTuningJobCreate(Asked):
         pattern=PRINTABLE,
         description="The adapter (`adp_…`), or an uploaded file (`file_…`): a .tar or .zip of its folder.",
     )
-    suffix: Annotated[Name, Field(max_length=64)] | None = Field(
+    suffix: Annotated[str, Field(max_length=64), AfterValidator(printable)] | None = Field(
         default=None, description="The patched adapter's name."
     )
     method: Annotated[MethodParameters | None, BeforeValidator(_no_training_method)] = Field(

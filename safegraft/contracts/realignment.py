@@ -20,13 +20,13 @@ Metadata = Annotated[
 ]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     if not text.isprintable():
         raise PydanticCustomError("printable", "only printable characters are accepted")
     return text
 
 
-Name = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
+Name = Annotated[str, Field(max_length=200), AfterValidator(printable)]
 
 
 class RealignmentCreate(Asked):

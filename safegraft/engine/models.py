@@ -43,7 +43,10 @@ def resolve_base(base: str) -> Path:
         distribution = importlib.metadata.distribution(base)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
         raise InvalidParameter(
-            f"{base!r} is neither a folder nor an installed Python package.", code="base_not_found", param="base"
+            f"{base!r} is neither a folder nor an installed Python package.",
+            code="base_not_found",
+            param="base",
+            hint="Models are never fetched: download it first, and name its folder.",
         ) from error
     for file in distribution.files or []:
         if file.suffix == ".gguf":

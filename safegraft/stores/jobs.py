@@ -605,11 +605,12 @@ class JobStore:
         with self._engine.begin() as connection:
             row = _find(connection, tenant, job_id, lock=True)
             if row.state in ("queued", "running"):
+                cancelling = bool(row.cancel_requested)
                 raise Conflict(
-                    f"{job_id} is {row.state}.",
+                    f"{job_id} is {'being cancelled' if cancelling else row.state}.",
                     code="realignment_not_ended",
                     param="realignment_id",
-                    hint="Cancel it first.",
+                    hint="Try again when it has ended." if cancelling else "Cancel it first.",
                 )
             return erase(connection, row, with_adapters=with_adapters)
 

@@ -325,5 +325,5 @@ def _no_reference(wanted: str) -> NotFound:
         f"There is no reference {wanted[:80]!r}.",
         code="reference_not_found",
         param="reference_id",
-        hint="GET /v1/references lists those that are installed.",
+        hint="GET /v1/references and `safegraft reference list` tell which are installed.",
     )

@@ -57,15 +57,15 @@ async def create(
     asking: Asking,
     name: Annotated[str, Query(max_length=200, description="For an archive, which has no fields.")] = "",
     sha256: Annotated[
-        str, Query(pattern=ANNOUNCED_SHA256, description=f"For an archive: SHA-256 of its {WEIGHTS}, in hex.")
-    ] = "",
+        str | None, Query(pattern=ANNOUNCED_SHA256, description=f"For an archive: SHA-256 of its {WEIGHTS}, in hex.")
+    ] = None,
 ) -> Adapter:
     """Uploads a LoRA adapter. It is checked before the answer: 201 means that it can be treated.
 
     As a form, as one archive (`curl --data-binary @adapter.tar -H 'content-type: application/x-tar'`), or as JSON that
     names files which were uploaded before: an archive, or the configuration, the weights and companions.
     """
-    adapter = await uploads.create_adapter(request, here, asking, name=name, sha256=sha256)
+    adapter = await uploads.create_adapter(request, here, asking, name=name, sha256=sha256 or "")
     response.headers["location"] = f"/v1/adapters/{adapter.id}"
     return adapter
 

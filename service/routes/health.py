@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from safegraft.files import has_room
 from safegraft.stores.database import reading
 from service.dependencies import Here, Services
+from service.parameters import known_parameters
 
 router = APIRouter(tags=["health"])
 
@@ -33,6 +34,7 @@ async def livez() -> Health:
     "/readyz", operation_id="readyz", summary="Check that the service can serve", responses={503: {"model": Health}}
 )
 def readyz(
+    request: Request,
     here: Here,
     response: Response,
     ignore: Annotated[Literal["worker"] | None, Query(description="What may be missing all the same.")] = None,
@@ -42,6 +44,7 @@ def readyz(
 
     A balancer in front of gateways asks with `?ignore=worker`: without workers they still take jobs, which wait.
     """
+    known_parameters(request)
     checks = {
         "database": _database(here),
         "broker": here.queue.ping(),

@@ -107,7 +107,10 @@ def test_mistakes_are_named_before_anything_is_asked(
     refused(*pair, "--harmful", tmp_path / "no.csv", code="prompts_missing")
     assert "right answer" in refused(*pair, "--task", prompts, code="invalid_prompts")
     refused(*pair, "--aligned", base, "--harmful", prompts, code="missing_config")
-    refused("evaluate", fresh, continued, "--base", tmp_path / "no", "--harmful", prompts, code="base_not_found")
+    message = refused(
+        "evaluate", fresh, continued, "--base", tmp_path / "no", "--harmful", prompts, code="base_not_found"
+    )
+    assert "never fetched" in message
     # Before a model is loaded, and before an input is overwritten.
     refused("evaluate", fresh, base, *pair[3:], "--harmful", prompts, code="missing_config")
     shutil.copytree(continued, tmp_path / "several" / "0.1")

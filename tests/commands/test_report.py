@@ -96,7 +96,9 @@ def test_an_evaluation_of_another_adapter_is_refused(made: Path, tmp_path: Path)
 
 
 def test_what_is_no_report_is_refused(measured: Path) -> None:
-    assert "mode: Field required" in refused("report", measured, code="not_a_report")
+    message = refused("report", measured, code="not_a_report")
+    assert "mode: Field required" in message
+    assert "writes it as OUT.report.json" in message
 
 
 def replaced(body: Any, path: tuple[str | int, ...], value: object) -> Any:

@@ -264,3 +264,35 @@ def test_the_description_names_the_key(client: httpx.Client) -> None:
     assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert document["paths"]["/v1/adapters"]["post"]["security"] == [{"HTTPBearer": []}]
     assert "security" not in document["paths"]["/livez"]["get"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"method": "gram"}, "method", 'An object is needed. Write {"type": "gram"}'),
+        ({"method": {"general_weight": 0.1}}, "method", "An object that has 'type' is needed. Write"),
+        ({"methd": {"type": "gram"}}, "methd", "There is no such field. Did you mean method?"),
+        ({"x": 1}, "x", "There is no such field. Known are adapter_id, reference_id,"),
+        ({"method": {"type": "gram", "general_wieght": 0.1}}, "method.general_wieght", "Did you mean general_weight?"),
+        ({"method": {"type": "gram", "gram": {}}}, "method.gram", "There is no such field. Known are type,"),
+        ({"method": {"type": "none", "none": 1}}, "method.none", "There is no such field. Known are type."),
+        ({"metadata": {"a": 1}}, "metadata.a", "string"),
+        ({"strengths": [0.1, 0.2]}, "method", 'Add "method": {"type": "gram"}'),
+    ],
+    ids=str,
+)
+def test_a_body_at_fault_is_told_with_what_to_write(
+    client: httpx.Client, fresh: Path, body: dict[str, Any], param: str, says: str
+) -> None:
+    answer = client.post("/v1/realignments", json={"adapter_id": upload(client, fresh)["id"], **body})
+    code = "bad_strengths" if "strengths" in body else "invalid_request"
+    error = refused(answer, 422, code)
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_a_path_that_is_none_is_told_with_a_way_on(client: httpx.Client) -> None:
+    for path in ("/files", "/v1/adapters/", "/v1/adapter"):
+        assert "GET /openapi.json has all paths" in refused(client.get(path), 404, "route_not_found")["message"]
+    wrong = refused(client.put("/v1/adapters"), 405, "method_not_allowed")
+    assert wrong["message"].endswith("This path takes GET, POST.")

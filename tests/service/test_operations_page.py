@@ -65,11 +65,12 @@ def test_every_command_of_the_page(running: Running, bundle: Path, fresh: Path, 
     assert len(BLOCKS) >= 12
     for block in BLOCKS:
         if "references default $REFERENCE" in block:
+            environment["OLD"] = json.loads(run("safegraft admin references list --json"))[0]["id"]
             environment["REFERENCE"] = run("safegraft admin references add $BUNDLE").strip()
         said[block.splitlines()[0]] = run(block)
     assert "sgk_" in said["safegraft keys create --tenant acme --name platform --scopes write --expires 90d"]
     assert '"status":"ok"' in said["curl -s $URL/livez"]
-    assert environment["REFERENCE"] in said["safegraft admin references add $BUNDLE"]
+    assert environment["REFERENCE"] in said["safegraft admin references default $OLD"]
     assert environment["JOB"] in said["safegraft admin jobs"]
     assert environment["WORKER"] in said["safegraft admin workers"] if "safegraft admin workers" in said else True
     if not SCALED:  # there is no such file

@@ -110,7 +110,12 @@ def test_a_job_that_has_not_ended_cannot_be_deleted(store: JobStore, state: str)
     with pytest.raises(Conflict) as refused:
         store.delete("t", job_id, with_adapters=True)
     assert refused.value.code == "realignment_not_ended"
+    assert str(refused.value) == f"{job_id} is {state}. Cancel it first."
     assert store.get("t", job_id).status == state
+    if state == "running":
+        store.cancel("t", job_id)
+        with pytest.raises(Conflict, match=r"is being cancelled\. Try again when it has ended\."):
+            store.delete("t", job_id, with_adapters=True)
 
 
 def test_every_end_sets_the_time_of_deletion(engine: Engine) -> None:
