@@ -184,7 +184,7 @@ export async function deliver({ files, weights, name }, { onState, signal }) {
       done.push(sent.fileId);
       hashes.push({ name: file.name, sha256: sent.sha256, note: sent.note });
     }
-    const sha256 = weights ? hashes.find(({ name: file }) => file === weights.name).sha256 : "";
+    const sha256 = weights ? hashes.find(({ name: file }) => file === weights.name).sha256 : undefined;
     tell({ phase: "reading", sent: total, hashes });
     const adapter = await post("v1/adapters", { file_ids: done, name: name ?? "", sha256 }, { signal });
     await forget(done, hashes);
