@@ -1,8 +1,8 @@
 """Peak resident memory of a realignment, above the interpreter's own: `make bench`.
 
 A Llama-3-8B-shaped adapter of rank 128 (335.5 million parameters, 671 MB in bf16) is realigned by every method, each in
-a process of its own that first imports the engine and notes its peak so far: as it is, and with what may be
-set otherwise. Writes benchmarks/results/memory.json.
+a process of its own that first imports the engine and notes its peak so far: as it is, and with what may be set
+otherwise. Writes benchmarks/results/memory.json.
 """
 
 import argparse

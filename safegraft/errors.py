@@ -24,7 +24,16 @@ statuses, and the *class* decides an error's fate:
 `code` is stable and machine-readable, `param` names the offender, `hint` says what to do.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
+
+
+def known_names(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a name that nobody knows: the one that is nearly written so, else all; "" of none."""
+    names = sorted(known)
+    near = get_close_matches(name[:80], names, n=1)
+    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(names)}." if names else ""
 
 
 class SafegraftError(Exception):

@@ -7,7 +7,6 @@ code and the sentence.
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -224,8 +223,7 @@ def _advice(request: Request, fault: Mapping[str, Any]) -> str:
         names = model.model_fields
     elif len(loc) == 4 and loc[1] == "method" and loc[2] in MODELS:
         names = MODELS[loc[2]].model_fields
-    near = get_close_matches(str(loc[-1])[:80], names, n=1)
-    return f"Did you mean {near[0]}?" if near else f"Known are {', '.join(names)}." if names else ""
+    return errors.known_names(str(loc[-1]), names)
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:

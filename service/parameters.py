@@ -2,7 +2,6 @@
 mistyped `?limt=5` would answer with something else than was asked for."""
 
 from collections import Counter
-from difflib import get_close_matches
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -10,7 +9,7 @@ from fastapi import Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from safegraft.errors import InvalidParameter
+from safegraft.errors import InvalidParameter, known_names
 from safegraft.header import shown
 
 # Written metadata[key]=value; `submission.metadata_filters` judges what stands in the brackets.
@@ -36,13 +35,11 @@ def known_parameters(request: Request) -> None:
             if count > 1:
                 raise InvalidParameter(f"{name} is given twice.", code="duplicate_parameter", param=name)
             continue
-        near = get_close_matches(name[:80], names, n=1)
-        known = f"This route knows {', '.join(sorted(names))}." if names else "This route knows none."
         raise InvalidParameter(
-            f"{shown(name)!r} is no parameter of this route.",
+            f"{shown(name)} is no parameter of this route.",
             code="unknown_parameter",
             param=shown(name),
-            hint=f"Did you mean {near[0]}?" if near else known,
+            hint=known_names(name, names) or "It has none.",
         )
 
 

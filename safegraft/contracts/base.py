@@ -24,6 +24,9 @@ def told(fault: Mapping[str, Any]) -> str:
             return "An object is needed"
         case "union_tag_not_found":
             return f"An object that has {fault['ctx']['discriminator']} is needed"
+        case "union_tag_invalid":  # pydantic's own words repeat what was sent, of any length
+            of = fault["ctx"]
+            return f"{of['discriminator']} is {ascii(of['tag'])[:80]}, not one of {of['expected_tags']}"
         case _:
             return str(fault["msg"]).removeprefix("Value error, ")
 

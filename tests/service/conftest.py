@@ -1,5 +1,6 @@
 """A real service: gateway, Valkey and two workers as `safegraft serve` starts them, with the tiny reference."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.engine import Engine
 
@@ -137,3 +139,13 @@ def realign(client: httpx.Client, adapter_id: str, **request: Any) -> dict[str, 
     answer = client.post("/v1/realignments", json={"adapter_id": adapter_id, **request})
     assert answer.status_code == 202, answer.text
     return finished(client, answer.json()["id"])
+
+
+def take_database_away(client: TestClient, data: Path) -> None:
+    """Leaves a folder where SQLite's file was."""
+    while not (data / "safegraft.sqlite").is_dir():
+        for file in data.glob("safegraft.sqlite*"):
+            file.unlink()
+        client.app.state.services.database.dispose()  # type: ignore[attr-defined]
+        with contextlib.suppress(FileExistsError):  # whoever looks for work in between makes it anew
+            (data / "safegraft.sqlite").mkdir()

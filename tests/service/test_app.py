@@ -271,10 +271,11 @@ def test_the_description_names_the_key(client: httpx.Client) -> None:
     [
         ({"method": "gram"}, "method", 'An object is needed. Write {"type": "gram"}'),
         ({"method": {"general_weight": 0.1}}, "method", "An object that has 'type' is needed. Write"),
+        ({"method": {"type": "x" * 9000}}, "method", "x, not one of 'auto', 'nlsr', 'gram'"),
         ({"methd": {"type": "gram"}}, "methd", "There is no such field. Did you mean method?"),
-        ({"x": 1}, "x", "There is no such field. Known are adapter_id, reference_id,"),
+        ({"x": 1}, "x", "There is no such field. Known are adapter_id,"),
         ({"method": {"type": "gram", "general_wieght": 0.1}}, "method.general_wieght", "Did you mean general_weight?"),
-        ({"method": {"type": "gram", "gram": {}}}, "method.gram", "There is no such field. Known are type,"),
+        ({"method": {"type": "gram", "gram": {}}}, "method.gram", "There is no such field. Known are amplification,"),
         ({"method": {"type": "none", "none": 1}}, "method.none", "There is no such field. Known are type."),
         ({"metadata": {"a": 1}}, "metadata.a", "string"),
         ({"strengths": [0.1, 0.2]}, "method", 'Add "method": {"type": "gram"}'),

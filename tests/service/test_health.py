@@ -1,6 +1,5 @@
 """/livez and /readyz with parts of the service missing."""
 
-import contextlib
 import shutil
 import socket
 import time
@@ -16,7 +15,7 @@ from service.app import create_app
 from service.queue import PING_SECONDS, Queue
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
-from tests.service.conftest import Running, free_port
+from tests.service.conftest import Running, free_port, take_database_away
 
 
 def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path: Path, bundle: Path) -> None:
@@ -56,12 +55,7 @@ def test_a_gateway_without_broker_and_reference_lives_but_is_not_ready(tmp_path:
 def test_a_database_that_is_gone_is_named(tmp_path: Path) -> None:
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
-        while not (tmp_path / "data" / "safegraft.sqlite").is_dir():
-            for file in (tmp_path / "data").glob("safegraft.sqlite*"):
-                file.unlink()
-            client.app.state.services.database.dispose()  # type: ignore[attr-defined]
-            with contextlib.suppress(FileExistsError):  # whoever looks for work in between makes it anew
-                (tmp_path / "data" / "safegraft.sqlite").mkdir()
+        take_database_away(client, tmp_path / "data")
         answer = client.get("/readyz")
         assert answer.status_code == 503
         assert (answer.json()["checks"]["database"], answer.json()["checks"]["worker"]) == (False, False)

@@ -18,7 +18,7 @@ from service.observer import Observer
 from service.settings import GatewaySettings
 from tests.scaled import SCALED
 from tests.service.answers import refused
-from tests.service.conftest import free_port
+from tests.service.conftest import free_port, take_database_away
 
 
 def test_the_numbers_need_the_scope_admin(tmp_path: Path) -> None:
@@ -50,12 +50,7 @@ def test_without_a_database_the_process_still_tells_of_itself(tmp_path: Path) ->
     settings = GatewaySettings(dev=True, data=tmp_path / "data", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     with TestClient(create_app(settings), client=("127.0.0.1", 50000), base_url="http://127.0.0.1") as client:
         assert "safegraft_database_up 1.0" in client.get("/metrics").text
-        while not (tmp_path / "data" / "safegraft.sqlite").is_dir():
-            for file in (tmp_path / "data").glob("safegraft.sqlite*"):
-                file.unlink()
-            client.app.state.services.database.dispose()  # type: ignore[attr-defined]
-            with contextlib.suppress(FileExistsError):  # whoever looks for work in between makes it anew
-                (tmp_path / "data" / "safegraft.sqlite").mkdir()
+        take_database_away(client, tmp_path / "data")
         answer = client.get("/metrics")
         assert answer.status_code == 200
         assert "safegraft_database_up 0.0" in answer.text

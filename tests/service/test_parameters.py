@@ -19,14 +19,14 @@ from tests.service.conftest import free_port
     [
         ("GET", "/v1/adapters?limt=5", "limt", "Did you mean limit?"),
         ("GET", "/v1/adapters?limit=5&limt=5", "limt", "Did you mean limit?"),
-        ("GET", "/v1/adapters?metadata[a]=b", "metadata[a]", "This route knows"),
+        ("GET", "/v1/adapters?metadata[a]=b", "metadata[a]", "Known are"),
         ("GET", "/v1/realignments?limit[a]=5", "limit[a]", "Did you mean limit?"),
-        ("GET", "/v1/realignments?x=1", "x", "This route knows adapter_id, after, batch_id, limit, metadata"),
-        ("GET", "/v1/methods?x=1", "x", "This route knows none."),
-        ("POST", "/v1/realignments?mode=analyze", "mode", "This route knows none."),
+        ("GET", "/v1/realignments?x=1", "x", "Known are adapter_id, after, batch_id, limit, metadata"),
+        ("GET", "/v1/methods?x=1", "x", "It has none."),
+        ("POST", "/v1/realignments?mode=analyze", "mode", "It has none."),
         ("DELETE", "/v1/realignments/rlg_0?adapter=true", "adapter", "Did you mean adapters?"),
-        ("GET", "/v1/adapters?%00=1", "\\x00", "This route knows"),
-        ("GET", f"/v1/adapters?{'x' * 500}=1", "x" * 80, "This route knows"),
+        ("GET", "/v1/adapters?%00=1", "\\x00", "Known are"),
+        ("GET", f"/v1/adapters?{'x' * 500}=1", "x" * 80, "Known are"),
     ],
 )
 def test_what_no_route_knows_is_refused(client: httpx.Client, method: str, path: str, param: str, hint: str) -> None:
